@@ -1,0 +1,1 @@
+"""Maths: the reference, scorers, clusters, and what they are lowered to."""

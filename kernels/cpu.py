@@ -1,0 +1,227 @@
+"""Builds ``attend.cpp`` at run time and calls it.
+
+The library is compiled once for a machine and compiler and kept beside Inductor's own artifacts.
+Everything crosses the border as plain pointers, so the build needs no torch headers (seconds, not
+a minute) and one library serves every torch version.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import getpass
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import warnings
+from pathlib import Path
+
+import torch
+
+from .layout import chunk_count
+from .plan import Plan
+from .reference import Operands
+from .summary import Summary
+
+SOURCE = Path(__file__).with_name("attend.cpp")
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", "-pthread")
+TILE = 64
+"""Queries a tile; docs/cpu.md has the measurement."""
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class _Geometry(ctypes.Structure):
+    _fields_ = [
+        *(
+            (name, ctypes.c_int64)
+            for name in (
+                "batch heads kv_heads q_len k_len dim value_dim "
+                "chunk cluster window causal sinks keep centroids routes tile threads"
+            ).split()
+        ),
+        ("scale", ctypes.c_double),
+    ]
+
+
+class _View(ctypes.Structure):
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        ("batch", ctypes.c_int64),
+        ("head", ctypes.c_int64),
+        ("position", ctypes.c_int64),
+    ]
+
+
+def cache_dir() -> Path:
+    """``$TORCHINDUCTOR_CACHE_DIR/prescore``, or Inductor's default folder for this user."""
+    root = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    if not root:
+        root = os.path.join(tempfile.gettempdir(), f"torchinductor_{getpass.getuser()}")
+    return Path(root) / "prescore"
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The compiled kernels, or None (warned once) where there is no working C++ compiler."""
+    compiler = _compiler()
+    if compiler is None:
+        warnings.warn("prescore: no C++ compiler ($CXX, c++, g++ or clang++) was found", stacklevel=2)
+        return None
+    try:
+        return ctypes.CDLL(str(_build(compiler)))
+    except (OSError, subprocess.CalledProcessError) as error:
+        detail = getattr(error, "stderr", None) or error
+        warnings.warn(f"prescore: the CPU kernels did not build with {compiler}: {detail}", stacklevel=2)
+        return None
+
+
+def available() -> bool:
+    """Whether this machine can build and load the compiled kernels."""
+    return library() is not None
+
+
+def route(query: torch.Tensor, summary: Summary, plan: Plan, causal: bool, k_len: int, scale: float) -> torch.Tensor:
+    """Compiled ``reference.route``; query ``[B, H, Nq, D]`` of any of ``DTYPES``."""
+    batch, heads, q_len, dim = query.shape
+    count = min(plan.routes, summary.mean.shape[2])
+    routes = torch.empty(batch, heads, q_len, count, dtype=torch.int32)
+    if not routes.numel():
+        return routes
+    geometry = _geometry(plan, query.shape, summary.mean.shape, dim, k_len, causal, count, scale)
+    view, keep_alive = _view(query)
+    _library().prescore_route(
+        ctypes.byref(geometry),
+        ctypes.byref(view),
+        *(_pointer(t.contiguous()) for t in (summary.mean, summary.spread, summary.bias)),
+        _pointer(routes),
+    )
+    del keep_alive
+    return routes
+
+
+def attend(site: Operands, summary: Summary, routes: torch.Tensor, plan: Plan, tile: int = TILE) -> torch.Tensor:
+    """Compiled ``reference.attend``; accumulates in float32, returns the query's dtype.
+
+    The result is laid out as ``[B, Nq, H, Dv]`` in memory, as SDPA's CPU kernel does, so that the
+    transpose that follows it in every model is free.
+    """
+    batch, heads, q_len, dim = site.query.shape
+    value_dim, k_len = site.value.shape[3], site.key.shape[2]
+    out = torch.empty(batch, q_len, heads, value_dim).transpose(1, 2)
+    if not out.numel():
+        return out.to(site.query.dtype)
+    if k_len == 0:
+        return out.zero_().to(site.query.dtype)
+    geometry = _geometry(
+        plan, site.query.shape, site.key.shape, value_dim, k_len, site.causal, routes.shape[3], site.scale, tile
+    )
+    views, alive = zip(*(_view(t) for t in (site.query, site.key, site.value, out)), strict=True)
+    rows = (summary.row_key.float().contiguous(), summary.row_value.float().contiguous())
+    valid = None if site.valid is None else site.valid.contiguous()
+    order, routes = summary.order.contiguous(), routes.contiguous()
+    index, bias = summary.row_index.contiguous(), summary.row_bias.contiguous()
+    _library().prescore_attend(
+        ctypes.byref(geometry),
+        *(ctypes.byref(view) for view in views),
+        None if valid is None else _pointer(valid),
+        *(_pointer(t) for t in (order, routes, index, *rows, bias)),
+    )
+    del alive
+    return out.to(site.query.dtype)
+
+
+def _library() -> ctypes.CDLL:
+    found = library()
+    assert found is not None, "callers check available() first"
+    return found
+
+
+def _geometry(
+    plan: Plan,
+    query: torch.Size,
+    kv: torch.Size,
+    value_dim: int,
+    k_len: int,
+    causal: bool,
+    routes: int,
+    scale: float,
+    tile: int = TILE,
+) -> _Geometry:
+    window = -1 if plan.window is None else min(plan.window, 2 * chunk_count(k_len, plan.chunk) * plan.chunk)
+    return _Geometry(
+        batch=query[0],
+        heads=query[1],
+        kv_heads=kv[1],
+        q_len=query[2],
+        k_len=k_len,
+        dim=query[3],
+        value_dim=value_dim,
+        chunk=plan.chunk,
+        cluster=plan.cluster,
+        window=window,
+        causal=int(causal),
+        sinks=plan.sinks,
+        keep=plan.keep,
+        centroids=plan.centroids,
+        routes=routes,
+        tile=tile,
+        threads=torch.get_num_threads(),
+        scale=scale,
+    )
+
+
+def _view(tensor: torch.Tensor) -> tuple[_View, torch.Tensor]:
+    """A float32 view of the tensor and the tensor that owns its memory."""
+    owner = tensor.float()
+    if owner.stride(3) != 1 and owner.shape[3] > 1:
+        owner = owner.contiguous()
+    return _View(owner.data_ptr(), *owner.stride()[:3]), owner
+
+
+def _pointer(tensor: torch.Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
+def _compiler() -> str | None:
+    names = [os.environ.get("CXX"), "c++", "g++", "clang++"]
+    return next((path for name in names if name and (path := shutil.which(name))), None)
+
+
+def _build(compiler: str) -> Path:
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
+    parts = (SOURCE.read_text(), version, " ".join(FLAGS), _machine())
+    name = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20] + ".so"
+    try:
+        return _compile(compiler, cache_dir() / name)
+    except OSError as error:
+        # A cache that cannot be written must not stop the model.
+        warnings.warn(f"prescore: {cache_dir()} cannot be used ({error}); compiling elsewhere", stacklevel=3)
+        return _compile(compiler, Path(tempfile.mkdtemp(prefix="prescore_")) / name)
+
+
+def _compile(compiler: str, target: Path) -> Path:
+    if target.exists():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # Processes that build at once each write their own file; the last rename wins, all are equal.
+    handle, scratch = tempfile.mkstemp(suffix=".so", dir=target.parent)
+    os.close(handle)
+    try:
+        subprocess.run([compiler, *FLAGS, str(SOURCE), "-o", scratch], capture_output=True, text=True, check=True)
+        os.replace(scratch, target)
+    finally:
+        Path(scratch).unlink(missing_ok=True)
+    return target
+
+
+def _machine() -> str:
+    """What ``-march=native`` means here, so that a shared cache never mixes processors."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line for line in lines if line.startswith(("flags", "Features")))
+    except (OSError, StopIteration):
+        return f"{platform.machine()} {platform.processor()}"

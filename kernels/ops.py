@@ -1,0 +1,266 @@
+"""The four operators that the graph pass inserts: score, summarize, route, attend.
+
+Registered with ``torch.library`` under ``prescore::``, with fake implementations (shapes only) and
+gradients, so that Inductor, AOTAutograd and ``torch.export`` see them. A plan travels as plain
+integers. The compiled CPU kernels run where they can; anything else runs the reference.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import cpu, reference
+from . import summary as summaries
+from .plan import PLAN_FIELDS, Plan
+from .reference import Operands
+from .summary import Summary
+
+_INTEGERS = tuple(name for name in PLAN_FIELDS if name != "method")
+
+
+def pack_plan(plan: Plan) -> list[int]:
+    """The plan's integers in field order; the method travels apart, ``window=None`` as -1."""
+    values = [getattr(plan, name) for name in _INTEGERS]
+    return [-1 if value is None else value for value in values]
+
+
+def unpack_plan(settings: list[int], method: str = "random") -> Plan:
+    """The inverse of ``pack_plan``."""
+    values: dict[str, Any] = dict(zip(_INTEGERS, settings, strict=True))
+    if values["window"] < 0:
+        values["window"] = None
+    return Plan(method=method, **values)
+
+
+def prescored(site: Operands, plan: Plan) -> Tensor:
+    """Score, summarize, route and attend one site: ``[B, H, Nq, Dv]`` in the query's dtype."""
+    q, k, v, valid, causal, scale = site
+    settings = pack_plan(plan)
+    scores = score(q, k, valid, settings, plan.method, causal, scale) if plan.keep else None
+    parts = summarize(k, v, valid, scores, settings)
+    order, mean, spread, bias, index, owner, row_key, row_value, row_bias = parts
+    routes = route(q, mean, spread, bias, settings, causal, k.shape[2], scale) if plan.routes else None
+    return attend(q, k, v, valid, order, routes, index, owner, row_key, row_value, row_bias, settings, causal, scale)
+
+
+@torch.library.custom_op("prescore::score", mutates_args=())
+def score(
+    query: Tensor, key: Tensor, valid: Tensor | None, plan: list[int], method: str, causal: bool, scale: float
+) -> Tensor:
+    """Scores ``[B, Hkv, Nk]`` float32; see ``kernels.summary.score``. Not differentiable."""
+    return summaries.score(query, key, valid, unpack_plan(plan, method), causal, scale)
+
+
+@score.register_fake
+def _(query, key, valid, plan, method, causal, scale):  # type: ignore[no-untyped-def]
+    return key.new_empty(key.shape[:3], dtype=torch.float32)
+
+
+def _constant_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.mark_non_differentiable(output)
+    ctx.inputs = len(inputs)
+
+
+def _constant_backward(ctx: Any, grad: Tensor | None) -> tuple[None, ...]:
+    """What is chosen is a constant: no gradient flows through a score or a route."""
+    return (None,) * ctx.inputs
+
+
+score.register_autograd(_constant_backward, setup_context=_constant_setup)
+
+
+@torch.library.custom_op("prescore::summarize", mutates_args=())
+def summarize(
+    key: Tensor, value: Tensor, valid: Tensor | None, scores: Tensor | None, plan: list[int]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The fields of ``kernels.summary.Summary``; row_key and row_value are differentiable."""
+    return tuple(summaries.summarize(key, value, valid, scores, unpack_plan(plan)))  # type: ignore[return-value]
+
+
+@summarize.register_fake
+def _(key, value, valid, scores, plan):  # type: ignore[no-untyped-def]
+    settings = unpack_plan(plan)
+    batch, heads, length, dim = key.shape
+    chunks = (length + settings.chunk - 1) // settings.chunk
+    places = chunks * settings.chunk if settings.routes else 0
+    clusters = chunks * (settings.chunk // settings.cluster) if settings.routes else 0
+    rows = settings.sinks + chunks * settings.rows_per_segment
+    levels = summaries.LEVELS if settings.centroids else 0
+
+    def empty(*shape, dtype=torch.float32):  # type: ignore[no-untyped-def]
+        return key.new_empty(shape, dtype=dtype)
+
+    return (
+        empty(batch, heads, places, dtype=torch.int32),
+        empty(batch, heads, clusters, dim),
+        empty(batch, heads, clusters, dim),
+        empty(batch, heads, clusters),
+        empty(batch, heads, rows, dtype=torch.int32),
+        empty(levels, batch, heads, length, dtype=torch.int32),
+        empty(batch, heads, rows, dim, dtype=key.dtype),
+        empty(batch, heads, rows, value.shape[3], dtype=value.dtype),
+        empty(batch, heads, rows),
+    )
+
+
+def _summarize_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(output[4], output[5])
+    ctx.length = inputs[0].shape[2]
+    ctx.dtypes = inputs[0].dtype, inputs[1].dtype
+    ctx.mark_non_differentiable(*output[:6], output[8])
+
+
+def _summarize_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    index, owner = ctx.saved_tensors
+    found = []
+    for grad, dtype in zip(grads[6:8], ctx.dtypes, strict=True):
+        found.append(None if grad is None else rows_backward(grad, index, owner, ctx.length).to(dtype))
+    return found[0], found[1], None, None, None
+
+
+summarize.register_autograd(_summarize_backward, setup_context=_summarize_setup)
+
+
+@torch.library.custom_op("prescore::rows_backward", mutates_args=())
+def rows_backward(grad: Tensor, index: Tensor, owner: Tensor, length: int) -> Tensor:
+    """Gradient of the rows in the keys or values they stand for: ``[B, Hkv, length, D]`` float32."""
+    return summaries.scatter_rows(grad, index, owner, length)
+
+
+@rows_backward.register_fake
+def _(grad, index, owner, length):  # type: ignore[no-untyped-def]
+    return grad.new_empty((*grad.shape[:2], length, grad.shape[3]), dtype=_wide(grad.dtype))
+
+
+@torch.library.custom_op("prescore::route", mutates_args=())
+def route(
+    query: Tensor,
+    mean: Tensor,
+    spread: Tensor,
+    bias: Tensor,
+    plan: list[int],
+    causal: bool,
+    k_len: int,
+    scale: float,
+) -> Tensor:
+    """Routes ``[B, H, Nq, min(routes, clusters)]`` int32; see ``kernels.reference.route``."""
+    none = mean.new_empty(0)
+    summary = Summary(none, mean, spread, bias, none, none, none, none, none)
+    implementation = cpu.route if _compiled(query) else reference.route
+    return implementation(query, summary, unpack_plan(plan), causal, k_len, scale)
+
+
+@route.register_fake
+def _(query, mean, spread, bias, plan, causal, k_len, scale):  # type: ignore[no-untyped-def]
+    count = torch.sym_min(unpack_plan(plan).routes, mean.shape[2])
+    return query.new_empty((*query.shape[:3], count), dtype=torch.int32)
+
+
+route.register_autograd(_constant_backward, setup_context=_constant_setup)
+
+
+@torch.library.custom_op("prescore::attend", mutates_args=())
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    valid: Tensor | None,
+    order: Tensor,
+    routes: Tensor | None,
+    row_index: Tensor,
+    row_owner: Tensor,
+    row_key: Tensor,
+    row_value: Tensor,
+    row_bias: Tensor,
+    plan: list[int],
+    causal: bool,
+    scale: float,
+) -> Tensor:
+    """One softmax over window, rows and routes; see ``kernels.reference``.
+
+    Laid out ``[B, Nq, H, Dv]`` in memory. Differentiable in query, key, value and the rows.
+    """
+    site = Operands(query, key, value, valid, causal, scale)
+    summary = _rows_and_order(order, row_index, row_owner, row_key, row_value, row_bias)
+    routes = _or_no_routes(routes, query)
+    if _compiled(query):
+        return cpu.attend(site, summary, routes, unpack_plan(plan))
+    out = reference.attend(site, summary, routes, unpack_plan(plan))
+    return out.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+@attend.register_fake
+def _(query, key, value, *args):  # type: ignore[no-untyped-def]
+    batch, heads, length, _ = query.shape
+    return query.new_empty(batch, length, heads, value.shape[3]).transpose(1, 2)
+
+
+def _attend_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.plan, ctx.causal, ctx.scale = inputs
+    ctx.has = [t is not None for t in tensors]
+    ctx.save_for_backward(*(t for t in tensors if t is not None))
+
+
+def _attend_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    saved = iter(ctx.saved_tensors)
+    tensors = [next(saved) if has else None for has in ctx.has]
+    d_query, d_key, d_value, d_row_key, d_row_value = attend_backward(
+        grad, *tensors, ctx.plan, ctx.causal, ctx.scale
+    )
+    return d_query, d_key, d_value, None, None, None, None, None, d_row_key, d_row_value, *[None] * 4
+
+
+attend.register_autograd(_attend_backward, setup_context=_attend_setup)
+
+
+@torch.library.custom_op("prescore::attend_backward", mutates_args=())
+def attend_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    valid: Tensor | None,
+    order: Tensor,
+    routes: Tensor | None,
+    row_index: Tensor,
+    row_owner: Tensor,
+    row_key: Tensor,
+    row_value: Tensor,
+    row_bias: Tensor,
+    plan: list[int],
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients in query, key, value, row_key and row_value, each in its tensor's dtype."""
+    site = Operands(query, key, value, valid, causal, scale)
+    summary = _rows_and_order(order, row_index, row_owner, row_key, row_value, row_bias)
+    grads = reference.attend_backward(grad, site, summary, _or_no_routes(routes, query), unpack_plan(plan))
+    wanted = (query, key, value, row_key, row_value)
+    return tuple(g.to(t.dtype) for g, t in zip(grads, wanted, strict=True))  # type: ignore[return-value]
+
+
+@attend_backward.register_fake
+def _(grad, query, key, value, valid, order, routes, row_index, row_owner, row_key, row_value, *rest):  # type: ignore[no-untyped-def]
+    return tuple(t.new_empty(t.shape) for t in (query, key, value, row_key, row_value))
+
+
+def _rows_and_order(
+    order: Tensor, row_index: Tensor, row_owner: Tensor, row_key: Tensor, row_value: Tensor, row_bias: Tensor
+) -> Summary:
+    none = order.new_empty(0)
+    return Summary(order, none, none, none, row_index, row_owner, row_key, row_value, row_bias)
+
+
+def _or_no_routes(routes: Tensor | None, query: Tensor) -> Tensor:
+    return query.new_empty((*query.shape[:3], 0), dtype=torch.int32) if routes is None else routes
+
+
+def _compiled(query: Tensor) -> bool:
+    return query.device.type == "cpu" and query.dtype in cpu.DTYPES and cpu.available()
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)

@@ -1,0 +1,100 @@
+"""The plan: the settings one attention site runs with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+METHODS = ("kmeans", "leverage", "peak", "random")
+
+
+class OptionError(ValueError):
+    """A setting that does not exist or has a wrong type or value.
+
+    The message names the setting, what was got and what is allowed.
+    """
+
+    def __init__(self, key: str, got: object, allowed: str) -> None:
+        super().__init__(f"option {key!r}: got {got!r} ({type(got).__name__}); allowed: {allowed}")
+        self.key = key
+        self.got = got
+        self.allowed = allowed
+
+
+def check_int(key: str, value: object, low: int, high: int | None = None) -> None:
+    """Raise ``OptionError`` unless ``value`` is an int (not a bool) in ``[low, high]``."""
+    allowed = f"an int >= {low}" if high is None else f"an int from {low} to {high}"
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise OptionError(key, value, allowed)
+    if value < low or (high is not None and value > high):
+        raise OptionError(key, value, allowed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What one site attends: ONE softmax over window, rows and routes.
+
+    All counts are keys unless said otherwise; every setting is per query head (routes) or per
+    KV head (everything else). ``window=None`` means no limit: the plan that keeps everything.
+
+    Attributes:
+        method: the scorer that ranks keys for ``keep``: one of ``METHODS``.
+        chunk: consecutive keys that are scored and clustered together when they are finished.
+        window: at least this many keys before a query are attended exactly (and, at a
+            bidirectional site, after it); the window begins and ends at chunk borders.
+            0 leaves a causal query its own chunk and a bidirectional one no window.
+        sinks: the first valid keys of a sequence, always attended.
+        keep: selected keys a segment; 0 inserts no score.
+        centroids: residual centroids a segment, standing in for keys that were not selected;
+            needs ``routes=0`` (a routed key would be counted twice).
+        cluster: keys a cluster; ``chunk / cluster`` is a power of two.
+        routes: clusters that a query attends; 0 inserts no route.
+        seed: seeds the scorers that draw; no global generator is touched.
+    """
+
+    method: str = "peak"
+    chunk: int = 128
+    window: int | None = 128
+    sinks: int = 16
+    keep: int = 0
+    centroids: int = 0
+    cluster: int = 16
+    routes: int = 27
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise OptionError("method", self.method, "one of " + ", ".join(METHODS))
+        check_int("cluster", self.cluster, 16, 64)
+        if self.cluster not in (16, 32, 64):
+            raise OptionError("cluster", self.cluster, "16, 32 or 64")
+        check_int("chunk", self.chunk, self.cluster, 1024)
+        parts, rest = divmod(self.chunk, self.cluster)
+        if rest or parts & (parts - 1):
+            raise OptionError("chunk", self.chunk, f"cluster ({self.cluster}) times a power of two")
+        if self.window is not None:
+            check_int("window", self.window, 0)
+        check_int("sinks", self.sinks, 0)
+        check_int("keep", self.keep, 0, self.chunk)
+        check_int("centroids", self.centroids, 0, self.chunk)
+        check_int("routes", self.routes, 0)
+        check_int("seed", self.seed, 0, 2**31 - 1)
+        if self.centroids and self.routes:
+            raise OptionError(
+                "centroids",
+                self.centroids,
+                f"0 while routes is not 0 (routes={self.routes}): a routed key that also stands "
+                "in a centroid would be counted twice",
+            )
+
+    @property
+    def rows_per_segment(self) -> int:
+        """Rows that one segment contributes: selected keys, then centroids."""
+        return self.keep + self.centroids
+
+    def settings(self) -> dict[str, Any]:
+        """The plan as a plain dict, in field order."""
+        return {name: getattr(self, name) for name in PLAN_FIELDS}
+
+
+PLAN_FIELDS = tuple(field.name for field in fields(Plan))

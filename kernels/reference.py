@@ -1,0 +1,233 @@
+"""The eager reference: the attention of this project written down plainly. It defines the result.
+
+For a query, ONE softmax over three disjoint sources:
+
+  (a) the exact keys of its window,                         logit = scale * q . k_j
+  (b) rows: sinks, selected keys and centroids of the       logit = scale * q . k_r + bias_r
+      segments that are finished before its window,
+  (c) the exact keys of its routes: the clusters outside    logit = scale * q . k_j
+      its window whose representative answers it best.
+
+Everything here is plain torch on any device and works through the queries in tiles, so no tensor
+is n x n. Selection is a constant: gradients flow through the attended keys, values and rows.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from .layout import Span, segments, spans
+from .plan import Plan
+from .summary import Summary
+
+TILE = 256
+
+
+class Operands(NamedTuple):
+    """What is attended: tensors of one site and what the mask says of them.
+
+    Attributes:
+        query: ``[B, H, Nq, D]``. key: ``[B, Hkv, Nk, D]``. value: ``[B, Hkv, Nk, Dv]``.
+        valid: ``[B, Nk]`` bool or None; False: padding, attended by no query.
+        causal: query ``i`` attends keys up to ``i + Nk - Nq``. scale: of the logits.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    valid: torch.Tensor | None
+    causal: bool
+    scale: float
+
+
+def exact(site: Operands) -> torch.Tensor:
+    """Attention over every key, in the inputs' precision: what the plan approximates."""
+    out = site.query.new_zeros(*site.query.shape[:3], site.value.shape[3])
+    plan = Plan(window=None, sinks=0, routes=0)
+    for span in _spans(site, plan):
+        logits = _logits(site.query[:, :, span.begin : span.end], site.key, site.scale)
+        logits = logits.masked_fill(~_in_window(site, span), float("-inf"))
+        out[:, :, span.begin : span.end] = _weigh(_softmax(logits), site.value)
+    return out
+
+
+def routing_scores(query: torch.Tensor, summary: Summary, scale: float) -> torch.Tensor:
+    """Routing score of every cluster for every query: ``[B, H, Nq, clusters]``.
+
+    ``scale * q . mean_c + |scale| * sqrt(sum_i q_i^2 * 2 ln(count) var_ci)``: the expected best
+    logit of the cluster's keys, were they normal with its mean and variance (the expected maximum
+    of n normals is about sqrt(2 ln n) standard deviations above the mean).
+    """
+    spread = _logits(query * query, summary.spread.to(query.dtype), 1.0).sqrt()
+    return (
+        _logits(query, summary.mean.to(query.dtype), scale)
+        + abs(scale) * spread
+        + _per_query_head(summary.bias, query).unsqueeze(2)
+    )
+
+
+def route(query: torch.Tensor, summary: Summary, plan: Plan, causal: bool, k_len: int, scale: float) -> torch.Tensor:
+    """The clusters each query attends: ``[B, H, Nq, min(routes, clusters)]`` int32, ascending, -1: none.
+
+    Per query and per head, among the clusters of the chunks outside the query's window: causal
+    sites look at finished chunks only. Ties go to the earlier cluster; NaN ranks first.
+    """
+    batch, heads, q_len, _ = query.shape
+    clusters = summary.mean.shape[2]
+    count = min(plan.routes, clusters)
+    routes = torch.full((batch, heads, q_len, count), -1, dtype=torch.int32, device=query.device)
+    first_key = torch.arange(clusters, device=query.device) * plan.cluster // plan.chunk * plan.chunk
+    for span in spans(plan, causal, q_len, k_len, TILE):
+        high = span.low if causal else k_len
+        eligible = (first_key < high) & ~((first_key >= span.low) & (first_key < span.high))
+        scores = routing_scores(query[:, :, span.begin : span.end].float(), summary, scale)
+        scores = scores.nan_to_num(nan=math.inf, neginf=-math.inf, posinf=math.inf)
+        scores = scores.masked_fill(~eligible, float("-inf"))
+        best = scores.argsort(dim=3, descending=True, stable=True)[..., :count]
+        best = best.where(scores.gather(3, best) > float("-inf"), clusters).sort(3).values
+        routes[:, :, span.begin : span.end] = best.where(best < clusters, -1)
+    return routes
+
+
+def attend(site: Operands, summary: Summary, routes: torch.Tensor, plan: Plan) -> torch.Tensor:
+    """Attention over window, rows and routes: ``[B, H, Nq, Dv]`` in the inputs' precision.
+
+    A query with no key at all gives 0, as ``F.scaled_dot_product_attention`` does.
+    """
+    out = site.query.new_zeros(*site.query.shape[:3], site.value.shape[3])
+    for span in _spans(site, plan):
+        weights, row_weights = attention_weights(site, summary, routes, plan, span)
+        tile = _weigh(weights, site.value) + _weigh(row_weights, summary.row_value)
+        out[:, :, span.begin : span.end] = tile
+    return out
+
+
+def attention_weights(
+    site: Operands, summary: Summary, routes: torch.Tensor, plan: Plan, span: Span
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Softmax weights of a span's queries on all keys ``[B, H, T, Nk]`` and all rows ``[B, H, T, R]``."""
+    query = site.query[:, :, span.begin : span.end]
+    rows = _rows_read(summary, plan, span)
+    keys = (_routed(site, summary, routes, plan, span) & ~_copied(summary, rows, site)) | _in_window(site, span)
+    logits = _logits(query, site.key, site.scale).masked_fill(~keys, float("-inf"))
+    row_logits = _logits(query, summary.row_key, site.scale)
+    row_logits = row_logits + _per_query_head(summary.row_bias, query).unsqueeze(2).to(query.dtype)
+    row_logits = row_logits.masked_fill(~_per_query_head(rows, query).unsqueeze(2), float("-inf"))
+    weights = _softmax(torch.cat([logits, row_logits], 3))
+    return weights[..., : logits.shape[3]], weights[..., logits.shape[3] :]
+
+
+def attend_backward(
+    grad: torch.Tensor, site: Operands, summary: Summary, routes: torch.Tensor, plan: Plan
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of ``attend`` in query, key, value, row_key and row_value (same shapes, float32+).
+
+    With P the weights, dP = dO V^T and dS = P * (dP - rowsum(dO * O)): the softmax backward of
+    FlashAttention (Dao et al. 2022, appendix B), over keys and rows alike.
+    """
+    heads = site.key.shape[1]
+    wide = torch.promote_types(grad.dtype, torch.float32)
+    site = site._replace(query=site.query.to(wide), key=site.key.to(wide), value=site.value.to(wide))
+    summary = summary._replace(row_key=summary.row_key.to(wide), row_value=summary.row_value.to(wide))
+    sources = ((site.key, site.value), (summary.row_key, summary.row_value))
+    d_query = torch.zeros_like(site.query)
+    d_keys = [torch.zeros_like(key) for key, _ in sources]
+    d_values = [torch.zeros_like(value) for _, value in sources]
+    for span in _spans(site, plan):
+        weights = attention_weights(site, summary, routes, plan, span)
+        query = site.query[:, :, span.begin : span.end]
+        d_out = grad[:, :, span.begin : span.end].to(wide)
+        d_weights = [_logits(d_out, value, 1.0) for _, value in sources]
+        pairs = zip(weights, d_weights, strict=True)
+        inner = torch.stack([(p * d).sum(3, keepdim=True) for p, d in pairs]).sum(0)
+        for s, (p, d) in enumerate(zip(weights, d_weights, strict=True)):
+            d_logits = p * (d - inner) * site.scale
+            d_query[:, :, span.begin : span.end] += _weigh(d_logits, sources[s][0])
+            d_keys[s] += _per_kv_head(d_logits, heads).transpose(2, 3) @ _per_kv_head(query, heads)
+            d_values[s] += _per_kv_head(p, heads).transpose(2, 3) @ _per_kv_head(d_out, heads)
+    return d_query, d_keys[0], d_values[0], d_keys[1], d_values[1]
+
+
+def _spans(site: Operands, plan: Plan) -> list[Span]:
+    return list(spans(plan, site.causal, site.query.shape[2], site.key.shape[2], TILE))
+
+
+def _in_window(site: Operands, span: Span) -> torch.Tensor:
+    """Keys inside the window of each of the span's queries: broadcastable to ``[B, H, T, Nk]``."""
+    q_len, k_len = site.query.shape[2], site.key.shape[2]
+    j = torch.arange(k_len, device=site.key.device)
+    inside = ((j >= span.low) & (j < span.high)).expand(span.end - span.begin, k_len)
+    if site.causal:
+        i = torch.arange(span.begin, span.end, device=site.key.device) + (k_len - q_len)
+        inside = inside & (j <= i.unsqueeze(1))
+    if site.valid is None:
+        return inside[None, None]
+    return inside & site.valid[:, None, None, :]
+
+
+def _routed(site: Operands, summary: Summary, routes: torch.Tensor, plan: Plan, span: Span) -> torch.Tensor:
+    """Keys inside the routes of each of the span's queries: ``[B, H, T, Nk]``."""
+    batch, heads, q_len, _ = site.query.shape
+    k_len = site.key.shape[2]
+    keys = torch.zeros(batch, heads, span.end - span.begin, k_len + 1, dtype=torch.bool, device=site.key.device)
+    if routes.shape[3]:
+        here = routes[:, :, span.begin : span.end].long()
+        places = here.unsqueeze(4) * plan.cluster + torch.arange(plan.cluster, device=here.device)
+        order = _per_query_head(summary.order.long(), site.query)
+        index = order.gather(2, places.clamp(min=0).flatten(2)).view_as(places)
+        index = index.where((here.unsqueeze(4) >= 0) & (index >= 0), k_len).flatten(3)
+        keys.scatter_(3, index, True)
+    return keys[..., :k_len]
+
+
+def _rows_read(summary: Summary, plan: Plan, span: Span) -> torch.Tensor:
+    """Rows the span's queries read: not empty, of a finished segment, not inside the window."""
+    read = torch.zeros(summary.row_index.shape[2], dtype=torch.bool, device=summary.row_index.device)
+    read[: plan.sinks] = span.finished > 0
+    for segment in segments(span.finished):
+        first = plan.sinks + segment * plan.rows_per_segment
+        read[first : first + plan.rows_per_segment] = True
+    index = summary.row_index
+    outside = (index < span.low) | (index >= span.high)
+    return read & (summary.row_bias > float("-inf")) & outside
+
+
+def _copied(summary: Summary, rows: torch.Tensor, site: Operands) -> torch.Tensor:
+    """Keys that stand in a row which is read, and so must not be read again: ``[B, H, 1, Nk]``."""
+    k_len = site.key.shape[2]
+    index = summary.row_index.long()
+    copied = torch.zeros(*index.shape[:2], k_len + 1, dtype=torch.bool, device=index.device)
+    copied.scatter_(2, index.where(rows & (index >= 0), k_len), True)
+    return _per_query_head(copied[..., :k_len], site.query).unsqueeze(2)
+
+
+def _softmax(logits: torch.Tensor) -> torch.Tensor:
+    weights = torch.softmax(logits, 3)
+    none = (logits == float("-inf")).all(3, keepdim=True)
+    return weights.masked_fill(none, 0)
+
+
+def _logits(query: torch.Tensor, key: torch.Tensor, scale: float) -> torch.Tensor:
+    """``scale * q . k``, ``[B, H, T, Nk]``, for grouped heads."""
+    grouped = _per_kv_head(query, key.shape[1]) @ key.transpose(2, 3) * scale
+    return grouped.view(*query.shape[:3], key.shape[2])
+
+
+def _weigh(weights: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """``weights @ value``, ``[B, H, T, Dv]``, for grouped heads."""
+    grouped = _per_kv_head(weights, value.shape[1]) @ value
+    return grouped.view(*weights.shape[:3], value.shape[3])
+
+
+def _per_kv_head(tensor: torch.Tensor, heads: int) -> torch.Tensor:
+    """``[B, H, T, X]`` -> ``[B, Hkv, G * T, X]``: the G query heads of a KV head are consecutive."""
+    batch, _, length, last = tensor.shape
+    return tensor.reshape(batch, heads, -1, last) if length else tensor.new_zeros(batch, heads, 0, last)
+
+
+def _per_query_head(tensor: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+    """``[B, Hkv, ...]`` -> ``[B, H, ...]``."""
+    return tensor.repeat_interleave(query.shape[1] // tensor.shape[1], 1)

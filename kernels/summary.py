@@ -1,0 +1,341 @@
+"""What queries read instead of all keys: rows (sinks, selected keys, centroids) and clusters."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch.nn.functional import pad
+
+from .clusters import pca_tree
+from .layout import chunk_count
+from .plan import Plan
+from .scorers import SCORERS
+from .scorers.kmeans import lloyd, strided
+
+CHUNKS_AT_ONCE = 256
+RESIDUAL_ITERATIONS = 2
+LEVELS = 20
+"""Segment sizes that ``row_owner`` has room for: up to 2^19 chunks."""
+NEG_INF = float("-inf")
+
+
+class Summary(NamedTuple):
+    """Rows and clusters of one site; ``C`` chunks, ``P = C * chunk`` places.
+
+    Rows come in the order: ``sinks``, then for each of the ``C`` segments (see
+    ``layout.segments``) its ``keep`` selected keys and its ``centroids``.
+
+    Attributes:
+        order: ``[B, Hkv, P]`` int32, the key at each place, cluster after cluster; -1: no key.
+        mean: ``[B, Hkv, P / cluster, D]`` float32, mean key of each cluster.
+        spread: same shape, elementwise key variance times ``2 ln(count)``.
+        bias: ``[B, Hkv, P / cluster]`` float32: 0, or -inf (no key), or NaN (a key or value in it
+            is not finite: every query must meet it, as in exact attention).
+        row_index: ``[B, Hkv, R]`` int32, the key that a row copies; -1: centroid or empty.
+        row_owner: ``[LEVELS, B, Hkv, Nk]`` int32, the centroid row that stands in for a key in the
+            segment of 2^level chunks; -1: none. Without centroids, no levels.
+        row_key, row_value: ``[B, Hkv, R, D]`` and ``[B, Hkv, R, Dv]``, of the keys' dtype.
+        row_bias: ``[B, Hkv, R]`` float32, added to the logit: 0, log(count) or -inf (empty).
+
+    A plan without routes leaves ``order``, ``mean``, ``spread`` and ``bias`` empty (0 places).
+    """
+
+    order: torch.Tensor
+    mean: torch.Tensor
+    spread: torch.Tensor
+    bias: torch.Tensor
+    row_index: torch.Tensor
+    row_owner: torch.Tensor
+    row_key: torch.Tensor
+    row_value: torch.Tensor
+    row_bias: torch.Tensor
+
+
+def score(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    valid: torch.Tensor | None,
+    plan: Plan,
+    causal: bool,
+    scale: float,
+) -> torch.Tensor:
+    """Scores ``[B, Hkv, Nk]`` float32 of the plan's method, chunk by chunk.
+
+    ``query`` ``[B, H, Nk, D]`` stands at the same positions as ``key`` ``[B, Hkv, Nk, D]``;
+    ``valid`` ``[B, Nk]`` bool. A NaN score becomes +inf: a key that is not finite is kept.
+    """
+    batch, heads, length, dim = key.shape
+    group = query.shape[1] // heads
+    keys = _chunks(key.float(), plan.chunk).flatten(0, 2)
+    queries = _chunks(query.float(), plan.chunk)
+    queries = queries.unflatten(1, (heads, group)).transpose(2, 3).flatten(0, 2)
+    mask = _chunk_mask(key, valid, plan.chunk).flatten(0, 2)
+    parts = [
+        SCORERS[plan.method](
+            keys[at : at + CHUNKS_AT_ONCE],
+            mask[at : at + CHUNKS_AT_ONCE],
+            queries[at : at + CHUNKS_AT_ONCE],
+            scale,
+            causal,
+            plan.seed + at,
+        )
+        for at in range(0, len(keys), CHUNKS_AT_ONCE)
+    ]
+    scores = torch.cat(parts) if parts else keys.new_zeros(0, plan.chunk)
+    return scores.nan_to_num(nan=math.inf).view(batch, heads, -1)[..., :length].contiguous()
+
+
+def sink_index(key: torch.Tensor, valid: torch.Tensor | None, sinks: int) -> torch.Tensor:
+    """The first ``sinks`` valid keys of each sequence: ``[B, sinks]`` int64, -1 where none."""
+    batch, length = key.shape[0], key.shape[2]
+    if valid is None:
+        index = torch.arange(sinks, device=key.device)
+        return index.where(index < length, -1).expand(batch, sinks)
+    first = (~valid).to(torch.int8).argsort(dim=1, stable=True)[:, :sinks]
+    first = first.where(valid.gather(1, first), -1)
+    return pad(first, (0, sinks - first.shape[1]), value=-1)
+
+
+def summarize(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    valid: torch.Tensor | None,
+    scores: torch.Tensor | None,
+    plan: Plan,
+) -> Summary:
+    """Cluster and select the keys of every chunk; see ``Summary``.
+
+    Args:
+        key: ``[B, Hkv, Nk, D]``. value: ``[B, Hkv, Nk, Dv]``. valid: ``[B, Nk]`` bool or None.
+        scores: ``[B, Hkv, Nk]`` float32; needed when ``plan.keep`` is not 0.
+    """
+    sink = sink_index(key, valid, plan.sinks)
+    member = _chunk_mask(key, valid, plan.chunk).flatten(2)
+    member = _without(member, sink.unsqueeze(1).expand(-1, key.shape[1], -1))
+    order, mean, spread, bias = _clusters(key, value, member, plan)
+    index, owner = _rows(key, value, member, sink, scores, plan)
+    return Summary(order, mean, spread, bias, index, owner, *gather_rows(key, value, index, owner, plan))
+
+
+def gather_rows(
+    key: torch.Tensor, value: torch.Tensor, index: torch.Tensor, owner: torch.Tensor, plan: Plan
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Row keys, values and biases from the discrete choice ``(index, owner)``.
+
+    A centroid is the mean of its members' keys and of their values, with bias log(count);
+    differentiable in ``key`` and ``value`` (1 / count to each member).
+    """
+    bias = torch.zeros(index.shape, dtype=torch.float32, device=key.device)
+    bias = bias.masked_fill(index < 0, NEG_INF)
+    row_key, row_value = _take(key, index), _take(value, index)
+    if owner.shape[0]:
+        wide = torch.promote_types(key.dtype, torch.float32)
+        count = _add_members(torch.ones_like(key[..., :1], dtype=wide), owner, index)
+        size = count.clamp(min=1)
+        row_key = (row_key + _add_members(key.to(wide), owner, index) / size).to(key.dtype)
+        row_value = (row_value + _add_members(value.to(wide), owner, index) / size).to(value.dtype)
+        bias = torch.where(count.squeeze(3) > 0, count.squeeze(3).log().float(), bias)
+    return row_key.contiguous(), row_value.contiguous(), bias
+
+
+def scatter_rows(
+    grad_row: torch.Tensor, index: torch.Tensor, owner: torch.Tensor, length: int
+) -> torch.Tensor:
+    """The transpose of ``gather_rows`` for one of key and value: ``[B, Hkv, length, D]`` float32."""
+    rows = grad_row.to(torch.promote_types(grad_row.dtype, torch.float32))
+    grad = rows.new_zeros(*rows.shape[:2], length + 1, rows.shape[3])
+    place = index.long().where(index >= 0, length).unsqueeze(3).expand_as(rows)
+    grad = grad.scatter_add(2, place, rows)[:, :, :length]
+    if owner.shape[0]:
+        ones = rows.new_ones(*rows.shape[:2], length, 1)
+        size = _add_members(ones, owner, index).clamp(min=1)
+        for level in _levels_used(owner, index):
+            grad = grad + _take(rows / size, level)
+    return grad
+
+
+def _clusters(
+    key: torch.Tensor, value: torch.Tensor, member: torch.Tensor, plan: Plan
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    batch, heads, _, dim = key.shape
+    if not plan.routes:
+        none = key.new_zeros(batch, heads, 0, dtype=torch.float32)
+        wide = key.new_zeros(batch, heads, 0, dim, dtype=torch.float32)
+        return none.int(), wide, wide.clone(), none
+    keys = _chunks(key.float(), plan.chunk)
+    places = keys.shape[2] * plan.chunk
+    keys, inside = keys.flatten(0, 2), member.reshape(-1, plan.chunk)
+    parts = [
+        _represent(keys[at : at + CHUNKS_AT_ONCE], inside[at : at + CHUNKS_AT_ONCE], plan.cluster)
+        for at in range(0, len(keys), CHUNKS_AT_ONCE)
+    ]
+    if not parts:
+        parts = [_represent(keys, inside, plan.cluster)]
+    order, mean, spread, size = (torch.cat(p) for p in zip(*parts, strict=True))
+    first = torch.arange(0, places, plan.chunk, device=key.device)
+    order = order.view(batch, heads, -1, plan.chunk) + first.unsqueeze(1)
+    order = order.view(batch, heads, places)
+    order = order.where(member.gather(2, order), -1)
+    shape = (batch, heads, places // plan.cluster)
+    bias = torch.zeros(shape, device=key.device).masked_fill(size.view(shape) == 0, NEG_INF)
+    # 0 * x is NaN for a key or value that is not finite, and 0 for any other.
+    taint = (key.float() * 0).sum(3) + (value.float() * 0).sum(3)
+    bias = bias + _take(taint.unsqueeze(3), order.int()).view(*shape, plan.cluster).sum(3)
+    return order.int(), mean.view(*shape, dim), spread.view(*shape, dim), bias
+
+
+def _represent(
+    keys: torch.Tensor, member: torch.Tensor, cluster: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Order of the chunks' keys by cluster, and each cluster's mean, spread and size."""
+    order = pca_tree(keys, member, cluster)
+    live = keys.where(member.unsqueeze(2), 0)
+    inside = live.gather(1, order.unsqueeze(2).expand_as(keys)).unflatten(1, (-1, cluster))
+    weight = member.gather(1, order).unflatten(1, (-1, cluster)).unsqueeze(3).to(keys.dtype)
+    size = weight.sum(2)
+    count = size.clamp(min=1)
+    mean = inside.sum(2) / count
+    off = (inside - mean.unsqueeze(2)) * weight
+    spread = (off * off).sum(2) / count * (2 * count.log())
+    return order, mean, spread, size.squeeze(2)
+
+
+def _rows(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    member: torch.Tensor,
+    sink: torch.Tensor,
+    scores: torch.Tensor | None,
+    plan: Plan,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which key each row copies, and which centroid row owns each key at each segment size."""
+    batch, heads, length, _ = key.shape
+    total = chunk_count(length, plan.chunk)
+    sinks = sink.unsqueeze(1).expand(batch, heads, plan.sinks)
+    table = torch.full((batch, heads, total, plan.rows_per_segment), -1, device=key.device)
+    owners = []
+    size = 1
+    while plan.rows_per_segment and size <= total:
+        begin, inside = _of_size(member, size, plan.chunk)
+        names = torch.arange(size - 1, total, 2 * size, device=key.device)
+        chosen = inside.new_zeros((*inside.shape[:3], 0), dtype=torch.long)
+        if plan.keep:
+            assert scores is not None
+            chosen = _top(_of_size(_pad_places(scores, plan.chunk), size, plan.chunk)[1], inside, plan.keep)
+            table[:, :, names, : plan.keep] = chosen.where(chosen < 0, chosen + begin[:, None])
+        if plan.centroids:
+            rest = _without(inside, chosen)
+            owner = _residual(key, value, rest, begin, plan)
+            row = plan.sinks + names * plan.rows_per_segment + plan.keep
+            owner = owner.where(owner < 0, owner + row[:, None])
+            owners.append(_place_back(owner, begin, member.shape[2])[..., :length])
+        size *= 2
+    index = torch.cat([sinks, table.flatten(2)], 2).int()
+    levels = LEVELS if plan.centroids else 0
+    owner = torch.full((levels, batch, heads, length), -1, dtype=torch.int32, device=key.device)
+    for level, members in enumerate(owners):
+        owner[level] = members
+    return index, owner
+
+
+def _levels_used(owner: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """The levels that can hold a member: with R rows there are at most R segments."""
+    return owner[: index.shape[2].bit_length()]
+
+
+def _top(scores: torch.Tensor, inside: torch.Tensor, keep: int) -> torch.Tensor:
+    """Positions of the ``keep`` best members, ascending; -1 where there are fewer. Ties: first."""
+    ranked = scores.masked_fill(~inside, NEG_INF).argsort(dim=3, descending=True, stable=True)[..., :keep]
+    ranked = ranked.sort(3).values
+    return pad(ranked.where(inside.gather(3, ranked), -1), (0, keep - ranked.shape[3]), value=-1)
+
+
+def _residual(
+    key: torch.Tensor, value: torch.Tensor, rest: torch.Tensor, begin: torch.Tensor, plan: Plan
+) -> torch.Tensor:
+    """Centroid of each unselected key, by k-means on [key, value rescaled to the key's spread]."""
+    width = rest.shape[3]
+    keys = _segments_of(key.float(), begin, width)
+    values = _segments_of(value.float(), begin, width)
+    live = rest.flatten(0, 2)
+    keys = keys.where(live.unsqueeze(2), 0)
+    values = values.where(live.unsqueeze(2), 0)
+    ratio = (_variance(keys, live) / _variance(values, live).clamp(min=1e-20)).sqrt()
+    points = torch.cat([keys, values * ratio], 2)
+    _, owner = lloyd(points, live, strided(points, live, plan.centroids), RESIDUAL_ITERATIONS)
+    return owner.where(live, -1).view(rest.shape)
+
+
+def _variance(points: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Total variance of the masked points (zeroed elsewhere): ``[M, 1, 1]``."""
+    count = mask.sum(1).clamp(min=1).view(-1, 1, 1)
+    mean = points.sum(1, keepdim=True) / count
+    return ((points * points).sum((1, 2), keepdim=True) / count - (mean * mean).sum(2, keepdim=True)).clamp(min=0)
+
+
+def _of_size(places: torch.Tensor, size: int, chunk: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """First place and contents of every segment of ``size`` chunks: ``[S]``, ``[.., S, size * chunk]``.
+
+    A segment of ``size`` chunks begins at an even multiple of ``size`` (see ``layout.segments``).
+    """
+    width = size * chunk
+    count = (places.shape[2] // chunk // size + 1) // 2
+    begin = torch.arange(count, device=places.device) * 2 * width
+    return begin, torch.stack([places[:, :, b : b + width] for b in begin.tolist()], 2)
+
+
+def _segments_of(tensor: torch.Tensor, begin: torch.Tensor, width: int) -> torch.Tensor:
+    padded = pad(tensor, (0, 0, 0, max(0, int(begin[-1]) + width - tensor.shape[2])))
+    return torch.stack([padded[:, :, b : b + width] for b in begin.tolist()], 2).flatten(0, 2)
+
+
+def _place_back(owner: torch.Tensor, begin: torch.Tensor, places: int) -> torch.Tensor:
+    full = owner.new_full((*owner.shape[:2], places), -1)
+    for segment, b in enumerate(begin.tolist()):
+        full[:, :, b : b + owner.shape[3]] = owner[:, :, segment]
+    return full
+
+
+def _chunks(tensor: torch.Tensor, chunk: int) -> torch.Tensor:
+    """``[B, H, N, D]`` -> ``[B, H, C, chunk, D]``, zero-padded at the end."""
+    length = tensor.shape[2]
+    padded = pad(tensor, (0, 0, 0, chunk_count(length, chunk) * chunk - length))
+    return padded.unflatten(2, (-1, chunk)) if length else padded.view(*tensor.shape[:2], 0, chunk, -1)
+
+
+def _pad_places(tensor: torch.Tensor, chunk: int) -> torch.Tensor:
+    return pad(tensor, (0, chunk_count(tensor.shape[2], chunk) * chunk - tensor.shape[2]))
+
+
+def _chunk_mask(key: torch.Tensor, valid: torch.Tensor | None, chunk: int) -> torch.Tensor:
+    """Which places hold a valid key: ``[B, Hkv, C, chunk]`` bool."""
+    batch, heads, length, _ = key.shape
+    if valid is None:
+        valid = torch.ones(batch, length, dtype=torch.bool, device=key.device)
+    mask = _pad_places(valid.unsqueeze(1), chunk)
+    return mask.view(batch, 1, -1, chunk).expand(-1, heads, -1, -1)
+
+
+def _without(mask: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """``mask`` with the places in ``index`` (last axis; -1: none) set to False."""
+    spare = mask.shape[-1]
+    wide = pad(mask, (0, 1))
+    return wide.scatter(-1, index.where(index >= 0, spare), False)[..., :spare]
+
+
+def _take(tensor: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """``tensor[b, h, index[b, h, r]]`` with zeros where the index is -1: ``[B, Hkv, R, D]``."""
+    place = index.long().clamp(min=0).unsqueeze(3).expand(-1, -1, -1, tensor.shape[3])
+    return tensor.gather(2, place).masked_fill((index < 0).unsqueeze(3), 0)
+
+
+def _add_members(tensor: torch.Tensor, owner: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Sum ``tensor`` ``[B, Hkv, Nk, D]`` over the members of each centroid row: ``[B, Hkv, R, D]``."""
+    rows = index.shape[2]
+    total = tensor.new_zeros(*index.shape[:2], rows + 1, tensor.shape[3])
+    for level in _levels_used(owner, index):
+        place = level.long().where(level >= 0, rows).unsqueeze(3).expand_as(tensor)
+        total = total.scatter_add(2, place, tensor)
+    return total[:, :, :rows]

@@ -1,0 +1,67 @@
+"""Everything that differs between torch versions or is not part of torch's stable API."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+
+def many_recompiles() -> Any:
+    """Context in which Dynamo's recompile limit does not end a capture (it would run eager, silently)."""
+    return torch._dynamo.config.patch(recompile_limit=2**16)
+
+
+def value_of(node: fx.Node) -> Any:
+    """What a node computes, as fake tensor or SymInt: Dynamo's ``example_value``, export's ``val``."""
+    found = node.meta.get("example_value")
+    return node.meta.get("val") if found is None else found
+
+
+def symbolic(size: Any) -> sympy.Expr:
+    """A size (int, SymInt, SymFloat, float or a node of one) as a sympy expression."""
+    if isinstance(size, fx.Node):
+        size = value_of(size)
+    if isinstance(size, (torch.SymInt, torch.SymFloat)):
+        expr: sympy.Expr = size.node.expr
+        return expr
+    return sympy.sympify(size)
+
+
+def hint(size: Any) -> int:
+    """The value a size has in the inputs being compiled for; installs no guard."""
+    if isinstance(size, torch.SymInt):
+        found = size.node.hint
+        if found is None:
+            raise ValueError(f"the size {size} has no value before the run")
+        return int(found)
+    return int(size)
+
+
+def known_equal(a: Any, b: Any) -> bool:
+    """Whether two sizes are equal for every input that the graph's guards admit."""
+    return bool(statically_known_true(a == b))
+
+
+def module_path(node: fx.Node) -> str:
+    """Dotted path of the module whose forward made the node, as in ``model.named_modules()``."""
+    stack = node.meta.get("nn_module_stack") or {}
+    if not stack:
+        return ""
+    path, _ = list(stack.values())[-1]
+    path = re.sub(r"^[LG]\[['\"](self['\"]\])?|\.slice\([^)]*\)", "", str(path))
+    path = re.sub(r"\._modules\b|['\"\]]", "", path).replace("[", ".")
+    return path.strip(".")
+
+
+def source_line(node: fx.Node) -> tuple[str, str]:
+    """``("file:line", "the code there")`` of the user's innermost frame; empty when not recorded."""
+    frames = re.findall(r'File "([^"]+)", line (\d+)[^\n]*\n\s*([^\n]*)', node.meta.get("stack_trace") or "")
+    if not frames:
+        return "", ""
+    file, line, code = frames[-1]
+    return f"{file}:{line}", code.strip()

@@ -1,0 +1,77 @@
+"""The settings of a compile: a plan for its sites and what decides which sites get it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from fnmatch import fnmatchcase
+from typing import Any
+
+from ..kernels.plan import OptionError, Plan, check_int
+
+INNER = ("inductor", "aot_eager", "eager")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Plan):
+    """Everything ``torch.compile(..., backend="prescore", options={...})`` takes.
+
+    A ``Plan`` (method, chunk, window, sinks, keep, centroids, cluster, routes, seed) and:
+
+    Attributes:
+        min_seq_len: sites with fewer keys than this run exact (reason ``too_short``).
+        inner: compiles the rewritten graph: "inductor", "aot_eager", "eager", or a callable
+            ``(GraphModule, example_inputs) -> callable``.
+        include: globs over module paths; a site whose path matches none runs exact.
+        exclude: globs over module paths; a site whose path matches one runs exact.
+        only_if_faster: keep sites exact where the cost model expects no gain.
+
+    Raises:
+        OptionError: naming the setting, what was got and what is allowed.
+    """
+
+    min_seq_len: int = 2048
+    inner: str | Callable[..., Any] = "inductor"
+    include: tuple[str, ...] = ("*",)
+    exclude: tuple[str, ...] = ()
+    only_if_faster: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_int("min_seq_len", self.min_seq_len, 0)
+        if not callable(self.inner) and self.inner not in INNER:
+            raise OptionError("inner", self.inner, "one of " + ", ".join(INNER) + ", or a callable")
+        if not isinstance(self.only_if_faster, bool):
+            raise OptionError("only_if_faster", self.only_if_faster, "a bool")
+        for key in ("include", "exclude"):
+            value = getattr(self, key)
+            if not isinstance(value, (list, tuple)) or not all(isinstance(glob, str) for glob in value):
+                raise OptionError(key, value, "a list or tuple of glob strings")
+            object.__setattr__(self, key, tuple(value))
+
+    @classmethod
+    def exact(cls, **options: Any) -> Config:
+        """The plan that keeps everything: sites are rewritten at any length and attend every key."""
+        everything: dict[str, Any] = dict(
+            window=None, sinks=0, keep=0, centroids=0, routes=0, min_seq_len=0, only_if_faster=False
+        )
+        return cls.from_options(everything | options)
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any] | None) -> Config:
+        """Build from the ``options`` mapping of ``torch.compile``; unknown keys are errors."""
+        known = [field.name for field in fields(cls)]
+        for key, value in (options or {}).items():
+            if key not in known:
+                raise OptionError(key, value, "no such option; the options are " + ", ".join(known))
+        return cls(**(options or {}))
+
+    @property
+    def plan(self) -> Plan:
+        """The plan of every rewritten site."""
+        return Plan(**self.settings())
+
+    def covers(self, module: str) -> bool:
+        """Whether ``include`` and ``exclude`` let a site of this module path be rewritten."""
+        included = any(fnmatchcase(module, glob) for glob in self.include)
+        return included and not any(fnmatchcase(module, glob) for glob in self.exclude)

@@ -1,0 +1,125 @@
+"""Lift masks: from the mask tensor of a site to what it says about (b, h, q, k)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from .compat import known_equal, symbolic, value_of
+from .elements import Elements, NotClosedForm
+from .find import Site
+
+B, H, Q, K = sympy.symbols("b h q k", integer=True, nonnegative=True)
+
+
+@dataclass(frozen=True)
+class Mask:
+    """What a site's queries may attend.
+
+    Attributes:
+        text: the mask in plain maths. causal: key ``k`` only for ``k <= q + Nk - Nq``.
+        valid: node ``[B, Nk]``; 0 or False where a key is padding. None: every key is valid.
+        reason: why it cannot be used, a code of ``reasons.REASONS`` perhaps with detail; "" if it can.
+        producers: the nodes that built the mask, which nothing may need any more.
+    """
+
+    text: str
+    causal: bool = False
+    valid: fx.Node | None = None
+    reason: str = ""
+    producers: tuple[fx.Node, ...] = ()
+
+
+def lift(site: Site) -> Mask:
+    """Read the producer graph of the site's mask."""
+    q_len, k_len = value_of(site.query).shape[2], value_of(site.key).shape[2]
+    if site.mask is None:
+        if site.is_causal and not known_equal(q_len, k_len):
+            return Mask("k <= q", reason="causal_misaligned")
+        return Mask("k <= q" if site.is_causal else "true", causal=site.is_causal)
+    if site.is_causal:
+        return Mask("?", reason="invalid_call")
+    mask = value_of(site.mask)
+    if mask.dtype != torch.bool:
+        return Mask(f"+ {site.mask.name}", reason="additive_mask")
+    elements = Elements()
+    index = tuple(
+        sympy.Integer(0) if isinstance(size, int) and size == 1 else axis
+        for axis, size in zip((B, H, Q, K)[4 - mask.dim() :], mask.shape, strict=True)
+    )
+    try:
+        meaning = elements.at(site.mask, index)
+    except NotClosedForm as error:
+        return Mask(f"{site.mask.name}[b, h, q, k]", reason=f"opaque_mask: {error}")
+    return _classify(site, sympy.sympify(meaning), elements, symbolic(k_len) - symbolic(q_len))
+
+
+def _classify(site: Site, meaning: Any, elements: Elements, shift: sympy.Expr) -> Mask:
+    text = _plain(meaning)
+    causal, valid = False, None
+    for term in _conjuncts(meaning):
+        if _is_causal(term, shift):
+            causal = True
+            continue
+        keys = _key_validity(term, elements)
+        if keys is not None and valid is None:
+            valid = keys
+            continue
+        opaque = any(_reads_pairs(atom) for atom in term.atoms(sympy.core.function.AppliedUndef))
+        return Mask(text, reason="opaque_mask" if opaque else f"unsupported_mask: {_plain(term)}")
+    return Mask(text, causal, valid, producers=tuple(elements.seen))
+
+
+def _conjuncts(meaning: Any) -> Iterable[Any]:
+    if meaning == sympy.true:
+        return ()
+    return meaning.args if isinstance(meaning, sympy.And) else (meaning,)
+
+
+def _is_causal(term: Any, shift: sympy.Expr) -> bool:
+    """Whether ``term`` is ``k <= q + shift`` in any spelling."""
+    if isinstance(term, (sympy.Ge, sympy.Gt)):
+        term = term.reversed
+    if not isinstance(term, (sympy.Le, sympy.Lt)):
+        return False
+    strict = 1 if isinstance(term, sympy.Lt) else 0
+    return bool(sympy.expand(term.lhs - term.rhs + strict - (K - Q - shift)) == 0)
+
+
+def _key_validity(term: Any, elements: Elements) -> fx.Node | None:
+    """The node ``[B, Nk]`` whose element (b, k) is not 0 exactly where ``term`` holds."""
+    if not isinstance(term, sympy.Ne) or term.rhs != 0:
+        return None
+    atom = term.lhs
+    if not isinstance(atom, sympy.core.function.AppliedUndef):
+        return None
+    node = elements.loads[atom.func.__name__]
+    shape = value_of(node).shape
+    if len(shape) != 2 or atom.args[1] != K:
+        return None
+    one_row = isinstance(shape[0], int) and shape[0] == 1
+    return node if atom.args[0] == B or (one_row and atom.args[0] == 0) else None
+
+
+def _reads_pairs(atom: Any) -> bool:
+    return bool(atom.has(Q) and atom.has(K))
+
+
+def _plain(expr: Any) -> str:
+    """The expression as a reader would write it."""
+    if isinstance(expr, sympy.And):
+        return " and ".join(sorted(f"({_plain(a)})" if isinstance(a, sympy.Or) else _plain(a) for a in expr.args))
+    if isinstance(expr, sympy.Or):
+        return " or ".join(sorted(f"({_plain(a)})" if isinstance(a, sympy.And) else _plain(a) for a in expr.args))
+    if isinstance(expr, sympy.Ne) and expr.rhs == 0:
+        return _plain(expr.lhs)
+    if isinstance(expr, (sympy.Ge, sympy.Gt)):
+        return _plain(expr.reversed)
+    if isinstance(expr, sympy.core.function.AppliedUndef):
+        return f"{expr.func.__name__}[{', '.join(str(a) for a in expr.args)}]"
+    return str(expr).replace("True", "true").replace("False", "false")

@@ -1,0 +1,27 @@
+"""Why a site is kept exact: one code each, with what the user can do. docs/reasons.md prints this."""
+
+from __future__ import annotations
+
+REASONS = {
+    "too_short": "Fewer keys than min_seq_len. Lower min_seq_len to rewrite it all the same.",
+    "not_faster": "The cost model expects no gain at this length. Set only_if_faster=False to insist, "
+    "or choose a plan with fewer routes or rows.",
+    "excluded": "include or exclude leaves this module path out.",
+    "dropout": "Attention dropout is on. Call model.eval(), or train without attention dropout.",
+    "opaque_mask": "The mask is not a closed form of batch, head, query and key indices. Build it from "
+    "aranges and comparisons inside the compiled region, or pass is_causal=True.",
+    "unsupported_mask": "The mask was understood (the reason prints it) but the kernels do not take it yet.",
+    "additive_mask": "The mask is a float tensor added to the logits. Use a boolean mask.",
+    "causal_misaligned": "Causal attention over q_len != k_len keys: is_causal=True aligns the first query "
+    "with the first key there, which is seldom meant.",
+    "cross_attention": "Queries and keys have different lengths, so no window is near a query.",
+    "unsupported_rank": "Query, key and value must be [batch, heads, length, head_dim].",
+    "unsupported_dtype": "Query, key and value must all be float32, bfloat16 or float16.",
+    "unsupported_device": "There are kernels for the CPU only, so far.",
+    "no_compiler": "The CPU kernels need a C++ compiler: install g++ or clang++, or set CXX.",
+    "unsupported_heads": "Query heads are not a multiple of key/value heads, or keys and values differ in heads.",
+    "unsupported_head_dim": "Heads of more than 256 features.",
+    "broadcast_batch": "Query, key and value have different batch sizes.",
+    "empty": "A dimension is 0.",
+    "invalid_call": "The call itself is not valid (is_causal with attn_mask); torch reports it.",
+}

@@ -1,0 +1,93 @@
+"""What was decided for each site, and what it costs: data only."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from tabulate import tabulate
+
+from ..kernels.plan import Plan
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """One attention found in a graph.
+
+    Attributes:
+        module: path as in ``model.named_modules()``; "" outside any module.
+        source: ``file:line`` of the call in the user's code. code: that line.
+        decision: "rewrite" or "keep". reason: a code of docs/reasons.md, perhaps followed by
+            ``: detail``; "" where rewritten.
+        plan: the settings it runs with; None where kept.
+        mask: what the site's mask means, in plain maths over b, h, q, k.
+        shape: batch, heads, kv_heads, q_len, k_len, head_dim as ints or symbols.
+        exact_cost, prescored_cost: multiply-adds at the sizes compiled for; the latter includes
+            scoring and routing, and is None where no plan applies.
+        density: attended pairs, routing counted in / exact pairs; None where kept.
+    """
+
+    module: str
+    source: str
+    code: str
+    decision: str
+    reason: str
+    plan: Plan | None
+    mask: str
+    shape: dict[str, str]
+    exact_cost: int | None
+    prescored_cost: int | None
+    density: float | None
+
+
+@dataclass
+class Report:
+    """The sites of every graph of a compile, in the order of the graphs."""
+
+    sites: list[SiteReport] = field(default_factory=list)
+
+    @property
+    def rewritten(self) -> list[SiteReport]:
+        return [site for site in self.sites if site.decision == "rewrite"]
+
+    @property
+    def kept(self) -> list[SiteReport]:
+        return [site for site in self.sites if site.decision == "keep"]
+
+    def to_json(self) -> str:
+        """The report as a JSON object: ``{"sites": [...]}``."""
+        sites = [vars(site) | {"plan": site.plan and site.plan.settings()} for site in self.sites]
+        return json.dumps({"sites": sites}, indent=2)
+
+    def __str__(self) -> str:
+        if not self.sites:
+            return "no attention found"
+        head = f"{len(self.sites)} sites: {len(self.rewritten)} rewritten, {len(self.kept)} kept exact"
+        table = tabulate([_row(site) for site in self.sites], headers="keys", disable_numparse=True)
+        return "\n".join([head, "", str(table), *_plans(self.rewritten)])
+
+
+def _row(site: SiteReport) -> dict[str, Any]:
+    shape = site.shape
+    return {
+        "module": site.module or "-",
+        "source": "/".join(site.source.rsplit("/", 2)[-2:]),
+        "decision": site.decision,
+        "reason": site.reason or "-",
+        "mask": site.mask,
+        "heads": f"{shape.get('heads', '?')}/{shape.get('kv_heads', '?')}",
+        "keys": shape.get("k_len", "?"),
+        "exact": _giga(site.exact_cost),
+        "prescored": _giga(site.prescored_cost),
+        "density": "-" if site.density is None else f"{100 * site.density:.1f}%",
+    }
+
+
+def _giga(cost: int | None) -> str:
+    return "-" if cost is None else f"{cost / 1e9:.3g} GMAC"
+
+
+def _plans(sites: list[SiteReport]) -> list[str]:
+    plans = {str(site.plan.settings()) for site in sites if site.plan}
+    return ["", *(f"plan: {plan}" for plan in sorted(plans))] if plans else []

@@ -1,0 +1,17 @@
+"""``torch.compile(model, backend="prescore")``: attention that ranks its keys first."""
+
+from __future__ import annotations
+
+from pathlib import Path as _Path
+
+_ROOT = _Path(__file__).resolve().parent.parent
+if (_ROOT / "kernels" / "attend.cpp").is_file() and not (_Path(__file__).parent / "kernels").exists():
+    # Run from a checkout: `kernels` and `passes` lie beside this folder, not inside it.
+    __path__.append(str(_ROOT))
+
+from .attention import attention  # noqa: E402
+from .backend import explain, prescore  # noqa: E402
+from .passes import Config, Report, SiteReport  # noqa: E402
+
+__version__ = "0.1.0"
+__all__ = ["Config", "Report", "SiteReport", "__version__", "attention", "explain", "prescore"]

@@ -1,0 +1,108 @@
+"""The torch.compile backend and ``explain``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import fx
+from torch._dynamo import lookup_backend
+
+from .passes import Config, Report, rewrite
+from .passes.compat import many_recompiles
+from .passes.config import OptionError
+
+Compiled = Callable[..., Any]
+
+
+def prescore(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+) -> Compiled:
+    """The backend behind ``torch.compile(model, backend="prescore", options={...})``.
+
+    Args:
+        gm, example_inputs: what Dynamo captured. options: see ``Config``.
+        mode: an Inductor mode ("reduce-overhead", ...), for ``inner="inductor"``.
+
+    Raises:
+        OptionError: an option that does not exist or has a wrong type or value.
+    """
+    config = Config.from_options(options)
+    gm, _ = rewrite(gm, config)
+    return compile_inner(gm, example_inputs, config, mode)
+
+
+def compile_inner(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config, mode: str | None = None
+) -> Compiled:
+    """Compile a graph with ``config.inner``."""
+    if mode not in (None, "default") and config.inner != "inductor":
+        raise OptionError("mode", mode, f"only with inner='inductor', not {config.inner!r}")
+    if callable(config.inner):
+        compiled: Compiled = config.inner(gm, example_inputs)
+        return compiled
+    inner = lookup_backend(config.inner)
+    if mode in (None, "default"):
+        return inner(gm, example_inputs)  # type: ignore[no-any-return]
+    return inner(gm, example_inputs, config_patches=torch._inductor.list_mode_options(mode))  # type: ignore[call-arg, no-any-return]
+
+
+class _Captured(Exception):
+    """The graph is known: there is no need to run it."""
+
+
+def explain(
+    model: Callable[..., Any], *args: Any, config: Config | None = None, dynamic: bool | None = None, **kwargs: Any
+) -> Report:
+    """What ``backend="prescore"`` does to a call ``model(*args, **kwargs)``.
+
+    A model that is one graph is only captured. One with graph breaks runs (exact, uncompiled), so
+    that every graph is seen.
+
+    Args:
+        model: module or function. config: default ``Config()``. dynamic: as in ``torch.compile``.
+        *args, **kwargs: of the call.
+
+    Returns:
+        The report; ``print`` it for a table, ``.sites`` for the data, ``.to_json()``.
+    """
+    reports: list[Report] = []
+
+    def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Compiled:
+        reports.append(rewrite(gm, config)[1])
+
+        def stop(*_: Any) -> Any:
+            raise _Captured
+
+        return stop
+
+    def capture_and_run(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Compiled:
+        reports.append(rewrite(gm, config)[1])
+        return gm.forward
+
+    call = _fresh(_call)
+    try:
+        torch.compile(call, backend=capture, dynamic=dynamic, fullgraph=True)(model, args, kwargs)
+    except _Captured:
+        pass
+    except torch._dynamo.exc.TorchDynamoException:
+        reports.clear()
+        with many_recompiles():
+            torch.compile(call, backend=capture_and_run, dynamic=dynamic)(model, args, kwargs)
+    return Report([site for report in reports for site in report.sites])
+
+
+def _call(self: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    return self(*args, **kwargs)
+
+
+def _fresh(function: FunctionType) -> FunctionType:
+    """A copy with a code object of its own: Dynamo counts recompiles by code object, and looking
+    at a model must not use up the recompiles of its ``forward``."""
+    return FunctionType(function.__code__.replace(), function.__globals__, function.__name__)

