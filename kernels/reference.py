@@ -217,15 +217,20 @@ def _logits(query: torch.Tensor, key: torch.Tensor, scale: float) -> torch.Tenso
 
 
 def _weigh(weights: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """``weights @ value``, ``[B, H, T, Dv]``, for grouped heads."""
-    grouped = _per_kv_head(weights, value.shape[1]) @ value
-    return grouped.view(*weights.shape[:3], value.shape[3])
+    """``weights @ value``, ``[B, H, T, Dv]``, for grouped heads; a weight of 0 reads nothing."""
+    grouped = _per_kv_head(weights, value.shape[1])
+    finite = value.isfinite()
+    out = grouped @ value.where(finite, 0)
+    if not finite.all():  # 0 * inf is NaN: it must reach only the queries that attend it
+        met = (grouped > 0).to(out.dtype) @ (~finite).to(out.dtype) > 0
+        out = out.masked_fill(met, float("nan"))
+    return out.view(*weights.shape[:3], value.shape[3])
 
 
 def _per_kv_head(tensor: torch.Tensor, heads: int) -> torch.Tensor:
     """``[B, H, T, X]`` -> ``[B, Hkv, G * T, X]``: the G query heads of a KV head are consecutive."""
-    batch, _, length, last = tensor.shape
-    return tensor.reshape(batch, heads, -1, last) if length else tensor.new_zeros(batch, heads, 0, last)
+    batch, all_heads, length, last = tensor.shape
+    return tensor.reshape(batch, heads, all_heads // heads * length, last)
 
 
 def _per_query_head(tensor: torch.Tensor, query: torch.Tensor) -> torch.Tensor:

@@ -84,7 +84,8 @@ def score(
         for at in range(0, len(keys), CHUNKS_AT_ONCE)
     ]
     scores = torch.cat(parts) if parts else keys.new_zeros(0, plan.chunk)
-    return scores.nan_to_num(nan=math.inf).view(batch, heads, -1)[..., :length].contiguous()
+    places = chunk_count(length, plan.chunk) * plan.chunk
+    return scores.nan_to_num(nan=math.inf).view(batch, heads, places)[..., :length].contiguous()
 
 
 def sink_index(key: torch.Tensor, valid: torch.Tensor | None, sinks: int) -> torch.Tensor:
@@ -175,7 +176,7 @@ def _clusters(
         parts = [_represent(keys, inside, plan.cluster)]
     order, mean, spread, size = (torch.cat(p) for p in zip(*parts, strict=True))
     first = torch.arange(0, places, plan.chunk, device=key.device)
-    order = order.view(batch, heads, -1, plan.chunk) + first.unsqueeze(1)
+    order = order.view(batch, heads, places // plan.chunk, plan.chunk) + first.unsqueeze(1)
     order = order.view(batch, heads, places)
     order = order.where(member.gather(2, order), -1)
     shape = (batch, heads, places // plan.cluster)
@@ -301,8 +302,8 @@ def _place_back(owner: torch.Tensor, begin: torch.Tensor, places: int) -> torch.
 def _chunks(tensor: torch.Tensor, chunk: int) -> torch.Tensor:
     """``[B, H, N, D]`` -> ``[B, H, C, chunk, D]``, zero-padded at the end."""
     length = tensor.shape[2]
-    padded = pad(tensor, (0, 0, 0, chunk_count(length, chunk) * chunk - length))
-    return padded.unflatten(2, (-1, chunk)) if length else padded.view(*tensor.shape[:2], 0, chunk, -1)
+    count = chunk_count(length, chunk)
+    return pad(tensor, (0, 0, 0, count * chunk - length)).unflatten(2, (count, chunk))
 
 
 def _pad_places(tensor: torch.Tensor, chunk: int) -> torch.Tensor:
@@ -315,7 +316,7 @@ def _chunk_mask(key: torch.Tensor, valid: torch.Tensor | None, chunk: int) -> to
     if valid is None:
         valid = torch.ones(batch, length, dtype=torch.bool, device=key.device)
     mask = _pad_places(valid.unsqueeze(1), chunk)
-    return mask.view(batch, 1, -1, chunk).expand(-1, heads, -1, -1)
+    return mask.view(batch, 1, chunk_count(length, chunk), chunk).expand(-1, heads, -1, -1)
 
 
 def _without(mask: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -327,6 +328,8 @@ def _without(mask: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 
 def _take(tensor: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """``tensor[b, h, index[b, h, r]]`` with zeros where the index is -1: ``[B, Hkv, R, D]``."""
+    if not tensor.shape[2]:
+        return tensor.new_zeros(*index.shape, tensor.shape[3])
     place = index.long().clamp(min=0).unsqueeze(3).expand(-1, -1, -1, tensor.shape[3])
     return tensor.gather(2, place).masked_fill((index < 0).unsqueeze(3), 0)
 

@@ -63,7 +63,7 @@ def explain(
     """What ``backend="prescore"`` does to a call ``model(*args, **kwargs)``.
 
     A model that is one graph is only captured. One with graph breaks runs (exact, uncompiled), so
-    that every graph is seen.
+    that every graph is seen, and Dynamo's caches are cleared afterwards.
 
     Args:
         model: module or function. config: default ``Config()``. dynamic: as in ``torch.compile``.
@@ -95,6 +95,8 @@ def explain(
         reports.clear()
         with many_recompiles():
             torch.compile(call, backend=capture_and_run, dynamic=dynamic)(model, args, kwargs)
+        # The model's own code objects were compiled: give their recompiles back.
+        torch._dynamo.reset()
     return Report([site for report in reports for site in report.sites])
 
 

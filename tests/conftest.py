@@ -1,0 +1,84 @@
+"""What the tests share: random attention inputs, plans, and the error budget."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from prescore_compile.kernels import reference
+from prescore_compile.kernels import summary as summaries
+from prescore_compile.kernels.plan import Plan
+from prescore_compile.kernels.reference import Operands
+from prescore_compile.kernels.summary import Summary
+
+# Small, and between them every source: window, sinks, selected keys, centroids, routes.
+PLANS = {
+    "routes": Plan(chunk=32, window=16, sinks=3, routes=3),
+    "wide clusters": Plan(chunk=64, window=0, sinks=5, routes=2, cluster=32),
+    "keep": Plan(chunk=32, window=8, sinks=2, keep=4, routes=0),
+    "keep and routes": Plan(chunk=32, window=16, sinks=2, keep=5, routes=3),
+    "centroids": Plan(chunk=32, window=8, sinks=2, keep=4, centroids=3, routes=0),
+    "streaming": Plan(chunk=16, window=40, sinks=4, routes=0),
+}
+EVERYTHING = {
+    "window": Plan(window=None, sinks=0, routes=0),
+    "routes": Plan(chunk=32, window=8, sinks=4, routes=10**6),
+    "rows": Plan(chunk=128, window=8, sinks=4, routes=0, keep=128),  # up to 256 keys
+}
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> None:
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+
+
+def operands(
+    length: int,
+    *,
+    heads: int = 4,
+    kv_heads: int = 2,
+    dim: int = 16,
+    value_dim: int = 16,
+    batch: int = 2,
+    causal: bool = True,
+    padded: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> Operands:
+    """Random operands; ``padded`` pads row 0 on the left and row 1 on the right."""
+    valid = None
+    if padded:
+        valid = torch.ones(batch, length, dtype=torch.bool)
+        valid[0, : length // 3] = False
+        valid[-1, length - length // 4 :] = False
+    return Operands(
+        torch.randn(batch, heads, length, dim, dtype=dtype),
+        torch.randn(batch, kv_heads, length, dim, dtype=dtype),
+        torch.randn(batch, kv_heads, length, value_dim, dtype=dtype),
+        valid,
+        causal,
+        dim**-0.5,
+    )
+
+
+def summary_of(site: Operands, plan: Plan) -> Summary:
+    scores = None
+    if plan.keep:
+        scores = summaries.score(site.query, site.key, site.valid, plan, site.causal, site.scale)
+    return summaries.summarize(site.key, site.value, site.valid, scores, plan)
+
+
+def routes_of(site: Operands, summary: Summary, plan: Plan) -> torch.Tensor:
+    return reference.route(site.query, summary, plan, site.causal, site.key.shape[2], site.scale)
+
+
+def in_double(site: Operands) -> Operands:
+    return site._replace(query=site.query.double(), key=site.key.double(), value=site.value.double())
+
+
+def check_budget(got: torch.Tensor, low: torch.Tensor, true: torch.Tensor) -> None:
+    """Within 2 x (the low-precision reference's own error + one rounding of the result)."""
+    band = torch.finfo(got.dtype).eps * true.abs().max()
+    budget = 2 * ((low.double() - true).abs().max() + band)
+    error = (got.double() - true).abs().max()
+    assert error <= budget, f"error {error:.3g}, budget {budget:.3g}"

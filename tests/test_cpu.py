@@ -1,0 +1,190 @@
+"""The compiled kernels against the reference in double precision."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from conftest import EVERYTHING, PLANS, check_budget, in_double, operands, routes_of, summary_of
+
+from prescore_compile.kernels import cpu, ops, reference
+from prescore_compile.kernels.plan import Plan
+from prescore_compile.kernels.reference import Operands
+
+pytestmark = pytest.mark.skipif(not cpu.available(), reason="no C++ compiler")
+
+
+def wide(summary):  # type: ignore[no-untyped-def]
+    return summary._replace(row_key=summary.row_key.double(), row_value=summary.row_value.double())
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("length", [1, 17, 64, 333])
+@pytest.mark.parametrize("name", PLANS)
+def test_attend_meets_the_reference(name: str, length: int, causal: bool, padded: bool) -> None:
+    plan = PLANS[name]
+    site = operands(length, causal=causal, padded=padded, dim=24, value_dim=40)
+    summary = summary_of(site, plan)
+    routes = routes_of(site, summary, plan)
+    true = reference.attend(in_double(site), wide(summary), routes, plan)
+    check_budget(cpu.attend(site, summary, routes, plan), reference.attend(site, summary, routes, plan), true)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", PLANS)
+def test_low_precision(name: str, dtype: torch.dtype) -> None:
+    plan = PLANS[name]
+    site = operands(300, dtype=dtype)
+    summary = summary_of(site, plan)
+    routes = routes_of(site, summary, plan)
+    true = reference.attend(in_double(site), wide(summary), routes, plan)
+    got = cpu.attend(site, summary, routes, plan)
+    assert got.dtype == dtype
+    check_budget(got, reference.attend(site, summary, routes, plan), true)
+
+
+@pytest.mark.parametrize(("dim", "value_dim"), [(1, 1), (8, 8), (33, 65), (64, 64), (80, 80), (128, 128), (256, 256)])
+def test_any_head_dim(dim: int, value_dim: int) -> None:
+    plan = PLANS["keep and routes"]
+    site = operands(150, dim=dim, value_dim=value_dim)
+    summary = summary_of(site, plan)
+    routes = routes_of(site, summary, plan)
+    true = reference.attend(in_double(site), wide(summary), routes, plan)
+    check_budget(cpu.attend(site, summary, routes, plan), reference.attend(site, summary, routes, plan), true)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (3, 3), (6, 2), (8, 1)])
+def test_mha_gqa_mqa(heads: int, kv_heads: int) -> None:
+    plan = PLANS["routes"]
+    site = operands(200, heads=heads, kv_heads=kv_heads)
+    summary = summary_of(site, plan)
+    routes = cpu.route(site.query, summary, plan, True, 200, site.scale)
+    torch.testing.assert_close(
+        cpu.attend(site, summary, routes, plan), reference.attend(site, summary, routes, plan), atol=2e-6, rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize("tile", [1, 3, 64, 1000])
+def test_the_tile_does_not_matter(tile: int) -> None:
+    plan = PLANS["keep and routes"]
+    site = operands(333)
+    summary = summary_of(site, plan)
+    routes = routes_of(site, summary, plan)
+    torch.testing.assert_close(cpu.attend(site, summary, routes, plan, tile), cpu.attend(site, summary, routes, plan))
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("length", [1, 64, 333, 1000])
+@pytest.mark.parametrize("name", ["routes", "wide clusters", "keep and routes"])
+def test_route_chooses_the_best_clusters(name: str, length: int, causal: bool, padded: bool) -> None:
+    """The same number of routes, ascending, eligible, and as good as the reference's to rounding."""
+    plan = PLANS[name]
+    site = operands(length, causal=causal, padded=padded)
+    summary = summary_of(site, plan)
+    got = cpu.route(site.query, summary, plan, causal, length, site.scale)
+    want = routes_of(site, summary, plan)
+    assert torch.equal(got >= 0, want >= 0)
+    clusters = summary.mean.shape[2]
+    ascending = got.where(got >= 0, clusters + torch.arange(got.shape[3], dtype=torch.int32))
+    assert (ascending.diff(dim=3) > 0).all()
+    scores = reference.routing_scores(site.query.double(), summary, site.scale)
+    taken = [scores.gather(3, r.long().clamp(min=0)).masked_fill(r < 0, 0).sort(3).values for r in (got, want)]
+    torch.testing.assert_close(*taken, atol=1e-5, rtol=1e-5)
+    if causal:
+        first = got // (plan.chunk // plan.cluster) * plan.chunk
+        finished = (torch.arange(length) - plan.window).clamp(min=0) // plan.chunk * plan.chunk
+        assert (first < finished[:, None]).logical_or(got < 0).all()
+
+
+def test_route_breaks_ties_by_position() -> None:
+    plan = Plan(chunk=16, window=0, sinks=0, routes=2)
+    site = operands(160, causal=True)._replace(key=torch.ones(2, 2, 160, 16))
+    summary = summary_of(site, plan)
+    routes = cpu.route(site.query, summary, plan, True, 160, site.scale)
+    assert (routes[:, :, 48:] == torch.tensor([0, 1], dtype=torch.int32)).all()
+
+
+def test_strided_inputs() -> None:
+    """The [B, N, H, D] layout that every model's transpose makes, and one with strided features."""
+    plan = PLANS["routes"]
+    site = operands(200)
+    want = ops.prescored(site, plan)
+    turned = site._replace(
+        query=site.query.transpose(1, 2).contiguous().transpose(1, 2),
+        key=site.key.transpose(2, 3).contiguous().transpose(2, 3),
+        value=torch.cat([site.value, site.value], 3)[..., :16],
+    )
+    torch.testing.assert_close(ops.prescored(turned, plan), want)
+
+
+def test_the_same_input_gives_the_same_bits_for_any_number_of_threads() -> None:
+    plan = PLANS["keep and routes"]
+    site = operands(500)
+    threads = torch.get_num_threads()
+    base = ops.prescored(site, plan)
+    state = torch.random.get_rng_state()
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            assert torch.equal(ops.prescored(site, plan), base)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(torch.random.get_rng_state(), state), "the global generator was touched"
+
+
+@pytest.mark.parametrize("name", EVERYTHING)
+def test_large_logits(name: str) -> None:
+    site = operands(200)
+    site = site._replace(query=site.query * 300)
+    want = reference.exact(in_double(site))
+    check_budget(ops.prescored(site, EVERYTHING[name]), reference.exact(site), want)
+
+
+@pytest.mark.parametrize("what", ["key", "value", "query"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("name", ["routes", "keep and routes", "wide clusters"])
+def test_what_is_not_finite_is_never_hidden(name: str, bad: float, what: str) -> None:
+    """Wherever exact attention gives NaN the prescored one does, and nowhere does it for an earlier query."""
+    if what == "query" and bad == math.inf:
+        pytest.skip("an infinite query gives finite output where every key has the sign to underflow")
+    plan = PLANS[name]
+    site = operands(200)
+    at = 70
+    getattr(site, what)[0, 1, at, 5] = bad
+    out, exact = ops.prescored(site, plan), reference.exact(site)
+    assert torch.isfinite(out[:, :, :at]).all()
+    lost = ~torch.isfinite(exact).all(3)
+    assert not torch.isfinite(out).all(3)[lost].any()
+
+
+def test_padding_may_hold_anything() -> None:
+    plan = PLANS["keep and routes"]
+    site = operands(200, padded=True)
+    want = ops.prescored(site, plan)
+    hidden = ~site.valid[:, None, :, None]
+    dirty = site._replace(
+        key=site.key.masked_fill(hidden, math.nan), value=site.value.masked_fill(hidden, math.inf)
+    )
+    seen = site.valid[:, None, :, None].expand_as(want)
+    torch.testing.assert_close(ops.prescored(dirty, plan)[seen], want[seen])
+
+
+def test_continuing_a_cache() -> None:
+    """Causal with fewer queries than keys: the last query sees the last key."""
+    full = operands(300)
+    tail = full._replace(query=full.query[:, :, 250:])
+    for plan in (PLANS["routes"], EVERYTHING["window"], EVERYTHING["routes"]):
+        summary = summary_of(full, plan)
+        routes = [cpu.route(s.query, summary, plan, True, 300, s.scale) for s in (full, tail)]
+        whole, part = (cpu.attend(s, summary, r, plan) for s, r in zip((full, tail), routes, strict=True))
+        torch.testing.assert_close(part, whole[:, :, 250:])
+
+
+def test_empty() -> None:
+    for batch, heads, length in ((0, 4, 8), (2, 4, 0)):
+        q = torch.randn(batch, heads, length, 16)
+        for plan in (*PLANS.values(), *EVERYTHING.values()):
+            assert ops.prescored(Operands(q, q, q, None, True, 0.25), plan).shape == q.shape
