@@ -1,8 +1,8 @@
 """The four operators that the graph pass inserts: score, summarize, route, attend.
 
 Registered with ``torch.library`` under ``prescore::``, with fake implementations (shapes only) and
-gradients, so that Inductor, AOTAutograd and ``torch.export`` see them. A plan travels as plain
-integers. The compiled CPU kernels run where they can; anything else runs the reference.
+gradients, so that Inductor, AOTAutograd and ``torch.export`` see them. A plan travels as
+its text. The compiled CPU kernels run where they can; anything else runs the reference.
 """
 
 from __future__ import annotations
@@ -14,32 +14,15 @@ from torch import Tensor
 
 from . import cpu, reference
 from . import summary as summaries
-from .plan import PLAN_FIELDS, Plan
+from .plan import Plan
 from .reference import Operands
 from .summary import Summary
-
-_INTEGERS = tuple(name for name in PLAN_FIELDS if name != "method")
-
-
-def pack_plan(plan: Plan) -> list[int]:
-    """The plan's integers in field order; the method travels apart, ``window=None`` as -1."""
-    values = [getattr(plan, name) for name in _INTEGERS]
-    return [-1 if value is None else value for value in values]
-
-
-def unpack_plan(settings: list[int], method: str = "random") -> Plan:
-    """The inverse of ``pack_plan``."""
-    values: dict[str, Any] = dict(zip(_INTEGERS, settings, strict=True))
-    if values["window"] < 0:
-        values["window"] = None
-    return Plan(method=method, **values)
-
 
 def prescored(site: Operands, plan: Plan) -> Tensor:
     """Score, summarize, route and attend one site: ``[B, H, Nq, Dv]`` in the query's dtype."""
     q, k, v, valid, causal, scale = site
-    settings = pack_plan(plan)
-    scores = score(q, k, valid, settings, plan.method, causal, scale) if plan.keep else None
+    settings = plan.text
+    scores = score(q, k, valid, settings, causal, scale) if plan.keep else None
     parts = summarize(k, v, valid, scores, settings)
     order, mean, spread, bias, index, owner, row_key, row_value, row_bias = parts
     routes = route(q, mean, spread, bias, settings, causal, k.shape[2], scale) if plan.routes else None
@@ -48,14 +31,14 @@ def prescored(site: Operands, plan: Plan) -> Tensor:
 
 @torch.library.custom_op("prescore::score", mutates_args=())
 def score(
-    query: Tensor, key: Tensor, valid: Tensor | None, plan: list[int], method: str, causal: bool, scale: float
+    query: Tensor, key: Tensor, valid: Tensor | None, plan: str, causal: bool, scale: float
 ) -> Tensor:
     """Scores ``[B, Hkv, Nk]`` float32; see ``kernels.summary.score``. Not differentiable."""
-    return summaries.score(query, key, valid, unpack_plan(plan, method), causal, scale)
+    return summaries.score(query, key, valid, Plan.parse(plan), causal, scale)
 
 
 @score.register_fake
-def _(query, key, valid, plan, method, causal, scale):  # type: ignore[no-untyped-def]
+def _(query, key, valid, plan, causal, scale):  # type: ignore[no-untyped-def]
     return key.new_empty(key.shape[:3], dtype=torch.float32)
 
 
@@ -74,15 +57,15 @@ score.register_autograd(_constant_backward, setup_context=_constant_setup)
 
 @torch.library.custom_op("prescore::summarize", mutates_args=())
 def summarize(
-    key: Tensor, value: Tensor, valid: Tensor | None, scores: Tensor | None, plan: list[int]
+    key: Tensor, value: Tensor, valid: Tensor | None, scores: Tensor | None, plan: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The fields of ``kernels.summary.Summary``; row_key and row_value are differentiable."""
-    return tuple(summaries.summarize(key, value, valid, scores, unpack_plan(plan)))  # type: ignore[return-value]
+    return tuple(summaries.summarize(key, value, valid, scores, Plan.parse(plan)))  # type: ignore[return-value]
 
 
 @summarize.register_fake
 def _(key, value, valid, scores, plan):  # type: ignore[no-untyped-def]
-    settings = unpack_plan(plan)
+    settings = Plan.parse(plan)
     batch, heads, length, dim = key.shape
     chunks = (length + settings.chunk - 1) // settings.chunk
     places = chunks * settings.chunk if settings.routes else 0
@@ -141,7 +124,7 @@ def route(
     mean: Tensor,
     spread: Tensor,
     bias: Tensor,
-    plan: list[int],
+    plan: str,
     causal: bool,
     k_len: int,
     scale: float,
@@ -150,12 +133,12 @@ def route(
     none = mean.new_empty(0)
     summary = Summary(none, mean, spread, bias, none, none, none, none, none)
     implementation = cpu.route if _compiled(query) else reference.route
-    return implementation(query, summary, unpack_plan(plan), causal, k_len, scale)
+    return implementation(query, summary, Plan.parse(plan), causal, k_len, scale)
 
 
 @route.register_fake
 def _(query, mean, spread, bias, plan, causal, k_len, scale):  # type: ignore[no-untyped-def]
-    count = torch.sym_min(unpack_plan(plan).routes, mean.shape[2])
+    count = torch.sym_min(Plan.parse(plan).routes, mean.shape[2])
     return query.new_empty((*query.shape[:3], count), dtype=torch.int32)
 
 
@@ -175,7 +158,7 @@ def attend(
     row_key: Tensor,
     row_value: Tensor,
     row_bias: Tensor,
-    plan: list[int],
+    plan: str,
     causal: bool,
     scale: float,
 ) -> Tensor:
@@ -187,8 +170,8 @@ def attend(
     summary = _rows_and_order(order, row_index, row_owner, row_key, row_value, row_bias)
     routes = _or_no_routes(routes, query)
     if _compiled(query):
-        return cpu.attend(site, summary, routes, unpack_plan(plan))
-    out = reference.attend(site, summary, routes, unpack_plan(plan))
+        return cpu.attend(site, summary, routes, Plan.parse(plan))
+    out = reference.attend(site, summary, routes, Plan.parse(plan))
     return out.transpose(1, 2).contiguous().transpose(1, 2)
 
 
@@ -230,14 +213,14 @@ def attend_backward(
     row_key: Tensor,
     row_value: Tensor,
     row_bias: Tensor,
-    plan: list[int],
+    plan: str,
     causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients in query, key, value, row_key and row_value, each in its tensor's dtype."""
     site = Operands(query, key, value, valid, causal, scale)
     summary = _rows_and_order(order, row_index, row_owner, row_key, row_value, row_bias)
-    grads = reference.attend_backward(grad, site, summary, _or_no_routes(routes, query), unpack_plan(plan))
+    grads = reference.attend_backward(grad, site, summary, _or_no_routes(routes, query), Plan.parse(plan))
     wanted = (query, key, value, row_key, row_value)
     return tuple(g.to(t.dtype) for g, t in zip(grads, wanted, strict=True))  # type: ignore[return-value]
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+import functools
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 METHODS = ("kmeans", "leverage", "peak", "random")
@@ -61,6 +62,8 @@ class Plan:
     cluster: int = 16
     routes: int = 27
     seed: int = 0
+    text: str = field(init=False, repr=False, compare=False, default="")
+    """The settings as ``"method=peak chunk=128 ..."``: how a plan travels through a graph."""
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -86,6 +89,7 @@ class Plan:
                 f"0 while routes is not 0 (routes={self.routes}): a routed key that also stands "
                 "in a centroid would be counted twice",
             )
+        object.__setattr__(self, "text", " ".join(f"{k}={v}" for k, v in self.settings().items()))
 
     @property
     def rows_per_segment(self) -> int:
@@ -96,5 +100,19 @@ class Plan:
         """The plan as a plain dict, in field order."""
         return {name: getattr(self, name) for name in PLAN_FIELDS}
 
+    @staticmethod
+    def parse(text: str) -> Plan:
+        """The plan whose ``text`` this is."""
+        return _parse(text)
 
-PLAN_FIELDS = tuple(field.name for field in fields(Plan))
+
+PLAN_FIELDS = tuple(f.name for f in fields(Plan) if f.init)
+
+
+@functools.cache
+def _parse(text: str) -> Plan:
+    values: dict[str, Any] = dict(setting.split("=") for setting in text.split())
+    for name, value in values.items():
+        if name != "method":
+            values[name] = None if value == "None" else int(value)
+    return Plan(**values)

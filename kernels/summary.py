@@ -64,14 +64,16 @@ def score(
     """Scores ``[B, Hkv, Nk]`` float32 of the plan's method, chunk by chunk.
 
     ``query`` ``[B, H, Nk, D]`` stands at the same positions as ``key`` ``[B, Hkv, Nk, D]``;
-    ``valid`` ``[B, Nk]`` bool. A NaN score becomes +inf: a key that is not finite is kept.
+    ``valid`` ``[B, Nk]`` bool. A key that is not finite scores +inf: it must be met, not hidden.
     """
     batch, heads, length, dim = key.shape
     group = query.shape[1] // heads
+    finite = key.isfinite().all(3)
     keys = _chunks(key.float(), plan.chunk).flatten(0, 2)
     queries = _chunks(query.float(), plan.chunk)
     queries = queries.unflatten(1, (heads, group)).transpose(2, 3).flatten(0, 2)
-    mask = _chunk_mask(key, valid, plan.chunk).flatten(0, 2)
+    mask = _chunk_mask(key, valid, plan.chunk) & _pad_places(finite, plan.chunk).unflatten(2, (chunk_count(length, plan.chunk), plan.chunk))
+    mask = mask.flatten(0, 2)
     parts = [
         SCORERS[plan.method](
             keys[at : at + CHUNKS_AT_ONCE],
@@ -85,7 +87,7 @@ def score(
     ]
     scores = torch.cat(parts) if parts else keys.new_zeros(0, plan.chunk)
     places = chunk_count(length, plan.chunk) * plan.chunk
-    return scores.nan_to_num(nan=math.inf).view(batch, heads, places)[..., :length].contiguous()
+    return scores.view(batch, heads, places)[..., :length].masked_fill(~finite, math.inf)
 
 
 def sink_index(key: torch.Tensor, valid: torch.Tensor | None, sinks: int) -> torch.Tensor:
@@ -154,7 +156,7 @@ def scatter_rows(
         size = _add_members(ones, owner, index).clamp(min=1)
         for level in _levels_used(owner, index):
             grad = grad + _take(rows / size, level)
-    return grad
+    return grad.contiguous()
 
 
 def _clusters(

@@ -60,7 +60,7 @@ class Config(Plan):
     @classmethod
     def from_options(cls, options: Mapping[str, Any] | None) -> Config:
         """Build from the ``options`` mapping of ``torch.compile``; unknown keys are errors."""
-        known = [field.name for field in fields(cls)]
+        known = [field.name for field in fields(cls) if field.init]
         for key, value in (options or {}).items():
             if key not in known:
                 raise OptionError(key, value, "no such option; the options are " + ", ".join(known))

@@ -62,12 +62,11 @@ def _unsupported(site: Site) -> str:
         return f"unsupported_device: {query.device.type}"
     if not (known_equal(query.shape[0], key.shape[0]) and known_equal(key.shape[0], value.shape[0])):
         return "broadcast_batch"
-    heads, kv_heads = query.shape[1], key.shape[1]
-    if not known_equal(kv_heads, value.shape[1]) or not isinstance(heads, int) or not isinstance(kv_heads, int):
-        return f"unsupported_heads: {heads}, {kv_heads}, {value.shape[1]}"
-    if heads % kv_heads:
-        return f"unsupported_heads: {heads}, {kv_heads}"
-    if not all(isinstance(t.shape[3], int) and t.shape[3] <= MAX_HEAD_DIM for t in (query, value)):
+    # Heads and head dims are a model's structure: where Dynamo made them dynamic, a guard fixes them.
+    heads, kv_heads, value_heads = int(query.shape[1]), int(key.shape[1]), int(value.shape[1])
+    if kv_heads != value_heads or heads % kv_heads:
+        return f"unsupported_heads: {heads}, {kv_heads}, {value_heads}"
+    if max(int(query.shape[3]), int(value.shape[3])) > MAX_HEAD_DIM:
         return f"unsupported_head_dim: {query.shape[3]}, {value.shape[3]}"
     return "" if cpu.available() else "no_compiler"
 
@@ -93,8 +92,8 @@ def _lengths(site: Site, mask: Mask, config: Config) -> str:
 
 def _shape(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, causal: bool) -> cost.Shape:
     # The batch scales both sides alike, so the hint of a dynamic one will do.
-    batch = hint(query.shape[0])
-    return cost.Shape(batch, query.shape[1], key.shape[1], query.shape[3], value.shape[3], causal)
+    sizes = (query.shape[0], query.shape[1], key.shape[1], query.shape[3], value.shape[3])
+    return cost.Shape(*(hint(size) for size in sizes), causal)
 
 
 def describe(decision: Decision) -> SiteReport:

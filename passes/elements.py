@@ -108,7 +108,7 @@ class Elements:
         if name in _ARITHMETIC:
             return _ARITHMETIC[name](*(_number(x) for x in self._operands(node, index)))
         if name in _COMPARE:
-            return _COMPARE[name](*(_number(x) for x in self._operands(node, index)))
+            return _compare(_COMPARE[name], *(_number(x) for x in self._operands(node, index)))
         if name in _LOGIC and value.dtype == torch.bool:
             return _LOGIC[name](*(_truth(x) for x in self._operands(node, index)))
         del self.seen[node]
@@ -148,7 +148,7 @@ class Elements:
         if value_of(node).dtype != torch.bool:
             raise NotClosedForm(f"{node.name}: a triangle of {value_of(node).dtype}")
         diagonal = node.args[1] if len(node.args) > 1 else node.kwargs.get("diagonal", 0)
-        kept = side(index[-1] - index[-2], symbolic(diagonal))
+        kept = side(index[-1], index[-2] + symbolic(diagonal))
         return sympy.And(kept, _truth(self.at(node.args[0], index)))
 
     def _expand(self, node: fx.Node, index: Index) -> Any:
@@ -294,6 +294,17 @@ def _number(expr: Any) -> Any:
     if expr == sympy.true or expr == sympy.false:
         return sympy.Integer(int(expr == sympy.true))
     return sympy.Piecewise((1, expr), (0, True))
+
+
+def _compare(relation: Any, a: Any, b: Any) -> Any:
+    """``relation(a, b)``; a truth value that was made 0 or 1 and is compared with a number comes back."""
+    if isinstance(b, sympy.Piecewise):
+        return _compare(lambda x, y: relation(y, x), b, a)
+    if not (isinstance(a, sympy.Piecewise) and b.is_number and a.args[0][0] == 1 and a.args[1:] == ((0, True),)):
+        return relation(a, b)
+    holds = a.args[0][1]
+    if_one, if_zero = relation(sympy.Integer(1), b), relation(sympy.Integer(0), b)
+    return sympy.Or(sympy.And(holds, if_one), sympy.And(sympy.Not(holds), if_zero))
 
 
 def _cast(expr: Any, dtype: torch.dtype) -> Any:

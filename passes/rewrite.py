@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..kernels import ops
+from ..kernels import ops as _registers_the_operators  # noqa: F401
 from .compat import value_of
 from .config import Config
 from .decide import Decision, decide, describe
@@ -45,9 +45,9 @@ def rewrite(gm: fx.GraphModule, config: Config | None = None) -> tuple[fx.GraphM
 def _insert(graph: fx.Graph, decision: Decision) -> None:
     site, plan = decision.site, decision.plan
     assert plan is not None
-    causal, settings = decision.mask.causal, ops.pack_plan(plan)
+    causal, settings = decision.mask.causal, plan.text
     query, key, value = site.query, site.key, site.value
-    scale = value_of(query).shape[3] ** -0.5 if site.scale is None else site.scale
+    scale = int(value_of(query).shape[3]) ** -0.5 if site.scale is None else site.scale
 
     def call(name: str, target: Any, *args: Any) -> fx.Node:
         node = graph.create_node("call_function", target, args, name=f"prescore_{name}")
@@ -61,7 +61,7 @@ def _insert(graph: fx.Graph, decision: Decision) -> None:
         scores = routes = None
         if plan.keep:
             score = torch.ops.prescore.score.default
-            scores = call("score", score, query, key, valid, settings, plan.method, causal, scale)
+            scores = call("score", score, query, key, valid, settings, causal, scale)
         summary = call("summarize", torch.ops.prescore.summarize.default, key, value, valid, scores, settings)
         order, mean, spread, bias, *rows = (
             call(name, operator.getitem, summary, at) for at, name in enumerate(_SUMMARY_OUTPUTS)

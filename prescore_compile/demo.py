@@ -9,7 +9,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
@@ -100,7 +100,7 @@ def run(seq_len: int = 8192, config: Config | None = None) -> Figures:
     tell(f"loading {smollm.GGUF}")
     model, tokenizer = smollm.load()
     ids = smollm.token_ids(tokenizer, smollm.topics(), seq_len)
-    options = {name: getattr(config, name) for name in config.__dataclass_fields__}
+    options = {f.name: getattr(config, f.name) for f in fields(config) if f.init}
     with torch.no_grad():
         tell(f"explaining what backend='prescore' does at {seq_len} tokens")
         report = explain(model, ids, config=config)

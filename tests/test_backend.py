@@ -1,0 +1,215 @@
+"""Whole models through ``torch.compile(model, backend="prescore")``."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+import prescore_compile
+from prescore_compile import Config, explain
+from prescore_compile.kernels import ops
+from prescore_compile.passes import rewrite
+
+transformers = pytest.importorskip("transformers")
+
+EVERYTHING: dict[str, Any] = dict(window=None, sinks=0, routes=0, min_seq_len=0, only_if_faster=False)
+SMALL: dict[str, Any] = dict(chunk=32, window=16, sinks=4, routes=3, min_seq_len=0, only_if_faster=False)
+
+
+def llama(**settings: Any) -> Any:
+    config = transformers.LlamaConfig(
+        **dict(
+            hidden_size=48, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=2, head_dim=8,
+            intermediate_size=64, vocab_size=97,
+        ) | settings
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+def inputs(length: int, padding: str | None = None) -> dict[str, torch.Tensor]:
+    found = {"input_ids": torch.randint(0, 97, (2, length))}
+    if padding:
+        mask = torch.ones(2, length, dtype=torch.long)
+        mask[0, : length // 3] = 0 if padding == "left" else 1
+        mask[1, length - length // 4 :] = 0 if padding == "right" else 1
+        found["attention_mask"] = mask
+    return found
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("use_cache", [False, True])
+@pytest.mark.parametrize("padding", [None, "left", "right"])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_plan_that_keeps_everything_gives_the_same_logits(dynamic: bool, padding: str | None, use_cache: bool) -> None:
+    model = llama()
+    compiled = torch.compile(model, backend="prescore", options=EVERYTHING, dynamic=dynamic)
+    for length in (150, 77) if dynamic else (150,):
+        batch = inputs(length, padding)
+        report = explain(model, **batch, use_cache=use_cache, config=Config(**EVERYTHING), dynamic=dynamic)
+        assert [site.decision for site in report.sites] == ["rewrite"] * 2
+        want, got = (m(**batch, use_cache=use_cache).logits for m in (model, compiled))
+        torch.testing.assert_close(got, want, atol=1e-3, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("options", [SMALL, SMALL | dict(routes=0, keep=4, centroids=2, method="kmeans")])
+def test_later_tokens_do_not_change_earlier_logits(options: dict[str, Any]) -> None:
+    compiled = torch.compile(llama(), backend="prescore", options=options)
+    batch = inputs(200)
+    base = compiled(**batch).logits
+    for cut in (50, 120, 199):
+        moved = {"input_ids": batch["input_ids"].clone()}
+        moved["input_ids"][:, cut:] = torch.randint(0, 97, (2, 200 - cut))
+        torch.testing.assert_close(compiled(**moved).logits[:, :cut], base[:, :cut], atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_padding_on_the_left_equals_no_padding() -> None:
+    """With a plan that keeps everything, for the tokens that are there."""
+    model = llama()
+    compiled = torch.compile(model, backend="prescore", options=EVERYTHING)
+    ids = torch.randint(0, 97, (1, 60))
+    padded = torch.cat([torch.zeros(1, 20, dtype=torch.long), ids], 1)
+    mask = (torch.arange(80) >= 20).long()[None]
+    positions = (torch.arange(80) - 20).clamp(min=0)[None]
+    got = compiled(input_ids=padded, attention_mask=mask, position_ids=positions).logits[:, 20:]
+    torch.testing.assert_close(got, model(input_ids=ids).logits, atol=1e-3, rtol=0)
+
+
+def test_training_through_the_backend() -> None:
+    model = llama()
+    batch = inputs(100)
+    compiled = torch.compile(model, backend="prescore", options=EVERYTHING)
+    grads = []
+    for runner in (model, compiled):
+        model.zero_grad()
+        runner(**batch, labels=batch["input_ids"]).loss.backward()
+        grads.append([p.grad.clone() for p in model.parameters()])
+    for want, got in zip(*grads, strict=True):
+        torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-3)
+
+
+@torch.no_grad()
+def test_bfloat16() -> None:
+    model = llama().bfloat16()
+    batch = inputs(150)
+    got = torch.compile(model, backend="prescore", options=EVERYTHING)(**batch).logits
+    true = llama().double()
+    true.load_state_dict(model.state_dict())
+    true = true(**batch).logits
+    exact_error = (model(**batch).logits.double() - true).abs().max()
+    assert (got.double() - true).abs().max() <= 2 * exact_error
+
+
+@torch.no_grad()
+def test_a_bidirectional_encoder() -> None:
+    torch.manual_seed(0)
+    config = transformers.BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
+                                     vocab_size=97)  # fmt: skip
+    model = transformers.BertModel(config).eval()
+    for padding in (None, "right"):
+        batch = inputs(120, padding)
+        report = explain(model, **batch, config=Config(**EVERYTHING))
+        assert [site.decision for site in report.sites] == ["rewrite"] * 2, report
+        got = torch.compile(model, backend="prescore", options=EVERYTHING)(**batch).last_hidden_state
+        want = model(**batch).last_hidden_state
+        torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_a_short_input_runs_the_exact_graph() -> None:
+    """Every site is kept and what goes to the inner compiler is node for node what came in."""
+    seen: list[fx.GraphModule] = []
+
+    def inner(gm: fx.GraphModule, example_inputs: Any) -> Any:
+        seen.append(gm)
+        return gm.forward
+
+    captured: list[fx.GraphModule] = []
+
+    def plain(gm: fx.GraphModule, example_inputs: Any) -> Any:
+        captured.append(gm)
+        return gm.forward
+
+    model, batch = llama(), inputs(128)
+    torch.compile(model, backend="prescore", options={"inner": inner})(**batch)
+    torch._dynamo.reset()
+    torch.compile(model, backend=plain)(**batch)
+    assert seen[0].code == captured[0].code
+    report = explain(model, **batch)
+    assert [site.reason for site in report.sites] == ["too_short"] * 2
+
+
+def test_found_by_name_without_an_import() -> None:
+    code = "import torch; print(torch.compile(torch.nn.Linear(3, 3), backend='prescore')(torch.zeros(1, 3)).shape)"
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd=os.path.dirname(__file__))
+    assert done.stdout.strip() == "torch.Size([1, 3])", done.stderr
+
+
+def test_a_wrong_option_names_the_key() -> None:
+    with pytest.raises(Exception, match="option 'chunk': got 100"):
+        torch.compile(lambda x: x + 1, backend="prescore", options={"chunk": 100})(torch.zeros(2))
+    with pytest.raises(Exception, match="option 'mode': got 'reduce-overhead'.*inner='inductor'"):
+        torch.compile(lambda x: x + 1, backend=lambda g, i: prescore_compile.prescore(
+            g, i, options={"inner": "eager"}, mode="reduce-overhead"))(torch.zeros(2))  # fmt: skip
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager", "inductor"])
+def test_inner_compilers(inner: str) -> None:
+    def fn(q: torch.Tensor) -> torch.Tensor:
+        return F.scaled_dot_product_attention(q, q, q, is_causal=True) + 1
+
+    q = torch.randn(1, 2, 64, 8)
+    got = torch.compile(fn, backend="prescore", options=EVERYTHING | {"inner": inner})(q)
+    torch.testing.assert_close(got, fn(q), atol=1e-5, rtol=1e-5)
+
+
+def test_explain_prints_a_table_and_json() -> None:
+    import json
+
+    report = explain(llama(), **inputs(200), config=Config(**SMALL))
+    text = str(report)
+    assert "2 sites: 2 rewritten, 0 kept exact" in text and "model.layers.0.self_attn" in text and "k <= q" in text
+    sites = json.loads(report.to_json())["sites"]
+    assert [site["module"] for site in sites] == [f"model.layers.{i}.self_attn" for i in range(2)]
+    assert all(site["source"].split(":")[0].endswith(".py") and site["decision"] == "rewrite" for site in sites)
+    assert all(site["plan"]["routes"] == 3 and 0 < site["density"] <= 2 for site in sites)
+    assert all(site["exact_cost"] == 2 * 6 * 16 * 200 * 201 // 2 for site in sites)
+
+
+def test_explain_sees_every_graph_and_uses_up_no_recompiles() -> None:
+    def broken(q: torch.Tensor) -> torch.Tensor:
+        q = F.scaled_dot_product_attention(q, q, q)
+        torch._dynamo.graph_break()
+        return F.scaled_dot_product_attention(q, q, q, is_causal=True)
+
+    q = torch.randn(1, 2, 64, 8)
+    for _ in range(12):
+        assert [site.mask for site in explain(broken, q).sites] == ["true", "k <= q"]
+
+
+def test_rewriting_twice_changes_nothing_more() -> None:
+    reports = []
+
+    def backend(gm: fx.GraphModule, example_inputs: Any) -> Any:
+        once, first = rewrite(gm, Config(**SMALL))
+        twice, second = rewrite(once, Config(**SMALL))
+        reports.append((first, second, once.code == twice.code))
+        return twice.forward
+
+    torch.compile(llama(), backend=backend)(**inputs(64))
+    first, second, same = reports[0]
+    assert len(first.rewritten) == 2 and not second.sites and same
+
+
+def test_ops_are_loaded_with_the_package() -> None:
+    assert torch.ops.prescore.attend.default and ops

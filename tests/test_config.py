@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+import pytest
+
+from prescore_compile import Config
+from prescore_compile.kernels.plan import OptionError, Plan
+
+BAD = {
+    "method": ("kmean", "kmeans, leverage, peak, random"),
+    "chunk": (100, "cluster"),
+    "cluster": (24, "16, 32 or 64"),
+    "window": (-1, ">= 0"),
+    "sinks": (1.5, ">= 0"),
+    "keep": (True, "from 0 to"),
+    "centroids": (8, "routes"),
+    "routes": ("27", ">= 0"),
+    "seed": (-3, "from 0 to"),
+    "min_seq_len": (None, ">= 0"),
+    "inner": ("inductr", "inductor, aot_eager, eager"),
+    "include": ("*attn*", "list or tuple"),
+    "exclude": ([1], "list or tuple"),
+    "only_if_faster": (1, "a bool"),
+}
+
+
+@pytest.mark.parametrize("key", BAD)
+def test_an_error_names_the_key_the_value_and_what_is_allowed(key: str) -> None:
+    value, allowed = BAD[key]
+    with pytest.raises(OptionError) as caught:
+        Config.from_options({key: value})
+    text = str(caught.value)
+    assert repr(key) in text and repr(value) in text and allowed in text
+
+
+def test_unknown_options_are_errors() -> None:
+    with pytest.raises(OptionError, match="'chunks'.*no such option.*chunk, window"):
+        Config.from_options({"chunks": 128})
+
+
+def test_every_field_can_be_set_and_is_frozen() -> None:
+    options = dict(
+        method="kmeans", chunk=64, window=32, sinks=4, keep=8, centroids=2, cluster=32, routes=0, min_seq_len=1,
+        seed=3, inner="eager", include=["a.*"], exclude=["a.b"], only_if_faster=False,
+    )  # fmt: skip
+    config = Config.from_options(options)
+    assert {key: getattr(config, key) for key in options} == options | {"include": ("a.*",), "exclude": ("a.b",)}
+    assert type(config.plan) is Plan and config.plan.chunk == 64
+    with pytest.raises(AttributeError):
+        config.chunk = 3  # type: ignore[misc]
+    assert hash(config.plan) == hash(Config.from_options(options).plan)
+
+
+def test_globs() -> None:
+    config = Config(include=("model.layers.*",), exclude=("*.0.self_attn",))
+    assert config.covers("model.layers.1.self_attn") and not config.covers("model.layers.0.self_attn")
+    assert not config.covers("encoder.layers.1.self_attn")
+
+
+def test_exact_takes_options() -> None:
+    config = Config.exact(inner="eager")
+    assert config.window is None and config.routes == 0 and config.min_seq_len == 0 and config.inner == "eager"

@@ -1,0 +1,92 @@
+"""The operators as torch sees them: schema, fake tensors, autograd, Inductor, dynamic shapes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from conftest import PLANS, operands
+
+from prescore_compile.kernels import cpu, ops
+from prescore_compile.kernels.plan import Plan
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_opcheck(name: str) -> None:
+    plan = PLANS[name]
+    q, k, v, valid, causal, scale = operands(150, padded=True)
+    settings = plan.text
+    score_args = (q, k, valid, settings, causal, scale)
+    torch.library.opcheck(ops.score, score_args)
+    scores = ops.score(*score_args) if plan.keep else None
+    for tensor in (q, k, v):
+        tensor.requires_grad_()
+    # The AOT test of opcheck adds outputs of all dtypes up, which it cannot do with int32 first.
+    tests: Any = ("test_schema", "test_faketensor", "test_autograd_registration")
+    torch.library.opcheck(ops.summarize, (k, v, valid, scores, settings), test_utils=tests)
+    parts = [part.detach() for part in ops.summarize(k, v, valid, scores, settings)]
+    routes = None
+    if plan.routes:
+        route_args = (q.detach(), *parts[1:4], settings, causal, 150, scale)
+        torch.library.opcheck(ops.route, route_args)
+        routes = ops.route(*route_args)
+    rows = [parts[6].requires_grad_(), parts[7].requires_grad_(), parts[8]]
+    torch.library.opcheck(
+        ops.attend, (q, k, v, valid, parts[0], routes, *parts[4:6], *rows, settings, causal, scale)
+    )
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("name", PLANS)
+def test_inductor_forward_and_backward(name: str, dynamic: bool) -> None:
+    plan = PLANS[name]
+
+    def loss(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        # A plain chain of elementwise work around the operators gives Inductor something to fuse.
+        site = site_like._replace(query=q * 1.5, key=k.tanh(), value=v + 1)
+        return ops.prescored(site, plan).sin().square().sum()
+
+    for length in (100, 131) if dynamic else (100,):
+        site_like = operands(length)
+        leaves = [t.clone().requires_grad_() for t in site_like[:3]]
+        want = torch.autograd.grad(loss(*leaves), leaves)
+        got = torch.autograd.grad(torch.compile(loss, dynamic=dynamic, fullgraph=True)(*leaves), leaves)
+        for g, w in zip(got, want, strict=True):
+            torch.testing.assert_close(g, w, atol=1e-5, rtol=1e-4)
+
+
+def test_plans_travel_as_text() -> None:
+    for plan in (*PLANS.values(), Plan(window=None, seed=5, method="kmeans"), Plan(window=0)):
+        assert Plan.parse(plan.text) == plan
+
+
+def test_without_a_compiler_the_reference_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, site = PLANS["keep and routes"], operands(200)
+    want = ops.prescored(site, plan)
+    monkeypatch.setattr(cpu, "available", lambda: False)
+    torch.testing.assert_close(ops.prescored(site, plan), want, atol=1e-5, rtol=1e-5)
+
+
+def test_a_compiler_that_fails_is_told_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(cpu, "FLAGS", ("--no-such-flag",))
+    cpu.library.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match="did not build"):
+            assert not cpu.available()
+        assert not cpu.available()
+    finally:
+        cpu.library.cache_clear()
+
+
+def test_a_cache_that_cannot_be_written_does_not_stop_the_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("not a folder")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(blocked))
+    cpu.library.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match="cannot be used"):
+            assert cpu.available()
+    finally:
+        cpu.library.cache_clear()

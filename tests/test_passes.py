@@ -1,0 +1,252 @@
+"""Find, lift, decide and insert, on graphs captured by Dynamo."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+from prescore_compile import Config
+from prescore_compile.passes import REASONS, find, rewrite
+from prescore_compile.passes.masks import lift
+
+SHORT = Config.exact()
+
+
+def capture(fn: Callable[..., Any], *args: Any, dynamic: bool | None = None) -> fx.GraphModule:
+    graphs: list[fx.GraphModule] = []
+
+    def keep(gm: fx.GraphModule, inputs: Any) -> Any:
+        graphs.append(gm)
+        return gm.forward
+
+    torch.compile(fn, backend=keep, fullgraph=True, dynamic=dynamic)(*args)
+    (gm,) = graphs
+    return gm
+
+
+def qkv(length: int = 40, heads: int = 4, kv_heads: int = 4, dim: int = 8, batch: int = 2) -> list[torch.Tensor]:
+    return [torch.randn(batch, h, length, dim) for h in (heads, kv_heads, kv_heads)]
+
+
+def targets(gm: fx.GraphModule) -> list[str]:
+    return [n.name for n in gm.graph.nodes if n.name.startswith("prescore_") and n.target is not operator.getitem]
+
+
+def checked(fn: Callable[..., Any], *args: Any, dynamic: bool | None = None) -> Any:
+    """Rewrite with the plan that keeps everything; the result must be the original's. Returns its only site."""
+    outs: list[Any] = []
+
+    def backend(gm: fx.GraphModule, inputs: Any) -> Any:
+        new, report = rewrite(gm, SHORT)
+        outs.extend(report.sites)
+        return new.forward
+
+    want = fn(*args)
+    got = torch.compile(fn, backend=backend, fullgraph=True, dynamic=dynamic)(*args)
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+    (site,) = outs
+    return site
+
+
+# Masks: how people write them, and what they mean. i, j are [n, 1] and [1, n].
+def _ij(n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    at = torch.arange(n)
+    return at[:, None], at[None, :]
+
+
+LIFTED: dict[str, tuple[Callable[[int, torch.Tensor], torch.Tensor], str]] = {
+    "compare": (lambda n, p: _ij(n)[1] <= _ij(n)[0], "k <= q"),
+    "compare the other way": (lambda n, p: _ij(n)[0] >= _ij(n)[1], "k <= q"),
+    "strictly less than the next": (lambda n, p: _ij(n)[1] < _ij(n)[0] + 1, "k < q + 1"),
+    "tril": (lambda n, p: torch.ones(n, n, dtype=torch.bool).tril(), "k <= q"),
+    "torch.tril 4d": (lambda n, p: torch.tril(torch.ones(1, 1, n, n, dtype=torch.bool)), "k <= q"),
+    "not triu": (lambda n, p: ~torch.ones(n, n, dtype=torch.bool).triu(1), "k < q + 1"),
+    "padding": (lambda n, p: p[:, None, None, :], "[b, k]"),
+    "padding as ints": (lambda n, p: (p.long() != 0)[:, None, None, :].expand(-1, 1, n, n), "[b, k]"),
+    "both": (lambda n, p: (_ij(n)[1] <= _ij(n)[0]) & p[:, None, None, :], "k <= q and"),
+    "both, by where": (
+        lambda n, p: torch.where(p[:, None, None, :], _ij(n)[1] <= _ij(n)[0], torch.zeros((), dtype=torch.bool)),
+        "k <= q and",
+    ),
+    "everything": (lambda n, p: torch.ones(n, n, dtype=torch.bool), "true"),
+}
+KEPT: dict[str, tuple[Callable[[int, torch.Tensor], torch.Tensor], str]] = {
+    "window": (lambda n, p: (_ij(n)[1] <= _ij(n)[0]) & (_ij(n)[1] > _ij(n)[0] - 7), "unsupported_mask: q - 7 < k"),
+    "future": (lambda n, p: _ij(n)[1] >= _ij(n)[0], "unsupported_mask: q <= k"),
+    "off by one": (lambda n, p: _ij(n)[1] <= _ij(n)[0] + 1, "unsupported_mask: k <= q + 1"),
+    "chunked": (lambda n, p: _ij(n)[1] // 8 == _ij(n)[0] // 8, "unsupported_mask"),
+    "query padding": (lambda n, p: p[:, None, :, None].expand(-1, 1, n, n), "unsupported_mask"),
+    "drawn": (lambda n, p: torch.rand(n, n) > 0.1, "opaque_mask"),
+    "additive": (lambda n, p: torch.zeros(n, n).masked_fill(_ij(n)[1] > _ij(n)[0], -1e9), "additive_mask"),
+}
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("name", LIFTED)
+def test_masks_are_lifted_to_what_they_mean(name: str, dynamic: bool) -> None:
+    make, text = LIFTED[name]
+    padding = torch.rand(2, 40) > 0.3
+    padding[:, 0] = True
+    site = checked(lambda q, k, v, p: F.scaled_dot_product_attention(q, k, v, make(q.shape[2], p)), *qkv(), padding,
+                   dynamic=dynamic)  # fmt: skip
+    assert site.decision == "rewrite" and text in site.mask
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_other_masks_keep_the_site_exact(name: str) -> None:
+    make, reason = KEPT[name]
+    torch.manual_seed(1)
+    site = capture_site(lambda q, k, v, p: F.scaled_dot_product_attention(q, k, v, make(q.shape[2], p)))
+    assert site.decision == "keep" and site.reason.startswith(reason)
+    assert site.reason.partition(":")[0] in REASONS
+
+
+def capture_site(fn: Callable[..., Any]) -> Any:
+    gm = capture(fn, *qkv(), torch.rand(2, 40) > 0.3)
+    _, report = rewrite(gm, SHORT)
+    return report.sites[0]
+
+
+def test_the_mask_is_not_built_any_more() -> None:
+    gm = capture(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, LIFTED["compare"][0](40, v)), *qkv())
+    new, _ = rewrite(gm, SHORT)
+    assert not [n for n in new.graph.nodes if "arange" in n.name or n.name.startswith("le")]
+
+
+def repeat(x: torch.Tensor, how: str) -> torch.Tensor:
+    b, h, n, d = x.shape
+    if how == "transformers":
+        return x[:, :, None, :, :].expand(b, h, 3, n, d).reshape(b, h * 3, n, d)
+    if how == "unsqueeze":
+        return x.unsqueeze(2).expand(-1, -1, 3, -1, -1).reshape(b, -1, n, d)
+    if how == "flatten":
+        return x.unsqueeze(2).expand(-1, -1, 3, -1, -1).flatten(1, 2)
+    if how == "interleave":
+        return torch.repeat_interleave(x, 3, dim=1)
+    return x.repeat_interleave(3, 1)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("how", ["transformers", "unsqueeze", "flatten", "interleave", "method"])
+def test_repeat_kv_is_undone(how: str, dynamic: bool) -> None:
+    def fn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return F.scaled_dot_product_attention(q, repeat(k, how), repeat(v, how), is_causal=True)
+
+    site = checked(fn, *qkv(heads=6, kv_heads=2), dynamic=dynamic)
+    assert site.decision == "rewrite" and site.shape["kv_heads"] == "2"
+
+
+def test_a_tiled_head_order_is_not_taken_for_repeat_kv() -> None:
+    def fn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        def tile(x: torch.Tensor) -> torch.Tensor:  # heads 0 1 0 1 0 1, not 0 0 0 1 1 1
+            return x.unsqueeze(1).expand(-1, 3, -1, -1, -1).reshape(2, 6, 40, 8)
+
+        return F.scaled_dot_product_attention(q, tile(k), tile(v), is_causal=True)
+
+    assert checked(fn, *qkv(heads=6, kv_heads=2)).shape["kv_heads"] == "6"
+
+
+def test_enable_gqa_and_scale_and_positional_arguments() -> None:
+    site = checked(
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, None, 0.0, True, scale=0.7, enable_gqa=True),
+        *qkv(heads=6, kv_heads=2),
+    )
+    assert site.decision == "rewrite" and site.shape["kv_heads"] == "2"
+
+
+REFUSED: dict[str, tuple[Callable[..., Any], list[torch.Tensor], str]] = {
+    "dropout": (lambda q, k, v: F.scaled_dot_product_attention(q, k, v, dropout_p=0.5), qkv(), "dropout"),
+    "rank 3": (lambda q, k, v: F.scaled_dot_product_attention(q[0], k[0], v[0]), qkv(), "unsupported_rank"),
+    "rank 5": (lambda q, k, v: F.scaled_dot_product_attention(q[None], k[None], v[None]), qkv(), "unsupported_rank"),
+    "double": (lambda q, k, v: F.scaled_dot_product_attention(q.double(), k.double(), v.double()), qkv(),
+               "unsupported_dtype"),
+    "cross": (lambda q, k, v: F.scaled_dot_product_attention(q[:, :, :7], k, v), qkv(), "cross_attention"),
+    "misaligned": (lambda q, k, v: F.scaled_dot_product_attention(q[:, :, :7], k, v, is_causal=True), qkv(),
+                   "causal_misaligned"),
+    "batch": (lambda q, k, v: F.scaled_dot_product_attention(q, k[:1], v[:1]), qkv(), "broadcast_batch"),
+    "heads": (lambda q, k, v: F.scaled_dot_product_attention(q, k[:, :1], v[:, :1]), qkv(), ""),
+    "head_dim": (lambda q, k, v: F.scaled_dot_product_attention(q, k, v), qkv(dim=264), "unsupported_head_dim"),
+    "empty": (lambda q, k, v: F.scaled_dot_product_attention(q[:0], k[:0], v[:0]), qkv(), "empty"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_not_supported_is_kept_with_its_reason(name: str) -> None:
+    fn, args, reason = REFUSED[name]
+    gm = capture(fn, *args)
+    new, report = rewrite(gm, Config(min_seq_len=0, only_if_faster=False))
+    (site,) = report.sites
+    if reason:
+        assert site.decision == "keep" and site.reason.partition(":")[0] == reason and not targets(new)
+    else:
+        assert site.decision == "rewrite" and site.shape["kv_heads"] == "1"
+
+
+def test_short_and_unprofitable_and_excluded_sites() -> None:
+    class Block(torch.nn.Module):
+        def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = torch.nn.ModuleList([Block(), Block()])
+
+        def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            for block in self.blocks:
+                q = block(q, k, v)
+            return q
+
+    gm = capture(Model(), *qkv(600, batch=1, dim=64))
+    reasons = lambda **options: [s.reason.partition(":")[0] for s in rewrite(gm, Config(**options))[1].sites]  # noqa: E731
+    assert reasons() == ["too_short", "too_short"]
+    assert reasons(min_seq_len=0) == ["not_faster", "not_faster"]
+    assert reasons(min_seq_len=0, only_if_faster=False, exclude=("blocks.1",)) == ["", "excluded"]
+    assert reasons(min_seq_len=0, only_if_faster=False, include=("blocks.1",)) == ["excluded", ""]
+
+
+def test_the_inserted_nodes_bear_their_own_names() -> None:
+    gm = capture(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True), *qkv())
+    plan: dict[str, Any] = dict(min_seq_len=0, only_if_faster=False)
+    new, _ = rewrite(gm, Config(keep=4, **plan))
+    assert targets(new) == ["prescore_score", "prescore_summarize", "prescore_route", "prescore_attend"]
+    new, _ = rewrite(gm, Config(routes=0, **plan))
+    assert targets(new) == ["prescore_summarize", "prescore_attend"], "what a plan does not use is not in the graph"
+    assert len(find(gm)) == 1, "the graph that was given is not changed"
+    attend = next(n for n in new.graph.nodes if n.name == "prescore_attend")
+    assert "test_passes.py" in attend.meta["stack_trace"]
+
+
+def test_the_output_keeps_the_layout_that_was_traced() -> None:
+    def fn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return F.scaled_dot_product_attention(q, k, v, torch.ones(40, 40, dtype=torch.bool).tril()).view(2, 160, 8)
+
+    checked(fn, *qkv())
+
+
+def test_a_dynamic_length_is_a_guard_not_a_recompile_per_length() -> None:
+    decisions: list[str] = []
+
+    def backend(gm: fx.GraphModule, inputs: Any) -> Any:
+        new, report = rewrite(gm, Config(min_seq_len=100, only_if_faster=False, chunk=16, window=16, routes=2))
+        decisions.append(report.sites[0].decision)
+        return new.forward
+
+    model = torch.compile(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True), backend=backend,
+                          dynamic=True)  # fmt: skip
+    for length in (150, 163, 500, 40, 57, 99, 100, 222):
+        assert model(*qkv(length)).shape[2] == length
+    assert decisions == ["rewrite", "keep"]
+
+
+def test_lift_says_true_where_there_is_no_mask() -> None:
+    gm = capture(lambda q, k, v: F.scaled_dot_product_attention(q, k, v), *qkv())
+    (site,) = find(gm)
+    assert lift(site).text == "true" and not lift(site).causal
+    assert site.source.rpartition(":")[0].endswith("test_passes.py") and "scaled_dot_product_attention" in site.code
