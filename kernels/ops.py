@@ -18,6 +18,7 @@ from .plan import Plan
 from .reference import Operands
 from .summary import Summary
 
+
 def prescored(site: Operands, plan: Plan) -> Tensor:
     """Score, summarize, route and attend one site: ``[B, H, Nq, Dv]`` in the query's dtype."""
     q, k, v, valid, causal, scale = site
@@ -30,9 +31,7 @@ def prescored(site: Operands, plan: Plan) -> Tensor:
 
 
 @torch.library.custom_op("prescore::score", mutates_args=())
-def score(
-    query: Tensor, key: Tensor, valid: Tensor | None, plan: str, causal: bool, scale: float
-) -> Tensor:
+def score(query: Tensor, key: Tensor, valid: Tensor | None, plan: str, causal: bool, scale: float) -> Tensor:
     """Scores ``[B, Hkv, Nk]`` float32; see ``kernels.summary.score``. Not differentiable."""
     return summaries.score(query, key, valid, Plan.parse(plan), causal, scale)
 
@@ -190,9 +189,7 @@ def _attend_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _attend_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     saved = iter(ctx.saved_tensors)
     tensors = [next(saved) if has else None for has in ctx.has]
-    d_query, d_key, d_value, d_row_key, d_row_value = attend_backward(
-        grad, *tensors, ctx.plan, ctx.causal, ctx.scale
-    )
+    d_query, d_key, d_value, d_row_key, d_row_value = attend_backward(grad, *tensors, ctx.plan, ctx.causal, ctx.scale)
     return d_query, d_key, d_value, None, None, None, None, None, d_row_key, d_row_value, *[None] * 4
 
 
@@ -222,7 +219,7 @@ def attend_backward(
     summary = _rows_and_order(order, row_index, row_owner, row_key, row_value, row_bias)
     grads = reference.attend_backward(grad, site, summary, _or_no_routes(routes, query), Plan.parse(plan))
     wanted = (query, key, value, row_key, row_value)
-    return tuple(g.to(t.dtype) for g, t in zip(grads, wanted, strict=True))  # type: ignore[return-value]
+    return tuple(g.to(t.dtype).contiguous() for g, t in zip(grads, wanted, strict=True))  # type: ignore[return-value]
 
 
 @attend_backward.register_fake

@@ -72,7 +72,9 @@ def score(
     keys = _chunks(key.float(), plan.chunk).flatten(0, 2)
     queries = _chunks(query.float(), plan.chunk)
     queries = queries.unflatten(1, (heads, group)).transpose(2, 3).flatten(0, 2)
-    mask = _chunk_mask(key, valid, plan.chunk) & _pad_places(finite, plan.chunk).unflatten(2, (chunk_count(length, plan.chunk), plan.chunk))
+    mask = _chunk_mask(key, valid, plan.chunk) & _pad_places(finite, plan.chunk).unflatten(
+        2, (chunk_count(length, plan.chunk), plan.chunk)
+    )
     mask = mask.flatten(0, 2)
     parts = [
         SCORERS[plan.method](
@@ -143,9 +145,7 @@ def gather_rows(
     return row_key.contiguous(), row_value.contiguous(), bias
 
 
-def scatter_rows(
-    grad_row: torch.Tensor, index: torch.Tensor, owner: torch.Tensor, length: int
-) -> torch.Tensor:
+def scatter_rows(grad_row: torch.Tensor, index: torch.Tensor, owner: torch.Tensor, length: int) -> torch.Tensor:
     """The transpose of ``gather_rows`` for one of key and value: ``[B, Hkv, length, D]`` float32."""
     rows = grad_row.to(torch.promote_types(grad_row.dtype, torch.float32))
     grad = rows.new_zeros(*rows.shape[:2], length + 1, rows.shape[3])

@@ -92,8 +92,14 @@ def _lengths(site: Site, mask: Mask, config: Config) -> str:
 
 def _shape(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, causal: bool) -> cost.Shape:
     # The batch scales both sides alike, so the hint of a dynamic one will do.
-    sizes = (query.shape[0], query.shape[1], key.shape[1], query.shape[3], value.shape[3])
-    return cost.Shape(*(hint(size) for size in sizes), causal)
+    return cost.Shape(
+        batch=hint(query.shape[0]),
+        heads=hint(query.shape[1]),
+        kv_heads=hint(key.shape[1]),
+        head_dim=hint(query.shape[3]),
+        value_dim=hint(value.shape[3]),
+        causal=causal,
+    )
 
 
 def describe(decision: Decision) -> SiteReport:

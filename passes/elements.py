@@ -168,7 +168,7 @@ class Elements:
 
     def _view(self, node: fx.Node, index: Index) -> Any:
         """Only views that insert or drop axes of size 1."""
-        source = node.args[0]
+        source: Any = node.args[0]
         rest = [(i, s) for i, s in zip(index, value_of(node).shape, strict=True) if not _is_one(s)]
         kept = [s for s in value_of(source).shape if not _is_one(s)]
         if len(kept) != len(rest) or any(symbolic(a) != symbolic(b) for (_, a), b in zip(rest, kept, strict=True)):
@@ -180,8 +180,8 @@ class Elements:
     _reshape = _squeeze = _view
 
     def _getitem(self, node: fx.Node, index: Index) -> Any:
-        source, key = node.args
-        key = key if isinstance(key, tuple) else (key,)
+        source: Any = node.args[0]
+        key: Any = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
         shape = value_of(source).shape
         if Ellipsis in key:
             used = sum(1 for k in key if k is not None and k is not Ellipsis)
@@ -222,7 +222,7 @@ class Elements:
     def _diff(self, node: fx.Node, index: Index) -> Any:
         """``torch.diff(x, prepend=p, dim=-1)`` where ``p`` continues ``x`` to the left."""
         source, axis = node.args[0], node.kwargs.get("dim", -1)
-        prepend = node.kwargs.get("prepend")
+        prepend: Any = node.kwargs.get("prepend")
         if axis not in (-1, len(index) - 1) or prepend is None or len(node.args) > 1 or "n" in node.kwargs:
             raise NotClosedForm(f"{node.name}: only a diff along the last axis with prepend")
         before = index[-1] - 1

@@ -11,7 +11,7 @@ from torch import fx
 
 from .compat import known_equal, module_path, source_line, value_of
 
-_SDPA_ARGS = {
+_SDPA_ARGS: dict[str, Any] = {
     "query": None,
     "key": None,
     "value": None,
@@ -51,9 +51,8 @@ def find(gm: fx.GraphModule) -> list[Site]:
 
 
 def _site(node: fx.Node) -> Site:
-    call = dict(_SDPA_ARGS)
-    call.update(zip(list(call)[:6], node.args, strict=False))
-    call.update(node.kwargs)
+    positional: dict[str, Any] = dict(zip(_SDPA_ARGS, node.args, strict=False))
+    call = _SDPA_ARGS | positional | node.kwargs
     key, value = _unrepeated(call["key"]), _unrepeated(call["value"])
     if _heads(key) != _heads(value):  # only one of the two was expanded
         key, value = call["key"], call["value"]

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from types import FunctionType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
 from torch._dynamo import lookup_backend
 
+from .kernels.plan import OptionError
 from .passes import Config, Report, rewrite
 from .passes.compat import many_recompiles
-from .passes.config import OptionError
 
 Compiled = Callable[..., Any]
 
@@ -47,10 +47,10 @@ def compile_inner(
     if callable(config.inner):
         compiled: Compiled = config.inner(gm, example_inputs)
         return compiled
-    inner = lookup_backend(config.inner)
+    inner: Any = lookup_backend(config.inner)
     if mode in (None, "default"):
-        return inner(gm, example_inputs)  # type: ignore[no-any-return]
-    return inner(gm, example_inputs, config_patches=torch._inductor.list_mode_options(mode))  # type: ignore[call-arg, no-any-return]
+        return cast(Compiled, inner(gm, example_inputs))
+    return cast(Compiled, inner(gm, example_inputs, config_patches=torch._inductor.list_mode_options(mode)))
 
 
 class _Captured(Exception):
@@ -86,7 +86,7 @@ def explain(
         reports.append(rewrite(gm, config)[1])
         return gm.forward
 
-    call = _fresh(_call)
+    call = _fresh()
     try:
         torch.compile(call, backend=capture, dynamic=dynamic, fullgraph=True)(model, args, kwargs)
     except _Captured:
@@ -104,7 +104,7 @@ def _call(self: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, An
     return self(*args, **kwargs)
 
 
-def _fresh(function: FunctionType) -> FunctionType:
-    """A copy with a code object of its own: Dynamo counts recompiles by code object, and looking
-    at a model must not use up the recompiles of its ``forward``."""
-    return FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+def _fresh() -> Compiled:
+    """A copy of ``_call`` with a code object of its own: Dynamo counts recompiles by code object, and
+    looking at a model must not use up the recompiles of its ``forward``."""
+    return FunctionType(_call.__code__.replace(), globals(), _call.__name__)

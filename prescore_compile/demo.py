@@ -8,7 +8,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -70,22 +70,20 @@ class _TimeAttention(TorchFunctionMode):
         with torch._C.DisableTorchFunction():
             # The strongest exact form: SDPA's flash kernel skips the masked half, and takes keys
             # and values expanded to the query heads (not timed) faster than grouped ones.
-            wide = [t.repeat_interleave(query.shape[1] // t.shape[1], 1) for t in (key, value)]
-            exact, prescored = [], []
-            for _ in range(ROUNDS):
-                exact.append(_seconds(lambda: F.scaled_dot_product_attention(query, *wide, is_causal=True, scale=scale)))
-                prescored.append(
-                    _seconds(
-                        lambda: attention(
-                            query, key, value, is_causal=True, scale=scale, enable_gqa=True, config=self.config
-                        )
-                    )
-                )
-            self.exact.append(statistics.median(exact))
-            self.prescored.append(statistics.median(prescored))
+            group = query.shape[1] // key.shape[1]
+            k, v = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+            ways = {
+                "exact": lambda: F.scaled_dot_product_attention(query, k, v, is_causal=True, scale=scale),
+                "prescored": lambda: attention(
+                    query, key, value, is_causal=True, scale=scale, enable_gqa=True, config=self.config
+                ),
+            }
+            times = interleaved(ways, ROUNDS)
+            self.exact.append(times["exact"])
+            self.prescored.append(times["prescored"])
             done = f"site {len(self.exact)}: exact {self.exact[-1]:.3f} s, prescored {self.prescored[-1]:.3f} s"
             self.tell(f"  attention alone, {done}")
-            return F.scaled_dot_product_attention(query, *wide, is_causal=True, scale=scale)
+            return ways["exact"]()
 
 
 def run(seq_len: int = 8192, config: Config | None = None) -> Figures:
@@ -109,10 +107,10 @@ def run(seq_len: int = 8192, config: Config | None = None) -> Figures:
         prescored = torch.compile(model, backend="prescore", options=options)
         tell("compiling and running exact (backend='inductor')")
         losses, best = _losses(exact(ids).logits, ids)
-        torch._dynamo.reset()
         tell("compiling and running prescored (backend='prescore')")
         prescored_losses, prescored_best = _losses(prescored(ids).logits, ids)
-        times = _prefill_times({"exact": exact, "prescored": prescored}, ids, tell)
+        tell("timing the prefill")
+        times = interleaved({"exact": lambda: exact(ids), "prescored": lambda: prescored(ids)}, ROUNDS, tell)
         tell("timing attention alone, on the model's own queries, keys and values")
         with _TimeAttention(config, tell) as alone:
             model.model(ids)
@@ -128,7 +126,8 @@ def table(figures: Figures) -> str:
          f"{f.prefill_speedup:.2f}x faster"],
         [f"attention alone, {f.attention_sites_timed} sites, s", f"{f.exact_attention_seconds:.2f}",
          f"{f.prescored_attention_seconds:.2f}", f"{f.attention_speedup:.2f}x faster"],
-        ["perplexity", f"{f.exact_perplexity:.3f}", f"{f.prescored_perplexity:.3f}", f"{f.perplexity_ratio:.4f}x exact"],
+        ["perplexity", f"{f.exact_perplexity:.3f}", f"{f.prescored_perplexity:.3f}",
+         f"{f.perplexity_ratio:.4f}x exact"],
         ["top-1 agreement", "", "", f"{100 * f.top1_agreement:.1f}%"],
     ]  # fmt: skip
     title = f"SmolLM2-135M-Instruct, {f.seq_len} tokens, float32, {f.threads} threads, torch {f.torch}"
@@ -142,15 +141,18 @@ def as_dict(figures: Figures) -> dict[str, Any]:
     return asdict(figures)
 
 
-def _prefill_times(
-    models: dict[str, Callable[..., Any]], ids: torch.Tensor, tell: Callable[[str], None]
+def interleaved(
+    ways: Mapping[str, Callable[[], Any]], rounds: int, tell: Callable[[str], None] | None = None
 ) -> dict[str, float]:
-    """Median seconds of a forward of each model, interleaved."""
-    times: dict[str, list[float]] = {name: [] for name in models}
-    for turn in range(ROUNDS):
-        for name, model in models.items():
-            times[name].append(_seconds(lambda m=model: m(ids)))  # type: ignore[misc]
-            tell(f"  prefill {turn + 1}/{ROUNDS}, {name}: {times[name][-1]:.2f} s")
+    """Median seconds of each way, run in turn so that a machine's moods meet all of them."""
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for turn in range(rounds):
+        for name, work in ways.items():
+            begin = time.perf_counter()
+            work()
+            times[name].append(time.perf_counter() - begin)
+            if tell:
+                tell(f"  {turn + 1}/{rounds}, {name}: {times[name][-1]:.2f} s")
     return {name: statistics.median(found) for name, found in times.items()}
 
 
@@ -197,12 +199,6 @@ def _figures(
         torch=torch.__version__,
         machine=platform.processor() or platform.machine(),
     )
-
-
-def _seconds(work: Callable[[], Any]) -> float:
-    begin = time.perf_counter()
-    work()
-    return time.perf_counter() - begin
 
 
 def _teller() -> Callable[[str], None]:

@@ -33,7 +33,7 @@ def test_an_error_names_the_key_the_value_and_what_is_allowed(key: str) -> None:
 
 
 def test_unknown_options_are_errors() -> None:
-    with pytest.raises(OptionError, match="'chunks'.*no such option.*chunk, window"):
+    with pytest.raises(OptionError, match=r"'chunks'.*no such option.*chunk, window"):
         Config.from_options({"chunks": 128})
 
 

@@ -165,9 +165,7 @@ def test_padding_may_hold_anything() -> None:
     site = operands(200, padded=True)
     want = ops.prescored(site, plan)
     hidden = ~site.valid[:, None, :, None]
-    dirty = site._replace(
-        key=site.key.masked_fill(hidden, math.nan), value=site.value.masked_fill(hidden, math.inf)
-    )
+    dirty = site._replace(key=site.key.masked_fill(hidden, math.nan), value=site.value.masked_fill(hidden, math.inf))
     seen = site.valid[:, None, :, None].expand_as(want)
     torch.testing.assert_close(ops.prescored(dirty, plan)[seen], want[seen])
 
