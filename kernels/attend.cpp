@@ -1,4 +1,4 @@
-// The CPU lowering of `route` and `attend`; kernels/reference.py says what they compute.
+// The CPU lowering of clustering, `route` and `attend`; kernels/reference.py says what they compute.
 //
 // attend works tile by tile: `tile` consecutive queries times the query heads of one KV head are
 // the rows of a tile. Keys come in blocks of 16, stored [dim][16], so that one vector holds one
@@ -294,6 +294,137 @@ std::vector<Span> spans(const Geometry& g) {
   return found;
 }
 
+// Balanced clusters of one chunk by a tree of median cuts; see kernels/clusters.py. A task is one
+// (batch, KV head, chunk).
+struct Cluster {
+  const Geometry& g;
+  View key, value;
+  const uint8_t* member;  // [batch, KV head, place]
+  int32_t* order;
+  float *mean, *spread, *bias;
+  int64_t width = (g.dim + W - 1) / W * W;
+  int64_t chunks = (g.k_len + g.chunk - 1) / g.chunk;
+
+  struct Scratch {
+    std::vector<float> point, centred, mean, direction, next, along;
+    std::vector<int32_t> at, moved;
+  };
+  Scratch scratch() const {
+    Scratch s;
+    s.point.resize(g.chunk * width);
+    s.centred.resize(g.chunk * width);
+    for (auto* v : {&s.mean, &s.direction, &s.next}) v->resize(width);
+    s.along.resize(g.chunk);
+    s.at.resize(g.chunk);
+    s.moved.resize(g.chunk);
+    return s;
+  }
+
+  float dot(const float* a, const float* b) const {
+    vec total = {};
+    for (int64_t d = 0; d < width; d += W) total += load(a + d) * load(b + d);
+    return sum_lanes(total);
+  }
+  void add(float* to, const float* from, float times) const {
+    for (int64_t d = 0; d < width; d += W) store(to + d, load(to + d) + load(from + d) * times);
+  }
+  void normalize(std::vector<float>& x) const {
+    const float length = std::max(std::sqrt(dot(x.data(), x.data())), 1e-12f);
+    for (float& v : x) v /= length;
+  }
+  // Mean over the members among places [first, last) of s.at; returns their number.
+  int64_t mean_of(Scratch& s, int64_t first, int64_t last, const uint8_t* in, float* to) const {
+    int64_t count = 0;
+    std::fill(to, to + width, 0.0f);
+    for (int64_t i = first; i < last; ++i)
+      if (in[s.at[i]]) {
+        add(to, &s.point[s.at[i] * width], 1.0f);
+        ++count;
+      }
+    for (int64_t d = 0; d < width; ++d) to[d] /= (float)std::max<int64_t>(count, 1);
+    return count;
+  }
+
+  void split(Scratch& s, int64_t first, int64_t last, const uint8_t* in) const {
+    mean_of(s, first, last, in, s.mean.data());
+    int64_t farthest = first;
+    float most = -1.0f;
+    for (int64_t i = first; i < last; ++i) {
+      float* c = &s.centred[i * width];
+      if (in[s.at[i]]) {
+        std::memcpy(c, &s.point[s.at[i] * width], width * sizeof(float));
+        add(c, s.mean.data(), -1.0f);
+      } else {
+        std::fill(c, c + width, 0.0f);
+      }
+      const float norm = dot(c, c);
+      if (norm > most) {
+        most = norm;
+        farthest = i;
+      }
+    }
+    std::copy_n(&s.centred[farthest * width], width, s.direction.data());
+    for (int step = 0; step < POWER_ITERATIONS; ++step) {
+      normalize(s.direction);
+      std::fill(s.next.begin(), s.next.end(), 0.0f);
+      for (int64_t i = first; i < last; ++i) {
+        const float* c = &s.centred[i * width];
+        add(s.next.data(), c, dot(c, s.direction.data()));
+      }
+      std::swap(s.direction, s.next);
+    }
+    normalize(s.direction);
+    for (int64_t i = first; i < last; ++i)
+      s.along[s.at[i]] = in[s.at[i]] ? dot(&s.centred[i * width], s.direction.data())
+                                     : std::numeric_limits<float>::infinity();
+    // As torch sorts: NaN last, ties as they stand.
+    std::stable_sort(s.at.begin() + first, s.at.begin() + last, [&](int32_t a, int32_t b) {
+      const float x = s.along[a], y = s.along[b];
+      return y != y ? x == x : x < y;
+    });
+  }
+
+  static constexpr int POWER_ITERATIONS = 6;
+
+  void run(int64_t task, Scratch& s) const {
+    const int64_t bh = task / chunks, chunk = task % chunks, b = bh / g.kv_heads, kv = bh % g.kv_heads;
+    const int64_t begin = chunk * g.chunk, per_chunk = g.chunk / g.cluster;
+    const uint8_t* in = member + bh * chunks * g.chunk + begin;
+    std::fill(s.point.begin(), s.point.end(), 0.0f);
+    for (int64_t i = 0; i < g.chunk; ++i) {
+      s.at[i] = (int32_t)i;
+      if (in[i]) std::memcpy(&s.point[i * width], at(key, b, kv, begin + i), g.dim * sizeof(float));
+    }
+    for (int64_t part = g.chunk; part > g.cluster; part /= 2)
+      for (int64_t first = 0; first < g.chunk; first += part) split(s, first, first + part, in);
+    for (int64_t c = 0; c < per_chunk; ++c) {
+      const int64_t first = c * g.cluster, last = first + g.cluster, to = bh * chunks * per_chunk + chunk * per_chunk + c;
+      const int64_t count = mean_of(s, first, last, in, s.mean.data());
+      const float widen = 2.0f * std::log((float)std::max<int64_t>(count, 1)) / (float)std::max<int64_t>(count, 1);
+      float taint = count ? 0.0f : NEG_INF;
+      std::fill(s.next.begin(), s.next.end(), 0.0f);
+      for (int64_t i = first; i < last; ++i) {
+        const int64_t n = begin + s.at[i];
+        order[bh * chunks * g.chunk + begin + i] = in[s.at[i]] ? (int32_t)n : -1;
+        if (!in[s.at[i]]) continue;
+        const float* p = &s.point[s.at[i] * width];
+        const float* v = at(value, b, kv, n);
+        for (int64_t d = 0; d < g.dim; ++d) {
+          const float off = p[d] - s.mean[d];
+          s.next[d] += off * off;
+          taint += p[d] * 0.0f;
+        }
+        for (int64_t d = 0; d < g.value_dim; ++d) taint += v[d] * 0.0f;
+      }
+      for (int64_t d = 0; d < g.dim; ++d) {
+        mean[to * g.dim + d] = s.mean[d];
+        spread[to * g.dim + d] = s.next[d] * widen;
+      }
+      bias[to] = taint;
+    }
+  }
+};
+
 struct Route {
   const Geometry& g;
   const View& query;
@@ -320,7 +451,7 @@ struct Route {
 
   struct Scratch {
     std::vector<float> query, square, score;
-    std::vector<int32_t> rank;
+    std::vector<int32_t> rank, chosen;
   };
   Scratch scratch() const { return {}; }
 
@@ -342,9 +473,10 @@ struct Route {
       vec bias_here = splat(NEG_INF);
       for (int j = 0; j < W && block * W + j < clusters; ++j) bias_here[j] = b[block * W + j];
       for (int i = 0; i < N; ++i) {
-        vec root;
-        for (int j = 0; j < W; ++j) root[j] = std::sqrt(var[i][j]);
-        store(out + (row + i) * blocks * W + block * W, dot[i] + root + bias_here);
+        alignas(4 * W) float root[W];
+        store(root, var[i]);
+        for (int j = 0; j < W; ++j) root[j] = std::sqrt(root[j]);
+        store(out + (row + i) * blocks * W + block * W, dot[i] + load(root) + bias_here);
       }
     }
   }
@@ -356,7 +488,8 @@ struct Route {
     return x == x ? key : ivec{} + 0x7fffffff;
   }
 
-  // The `want` best of `count` scores (a multiple of 16), ascending; -inf is never chosen.
+  // The `want` best of `count` scores (a multiple of 16), ascending; -inf is never chosen, ties go to
+  // the earlier. `out` has room for one more.
   void choose(const float* score, int32_t* rank, int64_t count, int64_t want, int32_t* out) const {
     const int32_t floor = rank_of(splat(NEG_INF))[0];
     auto above = [&](int32_t bar) {
@@ -366,28 +499,39 @@ struct Route {
       for (int j = 0; j < W; ++j) n += hits[j];
       return n;
     };
-    for (int64_t c = 0; c < count; c += W) *(ivec*)(rank + c) = rank_of(load(score + c));
+    ivec least = ivec{} + 0x7fffffff, most = ivec{} + floor;
+    for (int64_t c = 0; c < count; c += W) {
+      const ivec r = rank_of(load(score + c));
+      *(ivec*)(rank + c) = r;
+      const ivec real = r > floor ? r : ivec{} + 0x7fffffff;
+      least = real < least ? real : least;
+      most = r > most ? r : most;
+    }
     // The smallest bar with at most `want` ranks above it, by bisection on the integers.
-    int64_t low = floor, high = 0x7fffffff;
+    int64_t bar = floor, ties = 0;
     if (above(floor) > want) {
-      while (low + 1 < high) {
-        const int64_t middle = (low + high) / 2;
-        const int64_t n = above((int32_t)middle);
-        if (n == want) {
-          high = middle;
-          break;
-        }
-        (n > want ? low : high) = middle;
+      int64_t low = *std::min_element(&least[0], &least[0] + W) - (int64_t)1, n = -1;
+      bar = *std::max_element(&most[0], &most[0] + W);
+      while (low + 1 < bar && n != want) {
+        const int64_t middle = (low + bar) / 2;
+        n = above((int32_t)middle);
+        (n > want ? low : bar) = middle;
+      }
+      ties = want - above((int32_t)bar);
+    }
+    int64_t taken = 0;
+    const int32_t line = (int32_t)bar;
+    if (ties == 0) {
+      for (int64_t c = 0; c < count; ++c) {
+        out[taken] = (int32_t)c;  // kept only where the next line counts it
+        taken += rank[c] > line;
       }
     } else {
-      high = floor;
-    }
-    const int32_t bar = (int32_t)high;
-    int64_t ties = want - above(bar), taken = 0;
-    for (int64_t c = 0; c < count; ++c) {
-      const bool tie = rank[c] == bar && bar > floor && ties > 0;
-      if (tie) --ties;
-      if ((rank[c] > bar || tie) && taken < want) out[taken++] = (int32_t)c;
+      for (int64_t c = 0; c < count; ++c) {
+        const bool tie = rank[c] == line && ties > 0;
+        ties -= tie;
+        if (rank[c] > line || tie) out[taken++] = (int32_t)c;
+      }
     }
     for (; taken < want; ++taken) out[taken] = -1;
   }
@@ -401,6 +545,7 @@ struct Route {
     s.square.resize(rows * g.dim);
     s.score.resize(rows * blocks * W);
     s.rank.resize(blocks * W);
+    s.chosen.resize(g.routes + 1);
     for (int64_t r = 0; r < rows; ++r) {
       const float* q = at(query, b, kv * group + r / length, span.begin + r % length);
       for (int64_t d = 0; d < g.dim; ++d) {
@@ -427,7 +572,8 @@ struct Route {
       float* score = &s.score[r * blocks * W];
       for (int64_t c = hole_begin; c < std::min(hole_end, last * W); ++c) score[c] = NEG_INF;
       const int64_t h = kv * group + r / length, n = span.begin + r % length;
-      choose(score, s.rank.data(), last * W, g.routes, routes + ((b * g.heads + h) * g.q_len + n) * g.routes);
+      choose(score, s.rank.data(), last * W, g.routes, s.chosen.data());
+      std::copy_n(s.chosen.data(), g.routes, routes + ((b * g.heads + h) * g.q_len + n) * g.routes);
     }
   }
 };
@@ -604,6 +750,12 @@ struct ByReference {  // lets `parallel` share one object
 }  // namespace
 
 extern "C" {
+
+void prescore_cluster(const Geometry* g, const View* key, const View* value, const uint8_t* member, int32_t* order,
+                      float* mean, float* spread, float* bias) {
+  Cluster cluster{*g, *key, *value, member, order, mean, spread, bias};
+  parallel(g->batch * g->kv_heads * cluster.chunks, g->threads, ByReference<Cluster>{cluster});
+}
 
 void prescore_route(const Geometry* g, const View* query, const float* mean, const float* spread, const float* bias,
                     int32_t* routes) {

@@ -28,7 +28,7 @@ from .summary import Summary
 
 SOURCE = Path(__file__).with_name("attend.cpp")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", "-pthread")
-TILE = 64
+TILE = 128
 """Queries a tile; docs/cpu.md has the measurement."""
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -82,6 +82,28 @@ def library() -> ctypes.CDLL | None:
 def available() -> bool:
     """Whether this machine can build and load the compiled kernels."""
     return library() is not None
+
+
+def clusters(
+    key: torch.Tensor, value: torch.Tensor, member: torch.Tensor, plan: Plan
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Compiled ``summary.clusters``."""
+    batch, heads, k_len, dim = key.shape
+    count = chunk_count(k_len, plan.chunk) * (plan.chunk // plan.cluster)
+    order = torch.empty(batch, heads, count * plan.cluster, dtype=torch.int32)
+    mean, spread = torch.empty(2, batch, heads, count, dim).unbind(0)
+    bias = torch.empty(batch, heads, count)
+    if order.numel():
+        geometry = _geometry(plan, key.shape, key.shape, value.shape[3], k_len, True, 0, 1.0)
+        views, alive = zip(*(_view(t) for t in (key, value)), strict=True)
+        inside = member.contiguous()
+        _library().prescore_cluster(
+            ctypes.byref(geometry),
+            *(ctypes.byref(view) for view in views),
+            *(_pointer(t) for t in (inside, order, mean, spread, bias)),
+        )
+        del alive
+    return order, mean, spread.clone(), bias
 
 
 def route(query: torch.Tensor, summary: Summary, plan: Plan, causal: bool, k_len: int, scale: float) -> torch.Tensor:

@@ -59,7 +59,8 @@ def summarize(
     key: Tensor, value: Tensor, valid: Tensor | None, scores: Tensor | None, plan: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The fields of ``kernels.summary.Summary``; row_key and row_value are differentiable."""
-    return tuple(summaries.summarize(key, value, valid, scores, Plan.parse(plan)))  # type: ignore[return-value]
+    cluster = cpu.clusters if _compiled(key) else summaries.clusters
+    return tuple(summaries.summarize(key, value, valid, scores, Plan.parse(plan), cluster))  # type: ignore[return-value]
 
 
 @summarize.register_fake

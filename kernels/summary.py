@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -19,6 +20,11 @@ RESIDUAL_ITERATIONS = 2
 LEVELS = 20
 """Segment sizes that ``row_owner`` has room for: up to 2^19 chunks."""
 NEG_INF = float("-inf")
+
+
+Clustering = Callable[
+    [torch.Tensor, torch.Tensor, torch.Tensor, Plan], tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+]
 
 
 class Summary(NamedTuple):
@@ -109,17 +115,24 @@ def summarize(
     valid: torch.Tensor | None,
     scores: torch.Tensor | None,
     plan: Plan,
+    cluster: Clustering | None = None,
 ) -> Summary:
     """Cluster and select the keys of every chunk; see ``Summary``.
 
     Args:
         key: ``[B, Hkv, Nk, D]``. value: ``[B, Hkv, Nk, Dv]``. valid: ``[B, Nk]`` bool or None.
         scores: ``[B, Hkv, Nk]`` float32; needed when ``plan.keep`` is not 0.
+        cluster: default ``clusters``.
     """
     sink = sink_index(key, valid, plan.sinks)
     member = _chunk_mask(key, valid, plan.chunk).flatten(2)
     member = _without(member, sink.unsqueeze(1).expand(-1, key.shape[1], -1))
-    order, mean, spread, bias = _clusters(key, value, member, plan)
+    if plan.routes:
+        order, mean, spread, bias = (cluster or clusters)(key, value, member, plan)
+    else:
+        none = key.new_zeros(*key.shape[:2], 0, dtype=torch.float32)
+        wide = key.new_zeros(*key.shape[:2], 0, key.shape[3], dtype=torch.float32)
+        order, mean, spread, bias = none.int(), wide, wide.clone(), none
     index, owner = _rows(key, value, member, sink, scores, plan)
     return Summary(order, mean, spread, bias, index, owner, *gather_rows(key, value, index, owner, plan))
 
@@ -159,14 +172,11 @@ def scatter_rows(grad_row: torch.Tensor, index: torch.Tensor, owner: torch.Tenso
     return grad.contiguous()
 
 
-def _clusters(
+def clusters(
     key: torch.Tensor, value: torch.Tensor, member: torch.Tensor, plan: Plan
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``order``, ``mean``, ``spread`` and ``bias`` of ``Summary``; member ``[B, Hkv, P]`` bool."""
     batch, heads, _, dim = key.shape
-    if not plan.routes:
-        none = key.new_zeros(batch, heads, 0, dtype=torch.float32)
-        wide = key.new_zeros(batch, heads, 0, dim, dtype=torch.float32)
-        return none.int(), wide, wide.clone(), none
     keys = _chunks(key.float(), plan.chunk)
     places = keys.shape[2] * plan.chunk
     keys, inside = keys.flatten(0, 2), member.reshape(-1, plan.chunk)

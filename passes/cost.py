@@ -13,11 +13,10 @@ N = sympy.Symbol("n", integer=True, positive=True)
 
 # Time of one multiply-add of a stage, in those of exact attention (SDPA's CPU kernel, float32,
 # D = 64). Measured by `python -m bench.attention`; see docs/cpu.md.
-ATTEND_PRICE = 1.1
-ROUTE_PRICE = 3.0
-SUMMARY_PRICE = 1.0
+ATTEND_PRICE = 1.2
+ROUTE_PRICE = 1.7
 # Fixed work a key and KV head: clustering it and copying it into its cluster.
-SUMMARY_PER_KEY = 60_000
+SUMMARY_PER_KEY = 40_000
 SCORE_PER_KEY = {"kmeans": 30_000, "leverage": 60_000, "peak": 60_000, "random": 300}
 LONGEST = 2**24
 
@@ -81,7 +80,7 @@ def prescored_time(shape: Shape, plan: Plan) -> sympy.Expr:
     summary = SUMMARY_PER_KEY * keys if plan.routes else 0
     scoring = SCORE_PER_KEY[plan.method] * keys if plan.keep else 0
     pairs = ATTEND_PRICE * attended_pairs(plan, shape.causal) + ROUTE_PRICE * routing_pairs(plan, shape.causal)
-    return _per_pair(shape) * pairs + (summary + scoring) * SUMMARY_PRICE
+    return _per_pair(shape) * pairs + summary + scoring
 
 
 @functools.cache

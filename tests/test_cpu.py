@@ -9,6 +9,7 @@ import torch
 from conftest import EVERYTHING, PLANS, check_budget, in_double, operands, routes_of, summary_of
 
 from prescore_compile.kernels import cpu, ops, reference
+from prescore_compile.kernels import summary as summaries
 from prescore_compile.kernels.plan import Plan
 from prescore_compile.kernels.reference import Operands
 
@@ -97,6 +98,45 @@ def test_route_chooses_the_best_clusters(name: str, length: int, causal: bool, p
         first = got // (plan.chunk // plan.cluster) * plan.chunk
         finished = (torch.arange(length) - plan.window).clamp(min=0) // plan.chunk * plan.chunk
         assert (first < finished[:, None]).logical_or(got < 0).all()
+
+
+def clustered(length: int = 333, padded: bool = True):  # type: ignore[no-untyped-def]
+    plan = Plan(chunk=128, sinks=3, routes=2)
+    site = operands(length, padded=padded, dim=20)
+    member = summaries._chunk_mask(site.key, site.valid, plan.chunk).flatten(2)
+    return site, member, plan
+
+
+def test_clusters_are_the_references() -> None:
+    """The same median cuts but where rounding decides; and what stands for a cluster is its own."""
+    site, member, plan = clustered()
+    got, want = (make(site.key, site.value, member, plan) for make in (cpu.clusters, summaries.clusters))
+    assert (got[0] == want[0]).float().mean() > 0.95
+    same = (got[0] == want[0]).unflatten(2, (-1, plan.cluster)).all(3)
+    for g, w in zip(got[1:], want[1:], strict=True):
+        torch.testing.assert_close(g[same], w[same], atol=1e-5, rtol=1e-4)
+
+
+def test_clusters_hold_each_member_once() -> None:
+    site, member, plan = clustered()
+    order = cpu.clusters(site.key, site.value, member, plan)[0].long()
+    held = torch.zeros(*member.shape[:2], member.shape[2] + 1).scatter_add_(
+        2, order.where(order >= 0, member.shape[2]), torch.ones_like(order, dtype=torch.float32)
+    )
+    assert torch.equal(held[..., :-1], member.float())
+    first = order.unflatten(2, (-1, plan.chunk)) // plan.chunk
+    assert ((first == torch.arange(first.shape[2])[:, None]) | (first < 0)).all(), "a key left its chunk"
+
+
+def test_clusters_mark_what_is_empty_or_not_finite() -> None:
+    site, member, plan = clustered(256, padded=False)
+    site.value[0, 0, 200] = math.inf
+    member = member.clone()
+    member[1] = False
+    order, _, _, bias = cpu.clusters(site.key, site.value, member, plan)
+    marked = (order == 200).unflatten(2, (-1, plan.cluster)).any(3)
+    assert bias[0, 0][marked[0, 0]].isnan().all() and (bias[0, 0][~marked[0, 0]] == 0).all()
+    assert (bias[1] == -math.inf).all() and (bias[0, 1] == 0).all()
 
 
 def test_route_breaks_ties_by_position() -> None:
