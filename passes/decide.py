@@ -56,6 +56,8 @@ def _unsupported(site: Site) -> str:
         return f"unsupported_rank: {query.dim()}, {key.dim()}, {value.dim()}"
     if query.dtype not in cpu.DTYPES or not query.dtype == key.dtype == value.dtype:
         return f"unsupported_dtype: {query.dtype}, {key.dtype}, {value.dtype}"
+    if value_of(site.output).dtype != query.dtype:
+        return f"autocast: {query.dtype} to {value_of(site.output).dtype}"
     if any(isinstance(size, int) and size == 0 for t in (query, key, value) for size in t.shape):
         return "empty"
     if query.device.type != "cpu":

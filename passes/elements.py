@@ -40,12 +40,10 @@ _LOGIC: dict[str, Any] = {"and": sympy.And, "or": sympy.Or, "xor": sympy.Xor, "n
 _SPELLINGS = {
     "__and__": "and",
     "and_": "and",
-    "iand": "and",
     "logical_and": "and",
     "bitwise_and": "and",
     "__or__": "or",
     "or_": "or",
-    "ior": "or",
     "logical_or": "or",
     "bitwise_or": "or",
     "__xor__": "xor",
@@ -56,14 +54,31 @@ _SPELLINGS = {
     "inv": "not",
     "logical_not": "not",
     "bitwise_not": "not",
-    "iadd": "add",
-    "isub": "sub",
-    "imul": "mul",
     "less": "lt",
     "less_equal": "le",
     "greater": "gt",
     "greater_equal": "ge",
     "not_equal": "ne",
+}
+_HOLDS_INDICES = (torch.int64, torch.int32, torch.float64, torch.float32)
+_WRAPPING = (torch.uint8, torch.int8, torch.int16)
+_VIEWS = {
+    "getitem", "view", "reshape", "expand", "expand_as", "unsqueeze", "squeeze", "transpose", "permute", "flatten",
+    "unflatten", "select", "narrow", "slice", "diagonal", "contiguous", "to", "detach", "view_as", "swapaxes",
+    "movedim", "chunk", "split", "unbind", "T", "mT", "t", "getattr", "broadcast_to", "alias",
+}  # fmt: skip
+_IN_PLACE_OPERATORS = {
+    "setitem",
+    "iadd",
+    "isub",
+    "imul",
+    "iand",
+    "ior",
+    "ixor",
+    "itruediv",
+    "ifloordiv",
+    "ipow",
+    "imod",
 }
 _SAME = {"contiguous", "clone", "detach", "detach_", "alias", "to", "bool", "int", "long", "float", "type", "type_as"}
 
@@ -85,7 +100,8 @@ def load(node: fx.Node, index: Index) -> sympy.Expr:
 class Elements:
     """Evaluates elements of one graph's tensors and remembers which nodes it looked through."""
 
-    def __init__(self) -> None:
+    def __init__(self, graph: fx.Graph) -> None:
+        self.modified = modified_in_place(graph)
         self.seen: dict[fx.Node, None] = {}
         self.loads: dict[str, fx.Node] = {}
 
@@ -98,13 +114,17 @@ class Elements:
         value = value_of(node)
         if not isinstance(value, torch.Tensor):
             return symbolic(node)
+        if node in self.modified:
+            raise NotClosedForm(f"{node.name} is modified in place")
         self.seen[node] = None
         name = _name(node)
+        if value.dtype in _WRAPPING and name in _ARITHMETIC:
+            raise NotClosedForm(f"{node.name}: arithmetic that wraps around, in {value.dtype}")
         rule = getattr(self, f"_{name}", None)
         if rule is not None:
             return rule(node, index)
         if name in _SAME:
-            return _cast(self.at(node.args[0], index), value.dtype)
+            return self._converted(node, index)
         if name in _ARITHMETIC:
             return _ARITHMETIC[name](*(_number(x) for x in self._operands(node, index)))
         if name in _COMPARE:
@@ -115,6 +135,14 @@ class Elements:
         self.loads[node.name] = node
         found = load(node, index)
         return sympy.Ne(found, 0) if value.dtype == torch.bool else found
+
+    def _converted(self, node: fx.Node, index: Index) -> Any:
+        source: Any = node.args[0]
+        old, new = value_of(source).dtype, value_of(node).dtype
+        exact = old == new or torch.bool in (old, new) or (not old.is_floating_point and new in _HOLDS_INDICES)
+        if not exact and not (old.is_floating_point and new in (torch.float32, torch.float64)):
+            raise NotClosedForm(f"{node.name}: {old} does not always survive as {new}")
+        return _cast(self.at(source, index), new)
 
     def _operands(self, node: fx.Node, index: Index) -> list[Any]:
         return [self.at(arg, _broadcast(arg, index)) for arg in node.args]
@@ -200,14 +228,22 @@ class Elements:
             if isinstance(k, slice):
                 moved.append(_slice_start(k, size) + (k.step or 1) * out.pop(0))
             else:
-                moved.append(symbolic(k))
+                place = symbolic(k)
+                if place.is_negative is None:
+                    raise NotClosedForm(f"{node.name}: an index of unknown sign")
+                moved.append(place + symbolic(size) if place.is_negative else place)
         return self.at(source, tuple(moved))
 
     def _gather(self, node: fx.Node, source: Any, key: Sequence[Any], index: Index) -> Any:
         """``x[i, j, ...]`` with one index tensor for every axis, broadcast against each other."""
         if len(key) != len(value_of(source).shape) or any(k is None or isinstance(k, slice) for k in key):
             raise NotClosedForm(f"{node.name}: index tensors on some axes only")
-        return self.at(source, tuple(_number(self.at(k, _broadcast(k, index))) for k in key))
+        if any(value_of(k).dtype == torch.bool for k in key if isinstance(k, fx.Node)):
+            raise NotClosedForm(f"{node.name}: indexed by a bool tensor")
+        places = tuple(_number(self.at(k, _broadcast(k, index))) for k in key)
+        if not all(place.is_nonnegative for place in places):
+            raise NotClosedForm(f"{node.name}: an index that may count from the end")
+        return self.at(source, places)
 
     def _where(self, node: fx.Node, index: Index) -> Any:
         condition, yes, no = self._operands(node, index)
@@ -240,6 +276,24 @@ class Elements:
         if term.has(step):
             raise NotClosedForm(f"{node.name}: a running sum of something that varies")
         return term * (index[axis] + 1)
+
+
+def modified_in_place(graph: fx.Graph) -> set[fx.Node]:
+    """Nodes whose tensor, or one that shares its memory, is written to after it was made."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
+        writes = name in _IN_PLACE_OPERATORS or (name.endswith("_") and name not in _SPELLINGS and name[-2:] != "__")
+        targets = [node.kwargs["out"]] if "out" in node.kwargs else list(node.args[:1]) if writes else []
+        for target in targets:
+            while isinstance(target, fx.Node):
+                found.add(target)
+                target = target.args[0] if _name(target) in _VIEWS and target.args else None
+    # What looks through a written tensor sees the writing too.
+    for node in graph.nodes:
+        if _name(node) in _VIEWS and node.args and node.args[0] in found:
+            found.add(node)
+    return found
 
 
 def _name(node: fx.Node) -> str:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from .compat import known_equal, module_path, source_line, value_of
+from .elements import modified_in_place
 
 _SDPA_ARGS: dict[str, Any] = {
     "query": None,
@@ -46,15 +47,16 @@ class Site:
 
 def find(gm: fx.GraphModule) -> list[Site]:
     """Every call of ``F.scaled_dot_product_attention`` in the graph, in graph order."""
+    modified = modified_in_place(gm.graph)
     calls = (n for n in gm.graph.nodes if n.op == "call_function" and n.target is F.scaled_dot_product_attention)
-    return [_site(node) for node in calls]
+    return [_site(node, modified) for node in calls]
 
 
-def _site(node: fx.Node) -> Site:
+def _site(node: fx.Node, modified: set[fx.Node]) -> Site:
     positional: dict[str, Any] = dict(zip(_SDPA_ARGS, node.args, strict=False))
     call = _SDPA_ARGS | positional | node.kwargs
     key, value = _unrepeated(call["key"]), _unrepeated(call["value"])
-    if _heads(key) != _heads(value):  # only one of the two was expanded
+    if _heads(key) != _heads(value) or {key, value} & modified:  # one of the two was not repeated, or changed since
         key, value = call["key"], call["value"]
     source, code = source_line(node)
     return Site(

@@ -47,7 +47,7 @@ def lift(site: Site) -> Mask:
     mask = value_of(site.mask)
     if mask.dtype != torch.bool:
         return Mask(f"+ {site.mask.name}", reason="additive_mask")
-    elements = Elements()
+    elements = Elements(site.output.graph)
     index = tuple(
         sympy.Integer(0) if isinstance(size, int) and size == 1 else axis
         for axis, size in zip((B, H, Q, K)[4 - mask.dim() :], mask.shape, strict=True)
@@ -55,8 +55,14 @@ def lift(site: Site) -> Mask:
     try:
         meaning = elements.at(site.mask, index)
     except NotClosedForm as error:
-        return Mask(f"{site.mask.name}[b, h, q, k]", reason=f"opaque_mask: {error}")
+        return _opaque(site.mask, str(error))
+    except Exception as error:  # an unforeseen spelling must cost the speed, never the model
+        return _opaque(site.mask, f"{type(error).__name__}: {error}")
     return _classify(site, sympy.sympify(meaning), elements, symbolic(k_len) - symbolic(q_len))
+
+
+def _opaque(mask: fx.Node, why: str) -> Mask:
+    return Mask(f"{mask.name}[b, h, q, k]", reason=f"opaque_mask: {why}")
 
 
 def _classify(site: Site, meaning: Any, elements: Elements, shift: sympy.Expr) -> Mask:

