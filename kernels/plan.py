@@ -6,7 +6,9 @@ import functools
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-METHODS = ("kmeans", "leverage", "peak", "random")
+METHODS = (
+    "kmeans", "kmeans_relative", "kmedian", "leverage", "peak", "random", "norm", "inverse_norm", "query"
+)  # fmt: skip
 
 
 class OptionError(ValueError):

@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 from .clusters import pca_tree
 from .layout import chunk_count
 from .plan import Plan
-from .scorers import SCORERS
+from .scorers import READS_QUERIES, SCORERS
 from .scorers.kmeans import lloyd, strided
 
 CHUNKS_AT_ONCE = 256
@@ -76,8 +76,10 @@ def score(
     group = query.shape[1] // heads
     finite = key.isfinite().all(3)
     keys = _chunks(key.float(), plan.chunk).flatten(0, 2)
-    queries = _chunks(query.float(), plan.chunk)
-    queries = queries.unflatten(1, (heads, group)).transpose(2, 3).flatten(0, 2)
+    queries = keys.new_empty(len(keys), 0, plan.chunk, dim)
+    if plan.method in READS_QUERIES:
+        queries = _chunks(query.float(), plan.chunk)
+        queries = queries.unflatten(1, (heads, group)).transpose(2, 3).flatten(0, 2)
     mask = _chunk_mask(key, valid, plan.chunk) & _pad_places(finite, plan.chunk).unflatten(
         2, (chunk_count(length, plan.chunk), plan.chunk)
     )

@@ -17,7 +17,7 @@ ATTEND_PRICE = 1.2
 ROUTE_PRICE = 1.7
 # Fixed work a key and KV head: clustering it and copying it into its cluster.
 SUMMARY_PER_KEY = 40_000
-SCORE_PER_KEY = {"kmeans": 30_000, "leverage": 60_000, "peak": 60_000, "random": 300}
+SCORE_PER_KEY = {}
 LONGEST = 2**24
 
 

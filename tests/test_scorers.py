@@ -10,7 +10,8 @@ from conftest import PLANS, operands, summary_of
 
 from prescore_compile.kernels.clusters import pca_tree
 from prescore_compile.kernels.plan import Plan
-from prescore_compile.kernels.scorers import SCORERS
+from prescore_compile.kernels.scorers import READS_QUERIES, SCORERS
+from prescore_compile.kernels.scorers.kmeans import strided
 from prescore_compile.kernels.summary import score
 
 CONTENT = [name for name in SCORERS if name != "random"]
@@ -32,6 +33,8 @@ def test_shape_and_determinism(name: str) -> None:
     scores = run(name, keys, mask, queries)
     assert scores.shape == mask.shape and scores.dtype == torch.float32 and torch.isfinite(scores).all()
     assert torch.equal(scores, run(name, keys, mask, queries))
+    if name not in READS_QUERIES:
+        assert torch.equal(scores, run(name, keys, mask, queries[:, :0]))
     assert torch.equal(torch.random.get_rng_state(), state), "the global generator was touched"
 
 
@@ -71,7 +74,7 @@ def test_degenerate_chunks(name: str, case: str) -> None:
     assert torch.isfinite(run(name, keys, mask, queries)[mask]).all()
 
 
-@pytest.mark.parametrize("name", ["leverage"])
+@pytest.mark.parametrize("name", ["leverage", "norm", "inverse_norm"])
 def test_permuting_keys_permutes_scores(name: str) -> None:
     keys, mask, queries = chunks()
     order = torch.randperm(64)
@@ -88,11 +91,49 @@ def test_leverage_is_the_diagonal_of_the_hat_matrix() -> None:
     torch.testing.assert_close(run("leverage", keys * 50, mask, queries), run("leverage", keys, mask, queries))
 
 
-def test_kmeans_scores_an_outlier_highest() -> None:
+@pytest.mark.parametrize("name", ["kmeans", "kmeans_relative", "kmedian"])
+def test_kmeans_scores_an_outlier_highest(name: str) -> None:
     keys, mask, queries = chunks()
     keys = 0.1 * keys + torch.randn(3, 4, 16).repeat_interleave(16, 1)
     keys[:, 21] += 2
-    assert (run("kmeans", keys, mask, queries).argmax(1) == 21).all()
+    assert (run(name, keys, mask, queries).argmax(1) == 21).all()
+
+
+def test_kmeans_distances_are_scikit_learns() -> None:
+    cluster = pytest.importorskip("sklearn.cluster")
+    keys, mask, queries = chunks(1, 128, 8)
+    fit = cluster.KMeans(8, init=strided(keys, mask, 8)[0].numpy(), n_init=1, max_iter=3, tol=0, algorithm="lloyd")
+    distance = torch.from_numpy(fit.fit(keys[0].numpy()).transform(keys[0].numpy()))
+    # Both are local optima from the same start, three updates in: the mean distance tells.
+    ours = run("kmeans", keys, mask, queries)[0].mean()
+    torch.testing.assert_close(ours, distance.min(1).values.mean(), atol=0, rtol=0.05)
+
+
+def test_a_geometric_median_is_not_dragged_along_by_an_outlier() -> None:
+    keys, mask, queries = chunks(1, 16, 4)
+    keys[0, 3] = 1000
+    others = torch.arange(16) != 3
+    assert (
+        run("kmedian", keys, mask, queries)[0, others].mean() < 5 < run("kmeans", keys, mask, queries)[0, others].mean()
+    )
+
+
+def test_query_is_the_mean_attention_of_the_last_queries() -> None:
+    keys, mask, queries = chunks(1)
+    logits = (0.25 * queries[0] @ keys[0].T).masked_fill(~torch.ones(64, 64, dtype=torch.bool).tril(), -math.inf)
+    torch.testing.assert_close(run("query", keys, mask, queries)[0], logits.softmax(2)[:, -32:].mean((0, 1)))
+
+
+@pytest.mark.parametrize("name", ["kmeans", "kmeans_relative", "kmedian", "leverage"])
+def test_the_papers_planted_subspace(name: str) -> None:
+    """Keys of a few directions of their own among many that share a small subspace score highest."""
+    keys = 0.05 * torch.randn(4, 128, 16)
+    keys[..., :3] += torch.randn(4, 128, 3)
+    heavy = torch.tensor([5, 40, 77, 120])
+    keys[:, heavy, 10:14] += 4 * torch.eye(4)
+    found = run(name, keys, torch.ones(4, 128, dtype=torch.bool), torch.empty(4, 0, 128, 16)).topk(8).indices
+    hits = torch.stack([torch.isin(heavy, row).float().mean() for row in found]).mean()
+    assert hits > 0.9
 
 
 def test_peak_finds_the_key_that_every_query_wants() -> None:
@@ -138,8 +179,7 @@ def test_a_key_that_is_not_finite_is_selected() -> None:
         site = operands(200, batch=1)
         site.key[0, 0, 40] = math.nan
         rows = summary_of(site, plan).row_index[0, 0, 2:4]
-        if method in ("kmeans", "leverage"):  # the others do not compare keys with keys
-            assert 40 in rows.tolist()
+        assert 40 in rows.tolist()
 
 
 def test_fewer_valid_keys_than_keep() -> None:

@@ -13,18 +13,29 @@ from collections.abc import Callable
 
 import torch
 
-from .kmeans import kmeans
+from .kmeans import kmeans, kmeans_relative
+from .kmedian import kmedian
 from .leverage import leverage
+from .norm import inverse_norm, norm
 from .peak import peak
+from .query import query
 from .random import random
 
 Scorer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float, bool, int], torch.Tensor]
 
 SCORERS: dict[str, Scorer] = {
     "kmeans": kmeans,
+    "kmeans_relative": kmeans_relative,
+    "kmedian": kmedian,
     "leverage": leverage,
     "peak": peak,
     "random": random,
+    "norm": norm,
+    "inverse_norm": inverse_norm,
+    "query": query,
 }
 
-__all__ = ["SCORERS", "Scorer", "kmeans", "leverage", "peak", "random"]
+READS_QUERIES = frozenset({"peak", "query"})
+"""The scorers that are given queries; for the others the group is empty (G = 0)."""
+
+__all__ = ["READS_QUERIES", "SCORERS", "Scorer"]

@@ -24,7 +24,7 @@ def lloyd(
     weight = mask.to(points.dtype)
     owner = mask.new_zeros(mask.shape, dtype=torch.long)
     for _ in range(iterations):
-        owner = _nearest(points, centroids)
+        owner = nearest(points, centroids)
         hot = torch.zeros(*owner.shape, centroids.shape[1], dtype=points.dtype, device=points.device)
         hot.scatter_(2, owner.unsqueeze(2), weight.unsqueeze(2))
         count = hot.sum(1).unsqueeze(2)
@@ -33,7 +33,8 @@ def lloyd(
     return centroids, owner
 
 
-def _nearest(points: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
+def nearest(points: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
+    """Index of the centroid nearest to each point, ``[M, L]`` int64; ties go to the earlier."""
     square = (centroids * centroids).sum(2).unsqueeze(1)
     return (square - 2 * points @ centroids.transpose(1, 2)).argmin(2)
 
@@ -61,7 +62,31 @@ def kmeans(
     Lloyd iterations from evenly spaced keys. Cost: 2 * iterations * L * K * D multiply-adds a
     chunk. ``queries``, ``scale``, ``causal`` and ``seed`` are not read.
     """
+    return _distances(keys, mask)[0]
+
+
+def kmeans_relative(
+    keys: torch.Tensor,
+    mask: torch.Tensor,
+    queries: torch.Tensor,
+    scale: float,
+    causal: bool,
+    seed: int,
+) -> torch.Tensor:
+    """``score_j = || k_j - c(j) ||_2 / sum of these distances over j's cluster``.
+
+    The form of the paper's public code: a key of a small or tight cluster weighs more. Otherwise as
+    ``kmeans``.
+    """
+    distance, owner = _distances(keys, mask)
+    counted = distance.masked_fill(~mask, 0)
+    total = torch.zeros_like(counted).scatter_add(1, owner, counted)
+    return distance / total.gather(1, owner).clamp(min=torch.finfo(keys.dtype).tiny)
+
+
+def _distances(keys: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Distance of each key to its own centroid, and which that is."""
     centroids = strided(keys, mask, max(1, keys.shape[1] // KEYS_PER_CENTROID))
     centroids, owner = lloyd(keys, mask, centroids, ITERATIONS)
     own = centroids.gather(1, owner.unsqueeze(2).expand_as(keys))
-    return (keys - own).norm(dim=2)
+    return (keys - own).norm(dim=2), owner
