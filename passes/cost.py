@@ -15,9 +15,12 @@ N = sympy.Symbol("n", integer=True, positive=True)
 # D = 64). Measured by `python -m bench.attention`; see docs/cpu.md.
 ATTEND_PRICE = 1.2
 ROUTE_PRICE = 1.7
-# Fixed work a key and KV head: clustering it and copying it into its cluster.
+# Fixed work a key and KV head, in the same unit: clustering it and copying it, and scoring it.
 SUMMARY_PER_KEY = 40_000
-SCORE_PER_KEY = {}
+SCORE_PER_KEY = {
+    "kmeans": 35_000, "kmeans_relative": 38_000, "kmedian": 100_000, "leverage": 45_000, "peak": 220_000,
+    "random": 10_000, "norm": 11_000, "inverse_norm": 10_000, "query": 73_000,
+}  # fmt: skip
 LONGEST = 2**24
 
 
