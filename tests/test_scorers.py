@@ -100,7 +100,7 @@ def test_kmeans_scores_an_outlier_highest(name: str) -> None:
 
 
 def test_kmeans_distances_are_scikit_learns() -> None:
-    cluster = pytest.importorskip("sklearn.cluster")
+    cluster = pytest.importorskip("sklearn.cluster", reason="needs scikit-learn")
     keys, mask, queries = chunks(1, 128, 8)
     fit = cluster.KMeans(8, init=strided(keys, mask, 8)[0].numpy(), n_init=1, max_iter=3, tol=0, algorithm="lloyd")
     distance = torch.from_numpy(fit.fit(keys[0].numpy()).transform(keys[0].numpy()))
