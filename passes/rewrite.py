@@ -30,8 +30,15 @@ def rewrite(gm: fx.GraphModule, config: Config | None = None) -> tuple[fx.GraphM
         The new graph (the same weights) and what was decided for each site.
     """
     gm = fx.GraphModule(gm, copy.deepcopy(gm.graph), gm.__class__.__name__)
+    inner = Report()
+    # The bodies of higher-order operators (activation checkpoints, branches) are graphs of their own.
+    for name, child in list(gm.named_children()):
+        if isinstance(child, fx.GraphModule):
+            body, found = rewrite(child, config)
+            setattr(gm, name, body)
+            inner.sites.extend(found.sites)
     decisions = [decide(site, config or Config()) for site in find(gm)]
-    report = Report([describe(decision) for decision in decisions])
+    report = Report([describe(decision) for decision in decisions] + inner.sites)
     rewritten = [decision for decision in decisions if decision.rewrite]
     for decision in rewritten:
         _insert(gm.graph, decision)

@@ -270,3 +270,34 @@ def test_lift_says_true_where_there_is_no_mask() -> None:
     (site,) = find(gm)
     assert lift(site).text == "true" and not lift(site).causal
     assert site.source.rpartition(":")[0].endswith("test_passes.py") and "scaled_dot_product_attention" in site.code
+
+
+def test_sites_inside_checkpoints_and_branches() -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True).sin()
+
+    def checkpointed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return checkpoint(attend, q, k, v, use_reentrant=False)
+
+    def branches(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return torch.cond(q.sum() > 0, attend, lambda q, k, v: q.cos(), (q, k, v))
+
+    for fn in (checkpointed, branches):
+        assert checked(fn, *qkv()).decision == "rewrite"
+
+
+def test_gradients_through_a_checkpoint() -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    def loss(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        attend = lambda *qkv: F.scaled_dot_product_attention(*qkv, is_causal=True)  # noqa: E731
+        return checkpoint(attend, q, k, v, use_reentrant=False).square().sum()
+
+    leaves = [t.requires_grad_() for t in qkv()]
+    want = torch.autograd.grad(loss(*leaves), leaves)
+    options = dict(window=None, sinks=0, routes=0, min_seq_len=0, only_if_faster=False, inner="aot_eager")
+    got = torch.autograd.grad(torch.compile(loss, backend="prescore", options=options)(*leaves), leaves)
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g, w, atol=1e-5, rtol=1e-4)
