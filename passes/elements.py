@@ -173,11 +173,12 @@ class Elements:
         return self._triangle(node, index, sympy.Ge)
 
     def _triangle(self, node: fx.Node, index: Index, side: Any) -> Any:
-        if value_of(node).dtype != torch.bool:
-            raise NotClosedForm(f"{node.name}: a triangle of {value_of(node).dtype}")
         diagonal = node.args[1] if len(node.args) > 1 else node.kwargs.get("diagonal", 0)
         kept = side(index[-1], index[-2] + symbolic(diagonal))
-        return sympy.And(kept, _truth(self.at(node.args[0], index)))
+        inside = self.at(node.args[0], index)
+        if value_of(node).dtype == torch.bool:
+            return sympy.And(kept, _truth(inside))
+        return sympy.Piecewise((_number(inside), kept), (0, True))
 
     def _expand(self, node: fx.Node, index: Index) -> Any:
         return self.at(node.args[0], _broadcast(node.args[0], index))
@@ -254,6 +255,13 @@ class Elements:
                 sympy.And(sympy.Not(condition), _truth(no)),
             )
         return sympy.Piecewise((yes, _truth(condition)), (no, True))
+
+    def _masked_fill(self, node: fx.Node, index: Index) -> Any:
+        source, condition, fill = self._operands(node, index)
+        if value_of(node).dtype == torch.bool:
+            condition = _truth(condition)
+            return sympy.Or(sympy.And(condition, _truth(fill)), sympy.And(sympy.Not(condition), _truth(source)))
+        return sympy.Piecewise((fill, _truth(condition)), (_number(source), True))
 
     def _diff(self, node: fx.Node, index: Index) -> Any:
         """``torch.diff(x, prepend=p, dim=-1)`` where ``p`` continues ``x`` to the left."""

@@ -14,6 +14,9 @@ from .compat import known_equal, symbolic, value_of
 from .elements import Elements, NotClosedForm
 from .find import Site
 
+LOWEST = -1e9
+"""A logit that this is added to has no weight, in float32, beside one that nothing is added to."""
+
 B, H, Q, K = sympy.symbols("b h q k", integer=True, nonnegative=True)
 
 
@@ -45,8 +48,6 @@ def lift(site: Site) -> Mask:
     if site.is_causal:
         return Mask("?", reason="invalid_call")
     mask = value_of(site.mask)
-    if mask.dtype != torch.bool:
-        return Mask(f"+ {site.mask.name}", reason="additive_mask")
     elements = Elements(site.output.graph)
     index = tuple(
         sympy.Integer(0) if isinstance(size, int) and size == 1 else axis
@@ -54,11 +55,48 @@ def lift(site: Site) -> Mask:
     )
     try:
         meaning = elements.at(site.mask, index)
+        if mask.dtype != torch.bool:
+            return _additive(site, meaning, elements, symbolic(k_len) - symbolic(q_len))
     except NotClosedForm as error:
         return _opaque(site.mask, str(error))
     except Exception as error:  # an unforeseen spelling must cost the speed, never the model
         return _opaque(site.mask, f"{type(error).__name__}: {error}")
     return _classify(site, sympy.sympify(meaning), elements, symbolic(k_len) - symbolic(q_len))
+
+
+def _additive(site: Site, added: Any, elements: Elements, shift: sympy.Expr) -> Mask:
+    """A float mask that adds 0 where a key is allowed and -inf, or nearly, where it is not."""
+    try:
+        allowed = _adds_nothing(sympy.sympify(added))
+    except NotClosedForm as error:
+        return Mask(f"+ {_plain(added)}", reason=f"additive_mask: {error}")
+    mask = _classify(site, allowed, elements, shift)
+    # A query without keys gives 0 under -inf, but the mean of all values under a finite number:
+    # only where every query has its own key is the difference of no account.
+    always_a_key = mask.causal and mask.valid is None and shift == 0
+    finite = any(number.is_finite and number <= LOWEST for number in sympy.sympify(added).atoms(sympy.Number))
+    if not mask.reason and finite and not always_a_key:
+        return Mask(mask.text, reason="additive_mask: a finite number where padded queries have no key")
+    return mask
+
+
+def _adds_nothing(added: Any) -> Any:
+    """Where the expression is 0; everywhere else it must be so low that a weight is 0."""
+    if added.is_number:
+        if added.is_zero:
+            return sympy.true
+        if added == -sympy.oo or added <= LOWEST:
+            return sympy.false
+        raise NotClosedForm(f"it adds {added} to logits")
+    if isinstance(added, sympy.Add):
+        return sympy.And(*(_adds_nothing(part) for part in added.args))
+    if not isinstance(added, sympy.Piecewise):
+        raise NotClosedForm(f"it adds {_plain(added)} to logits")
+    found, before = sympy.false, sympy.false
+    for value, condition in added.args:
+        found = sympy.Or(found, sympy.And(condition, sympy.Not(before), _adds_nothing(value)))
+        before = sympy.Or(before, condition)
+    return found
 
 
 def _opaque(mask: fx.Node, why: str) -> Mask:

@@ -11,7 +11,8 @@ REASONS = {
     "opaque_mask": "The mask is not a closed form of batch, head, query and key indices. Build it from "
     "aranges and comparisons inside the compiled region, or pass is_causal=True.",
     "unsupported_mask": "The mask was understood (the reason prints it) but the kernels do not take it yet.",
-    "additive_mask": "The mask is a float tensor added to the logits. Use a boolean mask.",
+    "additive_mask": "The mask is a float tensor whose sum with the logits is not just 0 or -inf. "
+    "Use a boolean mask where one says the same.",
     "causal_misaligned": "Causal attention over q_len != k_len keys: is_causal=True aligns the first query "
     "with the first key there, which is seldom meant.",
     "cross_attention": "Queries and keys have different lengths, so no window is near a query.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -74,6 +75,17 @@ LIFTED: dict[str, tuple[Callable[[int, torch.Tensor], torch.Tensor], str]] = {
         lambda n, p: torch.where(p[:, None, None, :], _ij(n)[1] <= _ij(n)[0], torch.zeros((), dtype=torch.bool)),
         "k <= q and",
     ),
+    "additive": (lambda n, p: torch.full((n, n), -math.inf).triu(1), "k < q + 1"),
+    "additive, filled": (lambda n, p: torch.zeros(n, n).masked_fill(_ij(n)[1] > _ij(n)[0], -1e9), "k <= q"),
+    "additive, where": (
+        lambda n, p: torch.where(_ij(n)[1] <= _ij(n)[0], 0.0, torch.finfo(torch.float32).min),
+        "k <= q",
+    ),
+    "additive padding": (lambda n, p: torch.zeros(()).masked_fill(~p, -math.inf)[:, None, None, :], "[b, k]"),
+    "two added": (
+        lambda n, p: torch.full((n, n), -math.inf).triu(1) + torch.where(p, 0.0, -math.inf)[:, None, None, :],
+        "and",
+    ),
     "everything": (lambda n, p: torch.ones(n, n, dtype=torch.bool), "true"),
 }
 
@@ -97,7 +109,10 @@ KEPT: dict[str, tuple[Callable[[int, torch.Tensor], torch.Tensor], str]] = {
     "rounded": (lambda n, p: _ij(n)[1].half() <= _ij(n)[0].half(), "unsupported_mask"),
     "halved": (lambda n, p: (_ij(n)[1] * 0.5).long() <= _ij(n)[0], "opaque_mask"),
     "drawn": (lambda n, p: torch.rand(n, n) > 0.1, "opaque_mask"),
-    "additive": (lambda n, p: torch.zeros(n, n).masked_fill(_ij(n)[1] > _ij(n)[0], -1e9), "additive_mask"),
+    "soft padding": (lambda n, p: torch.zeros(()).masked_fill(~p, -1e9)[:, None, None, :], "additive_mask"),
+    "a mild bias": (lambda n, p: torch.zeros(n, n).masked_fill(_ij(n)[1] > _ij(n)[0], -10.0), "additive_mask"),
+    "alibi": (lambda n, p: (_ij(n)[1] - _ij(n)[0]) * 0.5, "additive_mask"),
+    "drawn bias": (lambda n, p: torch.randn(n, n), "additive_mask"),
 }
 
 
