@@ -61,7 +61,7 @@ inline vec exp_vec(vec x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
-  return (vec)((ivec)p + (whole << 23));
+  return x == x ? (vec)((ivec)p + (whole << 23)) : x;
 }
 
 const ivec LANES = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
@@ -476,7 +476,9 @@ struct Route {
         alignas(4 * W) float root[W];
         store(root, var[i]);
         for (int j = 0; j < W; ++j) root[j] = std::sqrt(root[j]);
-        store(out + (row + i) * blocks * W + block * W, dot[i] + load(root) + bias_here);
+        // By choice, not by sum: -inf + NaN would let a cluster that is empty or not there win.
+        const vec sum = dot[i] + load(root) + bias_here;
+        store(out + (row + i) * blocks * W + block * W, bias_here == splat(NEG_INF) ? bias_here : sum);
       }
     }
   }

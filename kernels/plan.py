@@ -79,7 +79,7 @@ class Plan:
             raise OptionError("chunk", self.chunk, f"cluster ({self.cluster}) times a power of two")
         if self.window is not None:
             check_int("window", self.window, 0)
-        check_int("sinks", self.sinks, 0)
+        check_int("sinks", self.sinks, 0, 65536)
         check_int("keep", self.keep, 0, self.chunk)
         check_int("centroids", self.centroids, 0, self.chunk)
         check_int("routes", self.routes, 0)

@@ -85,7 +85,8 @@ def route(query: torch.Tensor, summary: Summary, plan: Plan, causal: bool, k_len
         eligible = (first_key < high) & ~((first_key >= span.low) & (first_key < span.high))
         scores = routing_scores(query[:, :, span.begin : span.end].float(), summary, scale)
         scores = scores.nan_to_num(nan=math.inf, neginf=-math.inf, posinf=math.inf)
-        scores = scores.masked_fill(~eligible, float("-inf"))
+        empty = _per_query_head(summary.bias, query).unsqueeze(2) == float("-inf")
+        scores = scores.masked_fill(~eligible | empty, float("-inf"))
         best = scores.argsort(dim=3, descending=True, stable=True)[..., :count]
         best = best.where(scores.gather(3, best) > float("-inf"), clusters).sort(3).values
         routes[:, :, span.begin : span.end] = best.where(best < clusters, -1)

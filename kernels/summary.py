@@ -91,7 +91,7 @@ def score(
             queries[at : at + CHUNKS_AT_ONCE],
             scale,
             causal,
-            plan.seed + at,
+            plan.seed,
         )
         for at in range(0, len(keys), CHUNKS_AT_ONCE)
     ]

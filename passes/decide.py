@@ -52,6 +52,8 @@ def _unsupported(site: Site) -> str:
         pass
     else:
         return f"dropout: {site.dropout}"
+    if any("_functorch" in str(getattr(n.target, "__module__", "")) for n in site.output.graph.nodes):
+        return "function_transform"
     if any(t.dim() != 4 for t in (query, key, value)):
         return f"unsupported_rank: {query.dim()}, {key.dim()}, {value.dim()}"
     if query.dtype not in cpu.DTYPES or not query.dtype == key.dtype == value.dtype:

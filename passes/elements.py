@@ -61,25 +61,10 @@ _SPELLINGS = {
     "not_equal": "ne",
 }
 _HOLDS_INDICES = (torch.int64, torch.int32, torch.float64, torch.float32)
-_WRAPPING = (torch.uint8, torch.int8, torch.int16)
-_VIEWS = {
-    "getitem", "view", "reshape", "expand", "expand_as", "unsqueeze", "squeeze", "transpose", "permute", "flatten",
-    "unflatten", "select", "narrow", "slice", "diagonal", "contiguous", "to", "detach", "view_as", "swapaxes",
-    "movedim", "chunk", "split", "unbind", "T", "mT", "t", "getattr", "broadcast_to", "alias",
-}  # fmt: skip
-_IN_PLACE_OPERATORS = {
-    "setitem",
-    "iadd",
-    "isub",
-    "imul",
-    "iand",
-    "ior",
-    "ixor",
-    "itruediv",
-    "ifloordiv",
-    "ipow",
-    "imod",
-}
+_WRITES = {"setitem", "iadd", "isub", "imul", "iand", "ior", "ixor", "itruediv", "ifloordiv", "ipow", "imod"}
+# Arguments by name that rules read, or that change no element.
+_READ = {"start", "end", "step", "fill_value", "size", "diagonal", "dim", "prepend", "dtype"}
+_HARMLESS = {"device", "layout", "pin_memory", "requires_grad", "memory_format", "non_blocking", "copy"}
 _SAME = {"contiguous", "clone", "detach", "detach_", "alias", "to", "bool", "int", "long", "float", "type", "type_as"}
 
 
@@ -118,17 +103,20 @@ class Elements:
             raise NotClosedForm(f"{node.name} is modified in place")
         self.seen[node] = None
         name = _name(node)
-        if value.dtype in _WRAPPING and name in _ARITHMETIC:
-            raise NotClosedForm(f"{node.name}: arithmetic that wraps around, in {value.dtype}")
+        if value.dtype not in _HOLDS_INDICES and name in (*_ARITHMETIC, "arange", "cumsum", "diff"):
+            raise NotClosedForm(f"{node.name}: arithmetic that rounds or wraps around, in {value.dtype}")
+        unread = set(node.kwargs) - _READ - _HARMLESS
+        if unread or ("dtype" in node.kwargs and name == "cumsum"):
+            raise NotClosedForm(f"{node.name}: argument {', '.join(sorted(unread) or ['dtype'])}")
         rule = getattr(self, f"_{name}", None)
         if rule is not None:
             return rule(node, index)
         if name in _SAME:
             return self._converted(node, index)
         if name in _ARITHMETIC:
-            return _ARITHMETIC[name](*(_number(x) for x in self._operands(node, index)))
+            return _ARITHMETIC[name](*(_number(x) for x in self._finite(node, index)))
         if name in _COMPARE:
-            return _compare(_COMPARE[name], *(_number(x) for x in self._operands(node, index)))
+            return _compare(_COMPARE[name], *(_number(x) for x in self._finite(node, index)))
         if name in _LOGIC and value.dtype == torch.bool:
             return _LOGIC[name](*(_truth(x) for x in self._operands(node, index)))
         del self.seen[node]
@@ -136,21 +124,37 @@ class Elements:
         found = load(node, index)
         return sympy.Ne(found, 0) if value.dtype == torch.bool else found
 
+    def _finite(self, node: fx.Node, index: Index) -> list[Any]:
+        """Operands that obey algebra: a float of the run time may be NaN, for which x != x."""
+        found = self._operands(node, index)
+        floats = [name for name, source in self.loads.items() if value_of(source).dtype.is_floating_point]
+        read = {atom.func.__name__ for x in found for atom in sympy.sympify(x).atoms(sympy.core.function.AppliedUndef)}
+        plain_zero_test = _name(node) in ("ne", "eq") and any(sympy.sympify(x).is_zero for x in found)
+        if read & set(floats) and not plain_zero_test:
+            raise NotClosedForm(f"{node.name}: arithmetic on floats that only the run time knows")
+        return found
+
     def _converted(self, node: fx.Node, index: Index) -> Any:
         source: Any = node.args[0]
         old, new = value_of(source).dtype, value_of(node).dtype
         exact = old == new or torch.bool in (old, new) or (not old.is_floating_point and new in _HOLDS_INDICES)
         if not exact and not (old.is_floating_point and new in (torch.float32, torch.float64)):
             raise NotClosedForm(f"{node.name}: {old} does not always survive as {new}")
-        return _cast(self.at(source, index), new)
+        found = self.at(source, index)
+        if new == torch.int32 and old == torch.int64 and sympy.sympify(found).atoms(sympy.core.function.AppliedUndef):
+            raise NotClosedForm(f"{node.name}: {old} of the run time does not always survive as {new}")
+        return _cast(found, new)
 
     def _operands(self, node: fx.Node, index: Index) -> list[Any]:
         return [self.at(arg, _broadcast(arg, index)) for arg in node.args]
 
     def _arange(self, node: fx.Node, index: Index) -> Any:
-        bounds = [symbolic(a) for a in node.args] or [symbolic(node.kwargs["end"])]
-        start = bounds[0] if len(bounds) > 1 else symbolic(node.kwargs.get("start", 0))
-        step = bounds[2] if len(bounds) > 2 else symbolic(node.kwargs.get("step", 1))
+        given: dict[str, Any] = dict(node.kwargs)
+        names = ("end",) if len(node.args) == 1 and "end" not in given else ("start", "end", "step")
+        given |= dict(zip(names, node.args, strict=False))
+        start, step = symbolic(given.get("start", 0)), symbolic(given.get("step", 1))
+        if not (start.is_integer and step.is_integer):
+            raise NotClosedForm(f"{node.name}: a range that does not run over integers")
         return start + step * index[0]
 
     def _new_ones(self, node: fx.Node, index: Index) -> Any:
@@ -164,7 +168,10 @@ class Elements:
 
     def _full(self, node: fx.Node, index: Index) -> Any:
         fill = node.args[1] if len(node.args) > 1 else node.kwargs["fill_value"]
-        return _cast(self.at(fill, ()), value_of(node).dtype)
+        found, dtype = self.at(fill, ()), value_of(node).dtype
+        if not dtype.is_floating_point and dtype != torch.bool and not found.is_integer:
+            raise NotClosedForm(f"{node.name}: {fill} as {dtype}")
+        return _cast(found, dtype)
 
     def _tril(self, node: fx.Node, index: Index) -> Any:
         return self._triangle(node, index, sympy.Le)
@@ -198,6 +205,8 @@ class Elements:
     def _view(self, node: fx.Node, index: Index) -> Any:
         """Only views that insert or drop axes of size 1."""
         source: Any = node.args[0]
+        if value_of(source).dtype != value_of(node).dtype:
+            raise NotClosedForm(f"{node.name}: bits seen as another dtype")
         rest = [(i, s) for i, s in zip(index, value_of(node).shape, strict=True) if not _is_one(s)]
         kept = [s for s in value_of(source).shape if not _is_one(s)]
         if len(kept) != len(rest) or any(symbolic(a) != symbolic(b) for (_, a), b in zip(rest, kept, strict=True)):
@@ -248,6 +257,8 @@ class Elements:
 
     def _where(self, node: fx.Node, index: Index) -> Any:
         condition, yes, no = self._operands(node, index)
+        if node.op == "call_method":  # yes.where(condition, no)
+            condition, yes = yes, condition
         if _is_truth(yes) or _is_truth(no):
             condition = _truth(condition)
             return sympy.Or(
@@ -287,21 +298,35 @@ class Elements:
 
 
 def modified_in_place(graph: fx.Graph) -> set[fx.Node]:
-    """Nodes whose tensor, or one that shares its memory, is written to after it was made."""
-    found: set[fx.Node] = set()
+    """Nodes whose tensor, or one that shares its memory, is written to after it was made.
+
+    Dynamo runs each operator on fake tensors, so a write through whatever alias has raised a
+    version counter, and tensors that share memory share a (fake) storage. Operators that write
+    without a version are known by their names.
+    """
+    written: set[int] = set()
     for node in graph.nodes:
+        value = value_of(node)
+        if isinstance(value, torch.Tensor) and _version(value) > 0:
+            written.add(_memory(value))
         name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
-        writes = name in _IN_PLACE_OPERATORS or (name.endswith("_") and name not in _SPELLINGS and name[-2:] != "__")
-        targets = [node.kwargs["out"]] if "out" in node.kwargs else list(node.args[:1]) if writes else []
-        for target in targets:
-            while isinstance(target, fx.Node):
-                found.add(target)
-                target = target.args[0] if _name(target) in _VIEWS and target.args else None
-    # What looks through a written tensor sees the writing too.
-    for node in graph.nodes:
-        if _name(node) in _VIEWS and node.args and node.args[0] in found:
-            found.add(node)
-    return found
+        if name in _WRITES or (name.endswith("_") and name not in _SPELLINGS and name[-2:] != "__"):
+            fx.map_arg(node.args[:1], lambda n: written.add(_memory(value_of(n))))
+        if "out" in node.kwargs:
+            fx.map_arg(node.kwargs["out"], lambda n: written.add(_memory(value_of(n))))
+    tensors = ((node, value_of(node)) for node in graph.nodes)
+    return {node for node, value in tensors if isinstance(value, torch.Tensor) and _memory(value) in written}
+
+
+def _memory(value: Any) -> int:
+    try:
+        return value.untyped_storage()._cdata
+    except (AttributeError, NotImplementedError, RuntimeError):  # no tensor, or a wrapper without a storage
+        return id(value)
+
+
+def _version(value: torch.Tensor) -> int:
+    return 0 if value.is_inference() else value._version
 
 
 def _name(node: fx.Node) -> str:

@@ -56,7 +56,8 @@ def _site(node: fx.Node, modified: set[fx.Node]) -> Site:
     positional: dict[str, Any] = dict(zip(_SDPA_ARGS, node.args, strict=False))
     call = _SDPA_ARGS | positional | node.kwargs
     key, value = _unrepeated(call["key"]), _unrepeated(call["value"])
-    if _heads(key) != _heads(value) or {key, value} & modified:  # one of the two was not repeated, or changed since
+    repeated = (*_between(call["key"], key), *_between(call["value"], value))
+    if _heads(key) != _heads(value) or modified.intersection(repeated):  # not both repeated, or written to since
         key, value = call["key"], call["value"]
     source, code = source_line(node)
     return Site(
@@ -72,6 +73,14 @@ def _site(node: fx.Node, modified: set[fx.Node]) -> Site:
         source=source,
         code=code,
     )
+
+
+def _between(node: fx.Node, source: fx.Node) -> list[fx.Node]:
+    """The nodes from ``node`` back to ``source``, both included."""
+    found = [node]
+    while found[-1] is not source:
+        found.append(found[-1].all_input_nodes[0])
+    return found if len(found) > 1 else []
 
 
 def _heads(node: fx.Node) -> Any:

@@ -60,7 +60,7 @@ def lift(site: Site) -> Mask:
     except NotClosedForm as error:
         return _opaque(site.mask, str(error))
     except Exception as error:  # an unforeseen spelling must cost the speed, never the model
-        return _opaque(site.mask, f"{type(error).__name__}: {error}")
+        return _opaque(site.mask, f"a spelling that is not understood ({type(error).__name__}: {error})")
     return _classify(site, sympy.sympify(meaning), elements, symbolic(k_len) - symbolic(q_len))
 
 
@@ -110,7 +110,7 @@ def _classify(site: Site, meaning: Any, elements: Elements, shift: sympy.Expr) -
         if _is_causal(term, shift):
             causal = True
             continue
-        keys = _key_validity(term, elements)
+        keys = _key_validity(term, elements, site)
         if keys is not None and valid is None:
             valid = keys
             continue
@@ -135,7 +135,7 @@ def _is_causal(term: Any, shift: sympy.Expr) -> bool:
     return bool(sympy.expand(term.lhs - term.rhs + strict - (K - Q - shift)) == 0)
 
 
-def _key_validity(term: Any, elements: Elements) -> fx.Node | None:
+def _key_validity(term: Any, elements: Elements, site: Site) -> fx.Node | None:
     """The node ``[B, Nk]`` whose element (b, k) is not 0 exactly where ``term`` holds."""
     if not isinstance(term, sympy.Ne) or term.rhs != 0:
         return None
@@ -143,11 +143,13 @@ def _key_validity(term: Any, elements: Elements) -> fx.Node | None:
     if not isinstance(atom, sympy.core.function.AppliedUndef):
         return None
     node = elements.loads[atom.func.__name__]
-    shape = value_of(node).shape
-    if len(shape) != 2 or atom.args[1] != K:
+    shape, key = value_of(node).shape, value_of(site.key).shape
+    if len(shape) != 2 or atom.args[1] != K or not known_equal(shape[1], key[2]):
         return None
     one_row = isinstance(shape[0], int) and shape[0] == 1
-    return node if atom.args[0] == B or (one_row and atom.args[0] == 0) else None
+    if one_row:
+        return node if atom.args[0] in (B, 0) else None
+    return node if atom.args[0] == B and known_equal(shape[0], key[0]) else None
 
 
 def _reads_pairs(atom: Any) -> bool:

@@ -19,6 +19,7 @@ REASONS = {
     "unsupported_rank": "Query, key and value must be [batch, heads, length, head_dim].",
     "unsupported_dtype": "Query, key and value must all be float32, bfloat16 or float16.",
     "autocast": "Autocast changes the dtype of this attention. Convert the model instead, as in model.bfloat16().",
+    "function_transform": "Inside torch.func (grad, vmap, ...), with which the operators' gradients do not compose.",
     "unsupported_device": "There are kernels for the CPU only, so far.",
     "no_compiler": "The CPU kernels need a C++ compiler: install g++ or clang++, or set CXX.",
     "unsupported_heads": "Query heads are not a multiple of key/value heads, or keys and values differ in heads.",

@@ -62,7 +62,10 @@ class Report:
 
     def __str__(self) -> str:
         if not self.sites:
-            return "no attention found"
+            return (
+                "no F.scaled_dot_product_attention found; hand-written attention, nn.MultiheadAttention and "
+                "FlexAttention are not looked for and run as they are"
+            )
         head = f"{len(self.sites)} sites: {len(self.rewritten)} rewritten, {len(self.kept)} kept exact"
         table = tabulate([_row(site) for site in self.sites], headers="keys", disable_numparse=True)
         return "\n".join([head, "", str(table), *_plans(self.rewritten)])

@@ -42,7 +42,7 @@ def attention(
     """
     config = config or Config()
     valid = _check(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa, config)
-    scale = query.shape[3] ** -0.5 if scale is None else float(scale)
+    scale = max(query.shape[3], 1) ** -0.5 if scale is None else float(scale)
     empty = 0 in (*query.shape, *key.shape, *value.shape)
     if empty or key.shape[2] < config.min_seq_len:
         return _exact(query, key, value, valid, is_causal, scale)

@@ -63,7 +63,7 @@ def explain(
     """What ``backend="prescore"`` does to a call ``model(*args, **kwargs)``.
 
     A model that is one graph is only captured. One with graph breaks runs (exact, uncompiled), so
-    that every graph is seen, and Dynamo's caches are cleared afterwards.
+    that every graph is seen (what the model changes in itself, it changes), and Dynamo's caches are cleared afterwards.
 
     Args:
         model: module or function. config: default ``Config()``. dynamic: as in ``torch.compile``.

@@ -106,7 +106,7 @@ KEPT: dict[str, tuple[Callable[[int, torch.Tensor], torch.Tensor], str]] = {
     "filled in place": (lambda n, p: torch.ones(n, n, dtype=torch.bool).tril().fill_(True), "opaque_mask"),
     "rolled padding": (lambda n, p: p[:, torch.arange(n) - 1][:, None, None, :], "opaque_mask"),
     "last row": (lambda n, p: (_ij(n)[1] <= _ij(n)[0])[-1:], "unsupported_mask: k <= 39"),
-    "rounded": (lambda n, p: _ij(n)[1].half() <= _ij(n)[0].half(), "unsupported_mask"),
+    "rounded": (lambda n, p: _ij(n)[1].half() <= _ij(n)[0].half(), "opaque_mask"),
     "halved": (lambda n, p: (_ij(n)[1] * 0.5).long() <= _ij(n)[0], "opaque_mask"),
     "drawn": (lambda n, p: torch.rand(n, n) > 0.1, "opaque_mask"),
     "soft padding": (lambda n, p: torch.zeros(()).masked_fill(~p, -1e9)[:, None, None, :], "additive_mask"),

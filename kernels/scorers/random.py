@@ -13,6 +13,11 @@ def random(
     causal: bool,
     seed: int,
 ) -> torch.Tensor:
-    """Uniform numbers from a generator of its own, seeded with ``seed``; reads no key."""
+    """``frac(10^4 |k_j . r|)`` with ``r`` drawn from ``seed``: numbers without meaning.
+
+    A hash of the key instead of a draw for each key, so that a chunk's scores depend on that chunk
+    alone, however long the sequence grows. Cost: L * D.
+    """
     generator = torch.Generator(device="cpu").manual_seed(seed)
-    return torch.rand(mask.shape, generator=generator).to(keys.device)
+    direction = torch.randn(keys.shape[2], generator=generator).to(keys.device)
+    return ((keys * direction).sum(2).abs() * 1e4).frac()

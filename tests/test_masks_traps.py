@@ -1,0 +1,164 @@
+"""Traps: calls that look like a liftable site and are not. Whatever is decided, the result is the original's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from prescore_compile import Config
+from prescore_compile.kernels.reference import Operands
+from prescore_compile.passes import rewrite
+
+N = 40
+S = F.scaled_dot_product_attention
+
+
+def run(fn: Callable[..., torch.Tensor], *args: torch.Tensor) -> str:
+    """Compare with the original under the plan that keeps everything; returns the decision's reason."""
+    reports: list[Any] = []
+
+    def backend(gm: torch.fx.GraphModule, inputs: Any) -> Any:
+        new, report = rewrite(gm, Config.exact())
+        reports.extend(report.sites)
+        return new.forward
+
+    want = fn(*(a.clone() for a in args))
+    got = torch.compile(fn, backend=backend)(*(a.clone() for a in args))
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+    return reports[0].reason
+
+
+def tensors(n: int = N, heads: int = 4) -> list[torch.Tensor]:
+    return [torch.randn(2, heads, n, 8) for _ in range(3)]
+
+
+def ar(n: int = N) -> torch.Tensor:
+    return torch.arange(n)
+
+
+def changed(how: Callable[[torch.Tensor], Any]) -> Callable[[], torch.Tensor]:
+    def make() -> torch.Tensor:
+        mask = ar() <= ar()[:, None]
+        how(mask)
+        return mask
+
+    return make
+
+
+def moved(how: Callable[[torch.Tensor], Any]) -> Callable[[], torch.Tensor]:
+    def make() -> torch.Tensor:
+        position = ar().float() - 10
+        how(position)
+        return ar() - 10 <= position[:, None]
+
+    return make
+
+
+def running_int8() -> torch.Tensor:
+    position = torch.ones(300, dtype=torch.long).cumsum(0, dtype=torch.int8)
+    return position <= position[:, None]
+
+
+MASKS: dict[str, tuple[Callable[[], torch.Tensor], int]] = {
+    "Tensor.where": (lambda: torch.zeros(N, N).bool().where(ar() > ar()[:, None], torch.ones(N, N).bool()), N),
+    "bool alias": (changed(lambda m: m.bool()[:, :3].fill_(False)), N),
+    "ravel": (changed(lambda m: m.ravel()[5:200].fill_(True)), N),
+    "data": (changed(lambda m: m.data[:3].fill_(True)), N),
+    "tensor_split": (changed(lambda m: m.tensor_split(2, 0)[0].fill_(True)), N),
+    "__ior__": (changed(lambda m: m.__ior__(ar()[:, None] < 4)), N),
+    "relu in place": (moved(lambda p: F.relu(p, inplace=True)), N),
+    "foreach": (moved(lambda p: torch._foreach_add_([p], 3.0)), N),
+    "alpha": (lambda: ar() <= torch.add(ar()[:, None] - 5, 5, alpha=2), N),
+    "arange with end by name": (lambda: torch.arange(5, end=N + 5) <= ar()[:, None], N),
+    "arange in bfloat16": (lambda: torch.arange(300, dtype=torch.bfloat16) <= ar(300)[:, None], 300),
+    "cumsum in int8": (running_int8, 300),
+    "seen as another dtype": (lambda: ar().float().view(torch.int32) <= ar()[:, None], N),
+    "meshgrid": (lambda: torch.meshgrid(ar(), ar(), indexing="ij")[1] <= ar()[:, None], N),
+}
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_mask_traps(name: str) -> None:
+    make, n = MASKS[name]
+    run(lambda q, k, v: S(q, k, v, attn_mask=make()), *tensors(n))
+
+
+@pytest.mark.parametrize("shape", [(2, 120), (2, 200), (5, N), (1, 60), (2, N)])
+def test_a_padding_mask_larger_than_the_site(shape: tuple[int, int]) -> None:
+    """The usual preallocated mask, cut to the batch and length at hand."""
+    mask = torch.rand(shape) > 0.4
+    reason = run(lambda q, k, v, m: S(q, k, v, attn_mask=m[:2, None, None, : k.shape[2]]), *tensors(), mask)
+    assert reason.startswith("" if shape == (2, N) else "unsupported_mask")
+
+
+def test_keys_written_to_after_repeat_kv() -> None:
+    def fn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        k, v = k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)
+        k[:, 1] = 0
+        return S(q, k, v, is_causal=True)
+
+    q, k, v = tensors()
+    run(fn, q, k[:, :2], v[:, :2])
+
+
+def test_floats_of_the_run_time_do_not_obey_algebra() -> None:
+    x = torch.ones(2, N)
+    x[:, ::3] = math.nan
+    for test in (lambda x: x == x, lambda x: (x - x) == 0, lambda x: (x * 0) == 0):
+        run(lambda q, k, v, x, test=test: S(q, k, v, attn_mask=test(x)[:, None, None]), *tensors(), x)
+
+
+def test_integers_of_the_run_time_that_are_narrowed() -> None:
+    wide = (torch.rand(2, N) > 0.4) * 2**32
+    run(lambda q, k, v, x: S(q, k, v, attn_mask=x.int().bool()[:, None, None]), *tensors(), wide)
+
+
+def test_function_transforms_keep_the_site() -> None:
+    def fn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return torch.func.grad(lambda q: S(q, k, v, is_causal=True).sum())(q)
+
+    assert run(fn, *tensors()) == "function_transform"
+
+
+def test_queries_that_are_not_finite_or_huge_route_nowhere_else() -> None:
+    """Padding lanes and empty clusters must not win because their score is NaN."""
+    from conftest import summary_of
+
+    from prescore_compile.kernels import cpu, reference
+    from prescore_compile.kernels.plan import Plan
+
+    plan = Plan(window=0, sinks=0, routes=4)
+    for value in (math.nan, math.inf, 1e20):
+        query, key, val = (torch.randn(1, 2, 300, 16) for _ in range(3))
+        query[:, :, 5] = value
+        site = Operands(query, key, val, None, False, 0.25)
+        summary = summary_of(site, plan)
+        empty = (summary.bias == -math.inf)[0, 0].nonzero().flatten()
+        for implementation in (cpu.route, reference.route):
+            routes = implementation(query, summary, plan, False, 300, 0.25)
+            assert routes.max() < summary.mean.shape[2] and not torch.isin(routes, empty.int()).any()
+
+
+@pytest.mark.parametrize("bits", [0x7FC00001, 0x7F800001, 0x7FC00155, 0x7FFFFFFF, -1])
+def test_nan_of_any_kind_is_not_hidden(bits: int) -> None:
+    from prescore_compile import attention
+
+    q, k, v = (torch.randn(1, 2, N, 8) for _ in range(3))
+    k.view(torch.int32)[0, 0, 3, :] = bits
+    assert attention(q, k, v, config=Config.exact())[0, 0].isnan().all()
+
+
+def test_scores_of_a_chunk_do_not_depend_on_the_length() -> None:
+    from prescore_compile.kernels.plan import METHODS, Plan
+    from prescore_compile.kernels.summary import score
+
+    q, k, _ = (torch.randn(1, 4, 333, 16) for _ in range(3))
+    for method in METHODS:
+        plan = Plan(method=method, chunk=32, keep=4)
+        whole, part = (score(q[:, :, :n], k[:, :, :n], None, plan, True, 0.25) for n in (333, 160))
+        torch.testing.assert_close(whole[:, :, :160], part)
