@@ -47,6 +47,11 @@ def known_equal(a: Any, b: Any) -> bool:
     return bool(statically_known_true(a == b))
 
 
+def guard_equal(a: Any, b: Any) -> bool:
+    """Whether two sizes are equal for the inputs being compiled for, which becomes a guard."""
+    return bool(a == b)
+
+
 def module_path(node: fx.Node) -> str:
     """Dotted path of the module whose forward made the node, as in ``model.named_modules()``."""
     stack = node.meta.get("nn_module_stack") or {}

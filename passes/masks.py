@@ -10,7 +10,7 @@ import sympy
 import torch
 from torch import fx
 
-from .compat import known_equal, symbolic, value_of
+from .compat import guard_equal, known_equal, symbolic, value_of
 from .elements import Elements, NotClosedForm
 from .find import Site
 
@@ -144,12 +144,12 @@ def _key_validity(term: Any, elements: Elements, site: Site) -> fx.Node | None:
         return None
     node = elements.loads[atom.func.__name__]
     shape, key = value_of(node).shape, value_of(site.key).shape
-    if len(shape) != 2 or atom.args[1] != K or not known_equal(shape[1], key[2]):
+    if len(shape) != 2 or atom.args[1] != K or not guard_equal(shape[1], key[2]):
         return None
     one_row = isinstance(shape[0], int) and shape[0] == 1
     if one_row:
         return node if atom.args[0] in (B, 0) else None
-    return node if atom.args[0] == B and known_equal(shape[0], key[0]) else None
+    return node if atom.args[0] == B and guard_equal(shape[0], key[0]) else None
 
 
 def _reads_pairs(atom: Any) -> bool:

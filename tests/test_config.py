@@ -10,7 +10,7 @@ BAD = {
     "chunk": (100, "cluster"),
     "cluster": (24, "16, 32 or 64"),
     "window": (-1, ">= 0"),
-    "sinks": (1.5, ">= 0"),
+    "sinks": (1.5, "from 0 to 65536"),
     "keep": (True, "from 0 to"),
     "centroids": (8, "routes"),
     "routes": ("27", ">= 0"),
