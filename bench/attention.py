@@ -74,12 +74,8 @@ def check(site: Operands, summary: Summary, routes: torch.Tensor, plan: Plan) ->
     whole = (cpu.attend(site, summary, routes, plan)[:, :, at:].double() - want).abs().max().item()
     scores = reference.routing_scores(query.double(), summary, site.scale)
     best = reference.route(query, summary, plan, site.causal, site.key.shape[2], site.scale)
-    gap = max(
-        (scores.gather(3, r.long().clamp(min=0)).masked_fill(r < 0, 0).sum(3)).sub(
-            scores.gather(3, best.long().clamp(min=0)).masked_fill(best < 0, 0).sum(3)
-        ).abs().max().item()
-        for r in (part,)
-    )  # fmt: skip
+    got, want_best = (scores.gather(3, r.long().clamp(min=0)).masked_fill(r < 0, 0).sum(3) for r in (part, best))
+    gap = (got - want_best).abs().max().item()
     limit = 1e-4 if site.query.dtype == torch.float32 else 3e-2
     if max(error, whole) > limit or gap > 1e-2:
         raise AssertionError(f"wrong result: attend is off by {max(error, whole):.2g}, routes by {gap:.2g}")

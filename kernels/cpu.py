@@ -91,7 +91,7 @@ def clusters(
     batch, heads, k_len, dim = key.shape
     count = chunk_count(k_len, plan.chunk) * (plan.chunk // plan.cluster)
     order = torch.empty(batch, heads, count * plan.cluster, dtype=torch.int32)
-    mean, spread = torch.empty(2, batch, heads, count, dim).unbind(0)
+    mean, spread = torch.empty(batch, heads, count, dim), torch.empty(batch, heads, count, dim)
     bias = torch.empty(batch, heads, count)
     if order.numel():
         geometry = _geometry(plan, key.shape, key.shape, value.shape[3], k_len, True, 0, 1.0)
@@ -103,7 +103,7 @@ def clusters(
             *(_pointer(t) for t in (inside, order, mean, spread, bias)),
         )
         del alive
-    return order, mean, spread.clone(), bias
+    return order, mean, spread, bias
 
 
 def route(query: torch.Tensor, summary: Summary, plan: Plan, causal: bool, k_len: int, scale: float) -> torch.Tensor:

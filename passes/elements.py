@@ -85,8 +85,8 @@ def load(node: fx.Node, index: Index) -> sympy.Expr:
 class Elements:
     """Evaluates elements of one graph's tensors and remembers which nodes it looked through."""
 
-    def __init__(self, graph: fx.Graph) -> None:
-        self.modified = modified_in_place(graph)
+    def __init__(self, modified: frozenset[fx.Node]) -> None:
+        self.modified = modified
         self.seen: dict[fx.Node, None] = {}
         self.loads: dict[str, fx.Node] = {}
 
@@ -297,7 +297,7 @@ class Elements:
         return term * (index[axis] + 1)
 
 
-def modified_in_place(graph: fx.Graph) -> set[fx.Node]:
+def modified_in_place(graph: fx.Graph) -> frozenset[fx.Node]:
     """Nodes whose tensor, or one that shares its memory, is written to after it was made.
 
     Dynamo runs each operator on fake tensors, so a write through whatever alias has raised a
@@ -315,7 +315,7 @@ def modified_in_place(graph: fx.Graph) -> set[fx.Node]:
         if "out" in node.kwargs:
             fx.map_arg(node.kwargs["out"], lambda n: written.add(_memory(value_of(n))))
     tensors = ((node, value_of(node)) for node in graph.nodes)
-    return {node for node, value in tensors if isinstance(value, torch.Tensor) and _memory(value) in written}
+    return frozenset(node for node, value in tensors if isinstance(value, torch.Tensor) and _memory(value) in written)
 
 
 def _memory(value: Any) -> int:

@@ -29,7 +29,8 @@ class Site:
     """One attention of a graph.
 
     ``key`` and ``value`` are the unexpanded ones, ``[B, Hkv, Nk, D]``: ``repeat_kv`` and
-    ``enable_gqa`` are undone. ``output`` is the node that computes it now.
+    ``enable_gqa`` are undone. ``output`` is the node that computes it now. ``modified`` are the
+    graph's nodes that are written to after they were made.
     """
 
     output: fx.Node
@@ -43,6 +44,7 @@ class Site:
     module: str
     source: str
     code: str
+    modified: frozenset[fx.Node]
 
 
 def find(gm: fx.GraphModule) -> list[Site]:
@@ -52,7 +54,7 @@ def find(gm: fx.GraphModule) -> list[Site]:
     return [_site(node, modified) for node in calls]
 
 
-def _site(node: fx.Node, modified: set[fx.Node]) -> Site:
+def _site(node: fx.Node, modified: frozenset[fx.Node]) -> Site:
     positional: dict[str, Any] = dict(zip(_SDPA_ARGS, node.args, strict=False))
     call = _SDPA_ARGS | positional | node.kwargs
     key, value = _unrepeated(call["key"]), _unrepeated(call["value"])
@@ -72,6 +74,7 @@ def _site(node: fx.Node, modified: set[fx.Node]) -> Site:
         module=module_path(node),
         source=source,
         code=code,
+        modified=modified,
     )
 
 

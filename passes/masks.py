@@ -48,7 +48,7 @@ def lift(site: Site) -> Mask:
     if site.is_causal:
         return Mask("?", reason="invalid_call")
     mask = value_of(site.mask)
-    elements = Elements(site.output.graph)
+    elements = Elements(site.modified)
     index = tuple(
         sympy.Integer(0) if isinstance(size, int) and size == 1 else axis
         for axis, size in zip((B, H, Q, K)[4 - mask.dim() :], mask.shape, strict=True)
