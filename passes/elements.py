@@ -259,20 +259,11 @@ class Elements:
         condition, yes, no = self._operands(node, index)
         if node.op == "call_method":  # yes.where(condition, no)
             condition, yes = yes, condition
-        if _is_truth(yes) or _is_truth(no):
-            condition = _truth(condition)
-            return sympy.Or(
-                sympy.And(condition, _truth(yes)),
-                sympy.And(sympy.Not(condition), _truth(no)),
-            )
-        return sympy.Piecewise((yes, _truth(condition)), (no, True))
+        return _choose(condition, yes, no)
 
     def _masked_fill(self, node: fx.Node, index: Index) -> Any:
         source, condition, fill = self._operands(node, index)
-        if value_of(node).dtype == torch.bool:
-            condition = _truth(condition)
-            return sympy.Or(sympy.And(condition, _truth(fill)), sympy.And(sympy.Not(condition), _truth(source)))
-        return sympy.Piecewise((fill, _truth(condition)), (_number(source), True))
+        return _choose(condition, fill, source)
 
     def _diff(self, node: fx.Node, index: Index) -> Any:
         """``torch.diff(x, prepend=p, dim=-1)`` where ``p`` continues ``x`` to the left."""
@@ -381,6 +372,14 @@ def _number(expr: Any) -> Any:
     if expr == sympy.true or expr == sympy.false:
         return sympy.Integer(int(expr == sympy.true))
     return sympy.Piecewise((1, expr), (0, True))
+
+
+def _choose(condition: Any, yes: Any, no: Any) -> Any:
+    """``yes`` where the condition holds, else ``no``: truth values or numbers."""
+    condition = _truth(condition)
+    if _is_truth(yes) or _is_truth(no):
+        return sympy.Or(sympy.And(condition, _truth(yes)), sympy.And(sympy.Not(condition), _truth(no)))
+    return sympy.Piecewise((yes, condition), (no, True))
 
 
 def _compare(relation: Any, a: Any, b: Any) -> Any:
