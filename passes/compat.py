@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import sympy
 import torch
 from torch import fx
+from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 
 def many_recompiles() -> Any:
@@ -20,6 +25,29 @@ def value_of(node: fx.Node) -> Any:
     """What a node computes, as fake tensor or SymInt: Dynamo's ``example_value``, export's ``val``."""
     found = node.meta.get("example_value")
     return node.meta.get("val") if found is None else found
+
+
+def has_shapes(gm: fx.GraphModule) -> bool:
+    """Whether a graph's nodes say what they compute."""
+    return any("example_value" in node.meta or "val" in node.meta for node in gm.graph.nodes)
+
+
+def add_shapes(gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
+    """Run fake inputs through the graph and set ``node.meta["val"]``."""
+    FakeTensorProp(gm, FakeTensorMode(allow_non_fake_inputs=True)).propagate(*inputs)
+
+
+def trace(function: Callable[..., Any], fakes: Sequence[Any]) -> fx.GraphModule:
+    """The ATen graph, differentiable, of a function called with these fake tensors."""
+    mode = detect_fake_mode(fakes)
+    assert mode is not None
+    # A function may make tensors of its own (zeros, say), which are real while it is traced.
+    allowed, mode.allow_non_fake_inputs = mode.allow_non_fake_inputs, True
+    try:
+        found: fx.GraphModule = make_fx(function, pre_dispatch=True)(*fakes)
+    finally:
+        mode.allow_non_fake_inputs = allowed
+    return found
 
 
 def symbolic(size: Any) -> sympy.Expr:

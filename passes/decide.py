@@ -5,16 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from ..kernels import cpu
 from ..kernels.plan import Plan
 from . import cost
 from .compat import hint, known_equal, value_of
 from .config import Config
-from .find import Site
 from .masks import Mask, lift
 from .report import SiteReport
+from .site import Attention, Site
 
 MAX_HEAD_DIM = 256
 
@@ -42,43 +40,42 @@ def decide(site: Site, config: Config) -> Decision:
     reason = "" if config.covers(site.module) else "excluded"
     reason = reason or _unsupported(site)
     mask = Mask("?") if reason else lift(site)
-    reason = reason or mask.reason or _lengths(site, mask, config)
+    if not reason and site.attention is not None:
+        reason = mask.reason or _lengths(site.attention, mask, config)
     return Decision(site, mask, reason, None if reason else config.plan)
 
 
 def _unsupported(site: Site) -> str:
-    query, key, value = (value_of(n) for n in (site.query, site.key, site.value))
-    if isinstance(site.dropout, (int, float)) and site.dropout == 0:
-        pass
-    else:
-        return f"dropout: {site.dropout}"
+    attention = site.attention
+    if site.reason or attention is None:
+        return site.reason
+    if not isinstance(attention.dropout, (int, float)) or attention.dropout != 0:
+        return f"dropout: {attention.dropout}"
     if any("_functorch" in str(getattr(n.target, "__module__", "")) for n in site.output.graph.nodes):
         return "function_transform"
-    if any(t.dim() != 4 for t in (query, key, value)):
-        return f"unsupported_rank: {query.dim()}, {key.dim()}, {value.dim()}"
-    if query.dtype not in cpu.DTYPES or not query.dtype == key.dtype == value.dtype:
-        return f"unsupported_dtype: {query.dtype}, {key.dtype}, {value.dtype}"
-    if value_of(site.output).dtype != query.dtype:
-        return f"autocast: {query.dtype} to {value_of(site.output).dtype}"
-    if any(isinstance(size, int) and size == 0 for t in (query, key, value) for size in t.shape):
+    tensors = [value_of(o.node) for o in (attention.query, attention.key, attention.value)]
+    dtypes = [t.dtype for t in tensors]
+    if len(set(dtypes)) != 1 or any(t not in cpu.DTYPES for t in (*dtypes, value_of(site.output).dtype)):
+        return f"unsupported_dtype: {', '.join(str(t) for t in dtypes)} to {value_of(site.output).dtype}"
+    if any(isinstance(size, int) and size == 0 for t in tensors for size in t.shape):
         return "empty"
-    if query.device.type != "cpu":
-        return f"unsupported_device: {query.device.type}"
-    if not (known_equal(query.shape[0], key.shape[0]) and known_equal(key.shape[0], value.shape[0])):
-        return "broadcast_batch"
+    if tensors[0].device.type != "cpu":
+        return f"unsupported_device: {tensors[0].device.type}"
     # Heads and head dims are a model's structure: where Dynamo made them dynamic, a guard fixes them.
-    heads, kv_heads, value_heads = int(query.shape[1]), int(key.shape[1]), int(value.shape[1])
-    if kv_heads != value_heads or heads % kv_heads:
-        return f"unsupported_heads: {heads}, {kv_heads}, {value_heads}"
-    if max(int(query.shape[3]), int(value.shape[3])) > MAX_HEAD_DIM:
-        return f"unsupported_head_dim: {query.shape[3]}, {value.shape[3]}"
+    heads, kv_heads = int(attention.size(*attention.heads)), int(attention.size(*attention.kv_heads))
+    dims = int(attention.size(attention.d)), int(attention.size(attention.e))
+    if max(dims) > MAX_HEAD_DIM:
+        return f"unsupported_head_dim: {dims[0]}, {dims[1]}"
+    if heads % kv_heads:
+        return f"unsupported_heads: {heads}, {kv_heads}"
+    if attention.softcap is not None:
+        return f"softcap: {attention.softcap:g}"
     return "" if cpu.available() else "no_compiler"
 
 
-def _lengths(site: Site, mask: Mask, config: Config) -> str:
-    query, key, value = (value_of(n) for n in (site.query, site.key, site.value))
-    length = key.shape[2]
-    same = known_equal(query.shape[2], length)
+def _lengths(attention: Attention, mask: Mask, config: Config) -> str:
+    q_len, length = attention.size(attention.q), attention.size(attention.k)
+    same = known_equal(q_len, length)
     if not same and not mask.causal and config.window is not None:
         return "cross_attention"
     if not same and config.keep and config.method == "peak":
@@ -87,38 +84,37 @@ def _lengths(site: Site, mask: Mask, config: Config) -> str:
         return "too_short"
     if not config.only_if_faster:
         return ""
-    shape = _shape(query, key, value, mask.causal)
-    even = cost.break_even(shape, config.plan)
+    even = cost.break_even(_shape(attention, mask.causal), config.plan)
     if even is None or not bool(length >= even):
         return f"not_faster: breaks even at {even} keys" if even else "not_faster: at no length"
     return ""
 
 
-def _shape(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, causal: bool) -> cost.Shape:
+def _shape(attention: Attention, causal: bool) -> cost.Shape:
     # The batch scales both sides alike, so the hint of a dynamic one will do.
     return cost.Shape(
-        batch=hint(query.shape[0]),
-        heads=hint(query.shape[1]),
-        kv_heads=hint(key.shape[1]),
-        head_dim=hint(query.shape[3]),
-        value_dim=hint(value.shape[3]),
+        batch=hint(attention.size(*attention.batch)),
+        heads=hint(attention.size(*attention.heads)),
+        kv_heads=hint(attention.size(*attention.kv_heads)),
+        head_dim=hint(attention.size(attention.d)),
+        value_dim=hint(attention.size(attention.e)),
         causal=causal,
     )
 
 
-def describe(decision: Decision) -> SiteReport:
+def describe(decision: Decision, kind: str) -> SiteReport:
     """The decision as data, with its costs at the sizes compiled for."""
-    site, plan = decision.site, decision.plan
-    query, key, value = (value_of(n) for n in (site.query, site.key, site.value))
+    site, plan, attention = decision.site, decision.plan, decision.site.attention
     exact: int | None = None
     prescored: int | None = None
     share: float | None = None
     sizes: dict[str, Any] = {}
-    if query.dim() == key.dim() == value.dim() == 4:
-        names = ("batch", "heads", "kv_heads", "q_len", "k_len", "head_dim")
-        found = (*query.shape[:2], key.shape[1], query.shape[2], key.shape[2], query.shape[3])
-        sizes = {name: str(size) for name, size in zip(names, found, strict=True)}
-        shape, length = _shape(query, key, value, decision.mask.causal), hint(key.shape[2])
+    if attention is not None:
+        a = attention
+        named = {"batch": a.batch, "heads": a.heads, "kv_heads": a.kv_heads, "q_len": (a.q,), "k_len": (a.k,)}
+        named["head_dim"] = (a.d,)
+        sizes = {name: str(a.size(*coordinates)) for name, coordinates in named.items()}
+        shape, length = _shape(a, decision.mask.causal), hint(a.size(a.k))
         exact = round(cost.at(cost.exact_cost(shape), length))
         if plan is not None and length:
             prescored = round(cost.at(cost.prescored_cost(shape, plan), length))
@@ -127,6 +123,7 @@ def describe(decision: Decision) -> SiteReport:
         module=site.module,
         source=site.source,
         code=site.code,
+        kind=kind,
         decision="rewrite" if decision.rewrite else "keep",
         reason=decision.reason,
         plan=plan,

@@ -16,9 +16,10 @@ import torch
 from sympy.core.relational import Relational
 from torch import fx
 
+from .calls import Call, call_of
 from .compat import symbolic, value_of
-
-Index = tuple[sympy.Expr, ...]
+from .indices import ZERO, Index, NotAView, Sizes, broadcast, full_key, is_one, pull
+from .memory import Memory
 
 _ARITHMETIC: dict[str, Callable[..., Any]] = {
     "add": operator.add,
@@ -26,7 +27,25 @@ _ARITHMETIC: dict[str, Callable[..., Any]] = {
     "rsub": lambda a, b: b - a,
     "mul": operator.mul,
     "neg": operator.neg,
+    "abs": sympy.Abs,
+    "maximum": sympy.Max,
+    "minimum": sympy.Min,
+}
+# Exact for integers, rounded for floats.
+_INTEGER: dict[str, Callable[..., Any]] = {
     "floordiv": lambda a, b: sympy.floor(a / b),
+    "remainder": lambda a, b: a - b * sympy.floor(a / b),
+}
+# Rounded always: good for printing only.
+_ROUNDED: dict[str, Callable[..., Any]] = {
+    "div": operator.truediv,
+    "rdiv": lambda a, b: b / a,
+    "pow": operator.pow,
+    "rpow": lambda a, b: b**a,
+    "exp": sympy.exp,
+    "exp2": lambda a: 2**a,
+    "log": sympy.log,
+    "sqrt": sympy.sqrt,
 }
 _COMPARE: dict[str, Any] = {
     "eq": sympy.Eq,
@@ -37,35 +56,15 @@ _COMPARE: dict[str, Any] = {
     "ge": sympy.Ge,
 }
 _LOGIC: dict[str, Any] = {"and": sympy.And, "or": sympy.Or, "xor": sympy.Xor, "not": sympy.Not}
-_SPELLINGS = {
-    "__and__": "and",
-    "and_": "and",
-    "logical_and": "and",
-    "bitwise_and": "and",
-    "__or__": "or",
-    "or_": "or",
-    "logical_or": "or",
-    "bitwise_or": "or",
-    "__xor__": "xor",
-    "logical_xor": "xor",
-    "bitwise_xor": "xor",
-    "__invert__": "not",
-    "invert": "not",
-    "inv": "not",
-    "logical_not": "not",
-    "bitwise_not": "not",
-    "less": "lt",
-    "less_equal": "le",
-    "greater": "gt",
-    "greater_equal": "ge",
-    "not_equal": "ne",
-}
+_BOOL_ARITHMETIC = {"mul": "and", "add": "or"}
 _HOLDS_INDICES = (torch.int64, torch.int32, torch.float64, torch.float32)
-_WRITES = {"setitem", "iadd", "isub", "imul", "iand", "ior", "ixor", "itruediv", "ifloordiv", "ipow", "imod"}
 # Arguments by name that rules read, or that change no element.
-_READ = {"start", "end", "step", "fill_value", "size", "diagonal", "dim", "prepend", "dtype"}
-_HARMLESS = {"device", "layout", "pin_memory", "requires_grad", "memory_format", "non_blocking", "copy"}
-_SAME = {"contiguous", "clone", "detach", "detach_", "alias", "to", "bool", "int", "long", "float", "type", "type_as"}
+_READ = {
+    *("input", "other", "condition", "mask", "value", "start", "end", "step", "fill_value", "size", "diagonal", "dim"),
+    *("prepend", "dtype", "index", "dims", "dim0", "dim1", "repeats", "length", "s", "source", "destination", "n"),
+    *("min", "max", "output_size"),
+}
+_HARMLESS = {"device", "layout", "pin_memory", "requires_grad", "memory_format", "non_blocking", "copy", "implicit"}
 
 
 class NotClosedForm(Exception):
@@ -83,10 +82,17 @@ def load(node: fx.Node, index: Index) -> sympy.Expr:
 
 
 class Elements:
-    """Evaluates elements of one graph's tensors and remembers which nodes it looked through."""
+    """Evaluates elements of one graph's tensors and remembers which nodes it looked through.
 
-    def __init__(self, modified: frozenset[fx.Node]) -> None:
-        self.modified = modified
+    Args:
+        memory: of the graph. sizes: how many values each coordinate of an index takes.
+        rounded: follow arithmetic that rounds, too: the result is for a reader's eyes only.
+    """
+
+    def __init__(self, memory: Memory, sizes: Sizes, *, rounded: bool = False) -> None:
+        self.memory = memory
+        self.sizes = sizes
+        self.rounded = rounded
         self.seen: dict[fx.Node, None] = {}
         self.loads: dict[str, fx.Node] = {}
 
@@ -99,262 +105,240 @@ class Elements:
         value = value_of(node)
         if not isinstance(value, torch.Tensor):
             return symbolic(node)
-        if node in self.modified:
+        if self.memory.stale(node):
             raise NotClosedForm(f"{node.name} is modified in place")
         self.seen[node] = None
-        name = _name(node)
-        if value.dtype not in _HOLDS_INDICES and name in (*_ARITHMETIC, "arange", "cumsum", "diff"):
-            raise NotClosedForm(f"{node.name}: arithmetic that rounds or wraps around, in {value.dtype}")
-        unread = set(node.kwargs) - _READ - _HARMLESS
-        if unread or ("dtype" in node.kwargs and name == "cumsum"):
+        call = call_of(node)
+        counts = call.name in (*_ARITHMETIC, *_INTEGER, "arange", "cumsum", "diff")
+        as_logic = value.dtype == torch.bool and call.name in _BOOL_ARITHMETIC
+        if counts and not as_logic and value.dtype not in _HOLDS_INDICES:
+            self._inexact(f"{node.name}: arithmetic that rounds or wraps around, in {value.dtype}")
+        unread = {key for key, got in call.args.items() if got is not None} - _READ - _HARMLESS
+        if call.get("alpha", 1) == 1:
+            unread -= {"alpha"}
+        if call.name == "div" and call.get("rounding_mode") == "floor":
+            call, unread = Call("floordiv", call.args, call.spelled), unread - {"rounding_mode"}
+        if call.name in ("placeholder", "get_attr"):
+            return self._load(node, index)
+        rule = getattr(self, f"_{call.name}", None)
+        known = rule or call.name in _ALL_NAMES
+        if known and (unread or ("dtype" in call.args and call.name == "cumsum")):
             raise NotClosedForm(f"{node.name}: argument {', '.join(sorted(unread) or ['dtype'])}")
-        rule = getattr(self, f"_{name}", None)
         if rule is not None:
-            return rule(node, index)
-        if name in _SAME:
-            return self._converted(node, index)
-        if name in _ARITHMETIC:
-            return _ARITHMETIC[name](*(_number(x) for x in self._finite(node, index)))
+            return rule(node, call, index)
+        try:
+            source, moved = pull(node, call, index, self.sizes)
+        except NotAView as why:
+            if known and not self._combines(call, value):
+                raise NotClosedForm(f"{node.name}: {why}") from None
+        else:
+            return self._converted(node, source, moved)
+        return self._combined(node, call, value, index)
+
+    @staticmethod
+    def _combines(call: Call, value: torch.Tensor) -> bool:
+        return call.name not in _VIEW_NAMES
+
+    def _combined(self, node: fx.Node, call: Call, value: torch.Tensor, index: Index) -> Any:
+        name = call.name
+        if value.dtype == torch.bool:
+            name = _BOOL_ARITHMETIC.get(name, name)
+        if name in _ARITHMETIC and value.dtype != torch.bool:
+            return _ARITHMETIC[name](*(_number(x) for x in self._finite(node, call, index)))
+        if name in _INTEGER:
+            if value.dtype.is_floating_point:
+                self._inexact(f"{node.name}: {call.spelled} of floats")
+            return _INTEGER[name](*(_number(x) for x in self._finite(node, call, index)))
+        if name in _ROUNDED and self.rounded:
+            return _ROUNDED[name](*(_number(x) for x in self._finite(node, call, index)))
         if name in _COMPARE:
-            return _compare(_COMPARE[name], *(_number(x) for x in self._finite(node, index)))
+            return _compare(_COMPARE[name], *(_number(x) for x in self._finite(node, call, index)))
         if name in _LOGIC and value.dtype == torch.bool:
-            return _LOGIC[name](*(_truth(x) for x in self._operands(node, index)))
-        del self.seen[node]
+            return _LOGIC[name](*(_truth(x) for x in self._operands(call, index)))
+        return self._load(node, index)
+
+    def _load(self, node: fx.Node, index: Index) -> Any:
+        self.seen.pop(node, None)
         self.loads[node.name] = node
         found = load(node, index)
-        return sympy.Ne(found, 0) if value.dtype == torch.bool else found
+        return sympy.Ne(found, 0) if value_of(node).dtype == torch.bool else found
 
-    def _finite(self, node: fx.Node, index: Index) -> list[Any]:
+    def _inexact(self, why: str) -> None:
+        if not self.rounded:
+            raise NotClosedForm(why)
+
+    def _finite(self, node: fx.Node, call: Call, index: Index) -> list[Any]:
         """Operands that obey algebra: a float of the run time may be NaN, for which x != x."""
-        found = self._operands(node, index)
-        floats = [name for name, source in self.loads.items() if value_of(source).dtype.is_floating_point]
+        found = self._operands(call, index)
+        floats = {name for name, source in self.loads.items() if value_of(source).dtype.is_floating_point}
         read = {atom.func.__name__ for x in found for atom in sympy.sympify(x).atoms(sympy.core.function.AppliedUndef)}
-        plain_zero_test = _name(node) in ("ne", "eq") and any(sympy.sympify(x).is_zero for x in found)
-        if read & set(floats) and not plain_zero_test:
-            raise NotClosedForm(f"{node.name}: arithmetic on floats that only the run time knows")
+        plain_zero_test = call.name in ("ne", "eq") and any(sympy.sympify(x).is_zero for x in found)
+        if read & floats and not plain_zero_test:
+            self._inexact(f"{node.name}: arithmetic on floats that only the run time knows")
         return found
 
-    def _converted(self, node: fx.Node, index: Index) -> Any:
-        source: Any = node.args[0]
+    def _operands(self, call: Call, index: Index) -> list[Any]:
+        names = ("condition", "input", "mask", "other", "value")
+        return [self.at(call[name], self._broadcast(call[name], index)) for name in names if name in call.args]
+
+    @staticmethod
+    def _broadcast(node: Any, index: Index) -> Index:
+        value = value_of(node) if isinstance(node, fx.Node) else None
+        return broadcast(value.shape, index) if isinstance(value, torch.Tensor) else ()
+
+    def _to(self, node: fx.Node, call: Call, index: Index) -> Any:
+        return self._converted(node, call["input"], index)
+
+    def _converted(self, node: fx.Node, source: fx.Node, index: Index) -> Any:
+        """The element of ``source``, in the dtype of ``node``."""
         old, new = value_of(source).dtype, value_of(node).dtype
         exact = old == new or torch.bool in (old, new) or (not old.is_floating_point and new in _HOLDS_INDICES)
         if not exact and not (old.is_floating_point and new in (torch.float32, torch.float64)):
-            raise NotClosedForm(f"{node.name}: {old} does not always survive as {new}")
+            self._inexact(f"{node.name}: {old} does not always survive as {new}")
         found = self.at(source, index)
         if new == torch.int32 and old == torch.int64 and sympy.sympify(found).atoms(sympy.core.function.AppliedUndef):
             raise NotClosedForm(f"{node.name}: {old} of the run time does not always survive as {new}")
         return _cast(found, new)
 
-    def _operands(self, node: fx.Node, index: Index) -> list[Any]:
-        return [self.at(arg, _broadcast(arg, index)) for arg in node.args]
-
-    def _arange(self, node: fx.Node, index: Index) -> Any:
+    def _arange(self, node: fx.Node, call: Call, index: Index) -> Any:
+        # The names of the first two arguments depend on how many there are.
         given: dict[str, Any] = dict(node.kwargs)
         names = ("end",) if len(node.args) == 1 and "end" not in given else ("start", "end", "step")
         given |= dict(zip(names, node.args, strict=False))
-        start, step = symbolic(given.get("start", 0)), symbolic(given.get("step", 1))
+        return self._range(node, given.get("start", 0), given.get("step", 1), index)
+
+    def _iota(self, node: fx.Node, call: Call, index: Index) -> Any:
+        return self._range(node, call.get("start", 0), call.get("step", 1), index)
+
+    def _range(self, node: fx.Node, first: Any, by: Any, index: Index) -> Any:
+        start, step = symbolic(first), symbolic(by)
         if not (start.is_integer and step.is_integer):
             raise NotClosedForm(f"{node.name}: a range that does not run over integers")
         return start + step * index[0]
 
-    def _new_ones(self, node: fx.Node, index: Index) -> Any:
+    def _ones(self, node: fx.Node, call: Call, index: Index) -> Any:
         return _cast(sympy.Integer(1), value_of(node).dtype)
 
-    def _new_zeros(self, node: fx.Node, index: Index) -> Any:
-        return _cast(sympy.Integer(0), value_of(node).dtype)
+    def _zeros(self, node: fx.Node, call: Call, index: Index) -> Any:
+        return _cast(ZERO, value_of(node).dtype)
 
-    _ones = _ones_like = _new_ones
-    _zeros = _zeros_like = _new_zeros
+    _ones_like = _new_ones = _ones
+    _zeros_like = _new_zeros = _zeros
 
-    def _full(self, node: fx.Node, index: Index) -> Any:
-        fill = node.args[1] if len(node.args) > 1 else node.kwargs["fill_value"]
+    def _full(self, node: fx.Node, call: Call, index: Index) -> Any:
+        fill = call.args.get("fill_value", call.args.get("s"))
         found, dtype = self.at(fill, ()), value_of(node).dtype
         if not dtype.is_floating_point and dtype != torch.bool and not found.is_integer:
             raise NotClosedForm(f"{node.name}: {fill} as {dtype}")
         return _cast(found, dtype)
 
-    def _tril(self, node: fx.Node, index: Index) -> Any:
-        return self._triangle(node, index, sympy.Le)
+    _full_like = _new_full = _scalar_tensor = _full
 
-    def _triu(self, node: fx.Node, index: Index) -> Any:
-        return self._triangle(node, index, sympy.Ge)
+    def _tril(self, node: fx.Node, call: Call, index: Index) -> Any:
+        return self._triangle(node, call, index, sympy.Le)
 
-    def _triangle(self, node: fx.Node, index: Index, side: Any) -> Any:
-        diagonal = node.args[1] if len(node.args) > 1 else node.kwargs.get("diagonal", 0)
-        kept = side(index[-1], index[-2] + symbolic(diagonal))
-        inside = self.at(node.args[0], index)
+    def _triu(self, node: fx.Node, call: Call, index: Index) -> Any:
+        return self._triangle(node, call, index, sympy.Ge)
+
+    def _triangle(self, node: fx.Node, call: Call, index: Index, side: Any) -> Any:
+        kept = side(index[-1], index[-2] + symbolic(call.get("diagonal", 0)))
+        inside = self.at(call["input"], index)
         if value_of(node).dtype == torch.bool:
             return sympy.And(kept, _truth(inside))
         return sympy.Piecewise((_number(inside), kept), (0, True))
 
-    def _expand(self, node: fx.Node, index: Index) -> Any:
-        return self.at(node.args[0], _broadcast(node.args[0], index))
-
-    _expand_as = _broadcast_to = _expand
-
-    def _unsqueeze(self, node: fx.Node, index: Index) -> Any:
-        axis = _axis(node, 1, len(index))
-        return self.at(node.args[0], index[:axis] + index[axis + 1 :])
-
-    def _transpose(self, node: fx.Node, index: Index) -> Any:
-        moved = list(index)
-        a, b = _axis(node, 1, len(index)), _axis(node, 2, len(index))
-        moved[a], moved[b] = moved[b], moved[a]
-        return self.at(node.args[0], tuple(moved))
-
-    def _view(self, node: fx.Node, index: Index) -> Any:
-        """Only views that insert or drop axes of size 1."""
-        source: Any = node.args[0]
-        if value_of(source).dtype != value_of(node).dtype:
-            raise NotClosedForm(f"{node.name}: bits seen as another dtype")
-        rest = [(i, s) for i, s in zip(index, value_of(node).shape, strict=True) if not _is_one(s)]
-        kept = [s for s in value_of(source).shape if not _is_one(s)]
-        if len(kept) != len(rest) or any(symbolic(a) != symbolic(b) for (_, a), b in zip(rest, kept, strict=True)):
-            raise NotClosedForm(f"{node.name}: a view that merges or splits axes")
-        moved = iter(i for i, _ in rest)
-        zero = sympy.Integer(0)
-        return self.at(source, tuple(zero if _is_one(s) else next(moved) for s in value_of(source).shape))
-
-    _reshape = _squeeze = _view
-
-    def _getitem(self, node: fx.Node, index: Index) -> Any:
-        source: Any = node.args[0]
-        key: Any = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
-        shape = value_of(source).shape
-        if Ellipsis in key:
-            used = sum(1 for k in key if k is not None and k is not Ellipsis)
-            at = key.index(Ellipsis)
-            key = key[:at] + (slice(None),) * (len(shape) - used) + key[at + 1 :]
-        key = key + (slice(None),) * (len(shape) - sum(1 for k in key if k is not None))
-        tensors = [k for k in key if isinstance(k, fx.Node) and isinstance(value_of(k), torch.Tensor)]
-        if tensors:
+    def _getitem(self, node: fx.Node, call: Call, index: Index) -> Any:
+        source, key = call["input"], call["index"]
+        if not isinstance(value_of(source), torch.Tensor):
+            return self._load(node, index)
+        key = full_key(key, len(value_of(source).shape))
+        if any(isinstance(k, fx.Node) and isinstance(value_of(k), torch.Tensor) for k in key):
             return self._gather(node, source, key, index)
-        moved, out = [], list(index)
-        for k, size in zip((k for k in key if k is not None), shape, strict=True):
-            while key and key[0] is None:
-                out.pop(0)
-                key = key[1:]
-            key = key[1:]
-            if isinstance(k, slice):
-                moved.append(_slice_start(k, size) + (k.step or 1) * out.pop(0))
-            else:
-                place = symbolic(k)
-                if place.is_negative is None:
-                    raise NotClosedForm(f"{node.name}: an index of unknown sign")
-                moved.append(place + symbolic(size) if place.is_negative else place)
-        return self.at(source, tuple(moved))
+        try:
+            return self.at(*pull(node, call, index, self.sizes))
+        except NotAView as why:
+            raise NotClosedForm(f"{node.name}: {why}") from None
+
+    def _index(self, node: fx.Node, call: Call, index: Index) -> Any:
+        key = [slice(None) if k is None else k for k in call["index"]]
+        return self._gather(node, call["input"], full_key(key, len(value_of(call["input"]).shape)), index)
 
     def _gather(self, node: fx.Node, source: Any, key: Sequence[Any], index: Index) -> Any:
         """``x[i, j, ...]`` with one index tensor for every axis, broadcast against each other."""
-        if len(key) != len(value_of(source).shape) or any(k is None or isinstance(k, slice) for k in key):
+        if any(k is None or isinstance(k, slice) for k in key):
             raise NotClosedForm(f"{node.name}: index tensors on some axes only")
         if any(value_of(k).dtype == torch.bool for k in key if isinstance(k, fx.Node)):
             raise NotClosedForm(f"{node.name}: indexed by a bool tensor")
-        places = tuple(_number(self.at(k, _broadcast(k, index))) for k in key)
+        places = tuple(_number(self.at(k, self._broadcast(k, index))) for k in key)
         if not all(place.is_nonnegative for place in places):
             raise NotClosedForm(f"{node.name}: an index that may count from the end")
         return self.at(source, places)
 
-    def _where(self, node: fx.Node, index: Index) -> Any:
-        condition, yes, no = self._operands(node, index)
-        if node.op == "call_method":  # yes.where(condition, no)
-            condition, yes = yes, condition
+    def _where(self, node: fx.Node, call: Call, index: Index) -> Any:
+        if "other" not in call.args:
+            raise NotClosedForm(f"{node.name}: where without values")
+        condition, yes, no = (
+            self.at(call[name], self._broadcast(call[name], index)) for name in ("condition", "input", "other")
+        )
         return _choose(condition, yes, no)
 
-    def _masked_fill(self, node: fx.Node, index: Index) -> Any:
-        source, condition, fill = self._operands(node, index)
+    def _masked_fill(self, node: fx.Node, call: Call, index: Index) -> Any:
+        source, condition, fill = (
+            self.at(call[name], self._broadcast(call[name], index)) for name in ("input", "mask", "value")
+        )
         return _choose(condition, fill, source)
 
-    def _diff(self, node: fx.Node, index: Index) -> Any:
+    def _clamp(self, node: fx.Node, call: Call, index: Index) -> Any:
+        found = _number(self.at(call["input"], index))
+        for name, bound in (("min", sympy.Max), ("max", sympy.Min)):
+            if call.get(name) is not None:
+                found = bound(found, _number(self.at(call[name], self._broadcast(call[name], index))))
+        if value_of(node).dtype.is_floating_point:
+            self._inexact(f"{node.name}: {call.spelled} of floats")
+        return found
+
+    _clamp_min = _clamp_max = _clamp
+
+    def _diff(self, node: fx.Node, call: Call, index: Index) -> Any:
         """``torch.diff(x, prepend=p, dim=-1)`` where ``p`` continues ``x`` to the left."""
-        source, axis = node.args[0], node.kwargs.get("dim", -1)
-        prepend: Any = node.kwargs.get("prepend")
-        if axis not in (-1, len(index) - 1) or prepend is None or len(node.args) > 1 or "n" in node.kwargs:
+        source, prepend = call["input"], call.get("prepend")
+        if call.get("dim", -1) not in (-1, len(index) - 1) or prepend is None or call.get("n", 1) != 1:
             raise NotClosedForm(f"{node.name}: only a diff along the last axis with prepend")
         before = index[-1] - 1
         one_left = _number(self.at(source, (*index[:-1], before)))
-        edge = _number(self.at(prepend, (*index[:-1], sympy.Integer(0))))
+        edge = _number(self.at(prepend, (*index[:-1], ZERO)))
         at_zero = _number(self.at(source, (*index[:-1], sympy.Integer(-1))))
-        if not _is_one(value_of(prepend).shape[-1]) or sympy.simplify(at_zero - edge) != 0:
+        if not is_one(value_of(prepend).shape[-1]) or sympy.simplify(at_zero - edge) != 0:
             raise NotClosedForm(f"{node.name}: the prepended element does not continue the tensor")
         return _number(self.at(source, index)) - one_left
 
-    def _cumsum(self, node: fx.Node, index: Index) -> Any:
-        axis = _axis(node, 1, len(index))
+    def _cumsum(self, node: fx.Node, call: Call, index: Index) -> Any:
+        axis = call["dim"] % len(index)
         step = sympy.Dummy("step", integer=True, nonnegative=True)
-        term = _number(self.at(node.args[0], (*index[:axis], step, *index[axis + 1 :])))
+        term = _number(self.at(call["input"], (*index[:axis], step, *index[axis + 1 :])))
         if term.has(step):
             raise NotClosedForm(f"{node.name}: a running sum of something that varies")
         return term * (index[axis] + 1)
 
 
-def modified_in_place(graph: fx.Graph) -> frozenset[fx.Node]:
-    """Nodes whose tensor, or one that shares its memory, is written to after it was made.
-
-    Dynamo runs each operator on fake tensors, so a write through whatever alias has raised a
-    version counter, and tensors that share memory share a (fake) storage. Operators that write
-    without a version are known by their names.
-    """
-    written: set[int] = set()
-    for node in graph.nodes:
-        value = value_of(node)
-        if isinstance(value, torch.Tensor) and _version(value) > 0:
-            written.add(_memory(value))
-        name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
-        if name in _WRITES or (name.endswith("_") and name not in _SPELLINGS and name[-2:] != "__"):
-            fx.map_arg(node.args[:1], lambda n: written.add(_memory(value_of(n))))
-        if "out" in node.kwargs:
-            fx.map_arg(node.kwargs["out"], lambda n: written.add(_memory(value_of(n))))
-    tensors = ((node, value_of(node)) for node in graph.nodes)
-    return frozenset(node for node, value in tensors if isinstance(value, torch.Tensor) and _memory(value) in written)
-
-
-def _memory(value: Any) -> int:
-    try:
-        return value.untyped_storage()._cdata
-    except (AttributeError, NotImplementedError, RuntimeError):  # no tensor, or a wrapper without a storage
-        return id(value)
-
-
-def _version(value: torch.Tensor) -> int:
-    return 0 if value.is_inference() else value._version
-
-
-def _name(node: fx.Node) -> str:
-    if node.op == "call_method":
-        name = str(node.target)
-    elif node.op == "call_function":
-        name = getattr(node.target, "__name__", str(node.target))
-    else:
-        name = node.op
-    return _SPELLINGS.get(name, name)
-
-
-def _axis(node: fx.Node, position: int, rank: int) -> int:
-    found = node.args[position] if len(node.args) > position else node.kwargs.get("dim", node.kwargs.get("axis"))
-    if not isinstance(found, int):
-        raise NotClosedForm(f"{node.name}: axis {found!r}")
-    return found % rank
-
-
-def _is_one(size: Any) -> bool:
-    return isinstance(size, int) and size == 1
-
-
-def _broadcast(node: Any, index: Index) -> Index:
-    """The index of a tensor broadcast against one of rank ``len(index)``: axes of size 1 read 0."""
-    if not isinstance(node, fx.Node) or not isinstance(value_of(node), torch.Tensor):
-        return ()
-    shape = value_of(node).shape
-    own = index[len(index) - len(shape) :]
-    return tuple(sympy.Integer(0) if _is_one(s) else i for i, s in zip(own, shape, strict=True))
-
-
-def _slice_start(key: slice, size: Any) -> sympy.Expr:
-    start = symbolic(key.start or 0)
-    if (key.step or 1) < 0 or start.is_negative is None:
-        raise NotClosedForm("a slice whose start is not known")
-    return start + symbolic(size) if start.is_negative else start
+_VIEW_NAMES = {
+    "view",
+    "permute",
+    "transpose",
+    "movedim",
+    "expand",
+    "repeat",
+    "repeat_interleave",
+    "select",
+    "slice",
+} | {
+    "narrow",
+    "t",
+    "T",
+    "mT",
+    "same",
+}
+_ALL_NAMES = {*_ARITHMETIC, *_INTEGER, *_ROUNDED, *_COMPARE, *_LOGIC, *_VIEW_NAMES}
 
 
 def _is_truth(expr: Any) -> bool:

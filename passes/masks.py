@@ -1,4 +1,4 @@
-"""Lift masks: from the mask tensor of a site to what it says about (b, h, q, k)."""
+"""Lift masks: from what a site's logits go through to what it says about (b, h, q, k)."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import sympy
-import torch
+from sympy.core.function import AppliedUndef
 from torch import fx
 
 from .compat import guard_equal, known_equal, symbolic, value_of
 from .elements import Elements, NotClosedForm
-from .find import Site
+from .indices import divide
+from .maths import plain
+from .site import Add, Attention, Site, Term, Times
 
 LOWEST = -1e9
 """A logit that this is added to has no weight, in float32, beside one that nothing is added to."""
@@ -27,6 +29,7 @@ class Mask:
     Attributes:
         text: the mask in plain maths. causal: key ``k`` only for ``k <= q + Nk - Nq``.
         valid: node ``[B, Nk]``; 0 or False where a key is padding. None: every key is valid.
+        negated: the other way round: 0 or False where a key is valid.
         reason: why it cannot be used, a code of ``reasons.REASONS`` perhaps with detail; "" if it can.
         producers: the nodes that built the mask, which nothing may need any more.
     """
@@ -34,89 +37,182 @@ class Mask:
     text: str
     causal: bool = False
     valid: fx.Node | None = None
+    negated: bool = False
     reason: str = ""
     producers: tuple[fx.Node, ...] = ()
 
 
+@dataclass(frozen=True)
+class _Meaning:
+    """Where a key is allowed, what is added to its logit, and whether a finite number forbids it."""
+
+    allowed: Any = sympy.true
+    bias: Any = sympy.S.Zero
+    finite: bool = False
+
+
+class _Opaque(Exception):
+    """A term without a closed form, and why."""
+
+
 def lift(site: Site) -> Mask:
-    """Read the producer graph of the site's mask."""
-    q_len, k_len = value_of(site.query).shape[2], value_of(site.key).shape[2]
-    if site.mask is None:
-        if site.is_causal and not known_equal(q_len, k_len):
+    """Read the producer graphs of the site's terms."""
+    attention = site.attention
+    assert attention is not None
+    q_len, k_len = attention.size(attention.q), attention.size(attention.k)
+    if attention.is_causal:
+        if attention.terms:
+            return Mask("?", reason="invalid_call")
+        if not known_equal(q_len, k_len):
             return Mask("k <= q", reason="causal_misaligned")
-        return Mask("k <= q" if site.is_causal else "true", causal=site.is_causal)
-    if site.is_causal:
-        return Mask("?", reason="invalid_call")
-    mask = value_of(site.mask)
-    elements = Elements(site.modified)
-    index = tuple(
-        sympy.Integer(0) if isinstance(size, int) and size == 1 else axis
-        for axis, size in zip((B, H, Q, K)[4 - mask.dim() :], mask.shape, strict=True)
-    )
+        return Mask("k <= q", causal=True)
+    exact, reader = (Elements(site.memory, attention.sizes, rounded=rounded) for rounded in (False, True))
     try:
-        meaning = elements.at(site.mask, index)
-        if mask.dtype != torch.bool:
-            return _additive(site, meaning, elements, symbolic(k_len) - symbolic(q_len))
-    except NotClosedForm as error:
-        return _opaque(site.mask, str(error))
-    except Exception as error:  # an unforeseen spelling must cost the speed, never the model
-        return _opaque(site.mask, f"a spelling that is not understood ({type(error).__name__}: {error})")
-    return _classify(site, sympy.sympify(meaning), elements, symbolic(k_len) - symbolic(q_len))
-
-
-def _additive(site: Site, added: Any, elements: Elements, shift: sympy.Expr) -> Mask:
-    """A float mask that adds 0 where a key is allowed and -inf, or nearly, where it is not."""
-    try:
-        allowed = _adds_nothing(sympy.sympify(added))
-    except NotClosedForm as error:
-        return Mask(f"+ {_plain(added)}", reason=f"additive_mask: {error}")
-    mask = _classify(site, allowed, elements, shift)
+        meaning = _meaning(attention, exact)
+    except _Opaque as why:
+        try:
+            told = _meaning(attention, reader)
+        except _Opaque:
+            return Mask(_name(attention.terms), reason=f"opaque_mask: {why}")
+        text = _told(told, attention)
+        closed = told.bias != 0 and not _opaque_atoms(named(told.bias, attention))
+        return Mask(text, reason=f"unsupported_mask: {text}" if closed else f"opaque_mask: {why}")
+    shift = symbolic(k_len) - symbolic(q_len)
+    if meaning.bias != 0:
+        text = _told(meaning, attention)
+        code = "opaque_mask" if _opaque_atoms(named(meaning.bias, attention)) else "unsupported_mask"
+        return Mask(text, reason=f"{code}: {text}")
+    mask = _classify(attention, named(meaning.allowed, attention), exact, shift)
     # A query without keys gives 0 under -inf, but the mean of all values under a finite number:
     # only where every query has its own key is the difference of no account.
     always_a_key = mask.causal and mask.valid is None and shift == 0
-    finite = any(number.is_finite and number <= LOWEST for number in sympy.sympify(added).atoms(sympy.Number))
-    if not mask.reason and finite and not always_a_key:
+    if not mask.reason and meaning.finite and meaning.allowed != sympy.true and not always_a_key:
         return Mask(mask.text, reason="additive_mask: a finite number where padded queries have no key")
     return mask
 
 
-def _adds_nothing(added: Any) -> Any:
-    """Where the expression is 0; everywhere else it must be so low that a weight is 0."""
-    if added.is_number:
-        if added.is_zero:
-            return sympy.true
-        if added == -sympy.oo or added <= LOWEST:
-            return sympy.false
-        raise NotClosedForm(f"it adds {added} to logits")
-    if isinstance(added, sympy.Add):
-        return sympy.And(*(_adds_nothing(part) for part in added.args))
-    if not isinstance(added, sympy.Piecewise):
-        raise NotClosedForm(f"it adds {_plain(added)} to logits")
-    found, before = sympy.false, sympy.false
-    for value, condition in added.args:
-        found = sympy.Or(found, sympy.And(condition, sympy.Not(before), _adds_nothing(value)))
-        before = sympy.Or(before, condition)
+def named(expr: Any, attention: Attention) -> Any:
+    """The expression over b, h, q and k instead of the site's coordinates."""
+    found: dict[sympy.Symbol, Any] = {}
+    for symbol, merged in ((B, attention.batch), (H, attention.heads)):
+        rest: Any = symbol
+        for at, c in enumerate(merged):
+            minor = sympy.prod([symbolic(attention.sizes[x]) for x in merged[at + 1 :]])
+            found[c], rest = divide(rest, minor, {}) if at + 1 < len(merged) else (rest, rest)
+    found |= {c: symbol for c, symbol in ((attention.q, Q), (attention.k, K)) if c is not None}
+    return _tidy(sympy.sympify(expr).subs(found, simultaneous=True))
+
+
+def _tidy(expr: Any) -> Any:
+    """Comparisons of integers solved for k: ``k <= q + 3``, not ``-3 - q < -k + 1``."""
+
+    def solved(relation: Any) -> Any:
+        difference = sympy.expand(relation.lhs - relation.rhs)
+        c = difference.coeff(K)
+        if abs(c) != 1 or difference.has(sympy.floor) or not difference.is_integer:
+            return relation
+        rest = sympy.expand(K - difference / c)
+        if rest.has(K):
+            return relation
+        below = isinstance(relation, (sympy.Le, sympy.Lt)) == bool(c == 1)
+        strict = int(isinstance(relation, (sympy.Lt, sympy.Gt)))
+        return sympy.Le(K, rest - strict) if below else sympy.Ge(K, rest + strict)
+
+    orders = [r for r in expr.atoms(sympy.core.relational.Relational) if not isinstance(r, (sympy.Eq, sympy.Ne))]
+    return expr.xreplace({relation: solved(relation) for relation in orders})
+
+
+def _told(meaning: _Meaning, attention: Attention) -> str:
+    parts = [] if meaning.allowed == sympy.true else [plain(named(meaning.allowed, attention))]
+    if meaning.bias != 0:
+        parts.append(f"+ {plain(named(meaning.bias, attention))}")
+    return " ".join(parts) or "true"
+
+
+def _name(terms: tuple[Term, ...]) -> str:
+    nodes = [t.what if isinstance(t, Add) else t.condition for t in terms if not isinstance(t, Times)]
+    return " and ".join(f"{getattr(node, 'name', node)}[b, h, q, k]" for node in nodes)
+
+
+def _meaning(attention: Attention, elements: Elements) -> _Meaning:
+    """The terms, one after the other.
+
+    Raises:
+        _Opaque: one that has no closed form.
+    """
+    found = _Meaning()
+    for term in attention.terms:
+        try:
+            found = _after(found, term, elements)
+        except NotClosedForm as error:
+            raise _Opaque(str(error)) from None
+        except _Opaque:
+            raise
+        except Exception as error:  # an unforeseen spelling must cost the speed, never the model
+            raise _Opaque(f"a spelling that is not understood ({type(error).__name__}: {error})") from None
     return found
 
 
-def _opaque(mask: fx.Node, why: str) -> Mask:
-    return Mask(f"{mask.name}[b, h, q, k]", reason=f"opaque_mask: {why}")
+def _after(before: _Meaning, term: Term, elements: Elements) -> _Meaning:
+    if isinstance(term, Times):
+        if term.factor <= 0 or (before.finite and term.factor < 0.01):
+            raise _Opaque(f"masked logits times {term.factor}")
+        return _Meaning(before.allowed, before.bias * term.factor, before.finite)
+    if isinstance(term, Add):
+        added = sympy.sympify(elements.at(term.what, term.index))
+        factor = sympy.sympify(int(term.factor) if term.factor == int(term.factor) else term.factor)
+        new = _split(sympy.piecewise_fold(added * factor) if factor != 1 else added)
+        finite = before.finite or new.finite
+        return _Meaning(sympy.And(before.allowed, new.allowed), before.bias + new.bias, finite)
+    condition = elements.at(term.condition, term.index)
+    filled = condition if term.where else sympy.Not(condition)
+    value = sympy.sympify(elements.at(term.value, term.value_index))
+    if not value.is_number or not (value == -sympy.oo or value <= LOWEST):
+        raise _Opaque(f"logits replaced by {plain(value)}")
+    return _Meaning(sympy.And(before.allowed, sympy.Not(filled)), before.bias, before.finite or bool(value.is_finite))
 
 
-def _classify(site: Site, meaning: Any, elements: Elements, shift: sympy.Expr) -> Mask:
-    text = _plain(meaning)
-    causal, valid = False, None
+def _split(added: Any) -> _Meaning:
+    """What is added to logits, as the places where it forbids a key and a bias elsewhere."""
+    if added.is_number:
+        if added == -sympy.oo or added <= LOWEST:
+            return _Meaning(sympy.false, finite=bool(added.is_finite))
+        return _Meaning(bias=sympy.Integer(0) if added.is_zero else added)
+    if isinstance(added, sympy.Add):
+        parts = [_split(part) for part in added.args]
+        return _Meaning(
+            sympy.And(*(p.allowed for p in parts)), sympy.Add(*(p.bias for p in parts)), any(p.finite for p in parts)
+        )
+    if isinstance(added, sympy.Mul) and added.has(sympy.Piecewise):
+        folded = sympy.piecewise_fold(added)
+        return _split(folded) if isinstance(folded, sympy.Piecewise) else _Meaning(bias=added)
+    if not isinstance(added, sympy.Piecewise):
+        return _Meaning(bias=added)
+    allowed, before, biases, finite = sympy.false, sympy.false, [], False
+    for value, condition in added.args:
+        part = _split(sympy.sympify(value))
+        finite = finite or part.finite
+        allowed = sympy.Or(allowed, sympy.And(condition, sympy.Not(before), part.allowed))
+        before = sympy.Or(before, condition)
+        biases.append((part.bias, condition))
+    bias = sympy.Integer(0) if all(b == 0 for b, _ in biases) else sympy.Piecewise(*biases)
+    return _Meaning(allowed, bias, finite)
+
+
+def _classify(attention: Attention, meaning: Any, elements: Elements, shift: sympy.Expr) -> Mask:
+    text = plain(meaning)
+    causal, valid, negated = False, None, False
     for term in _conjuncts(meaning):
         if _is_causal(term, shift):
             causal = True
             continue
-        keys = _key_validity(term, elements, site)
+        keys = _key_validity(term, elements, attention)
         if keys is not None and valid is None:
-            valid = keys
+            valid, negated = keys, isinstance(term, sympy.Eq)
             continue
-        opaque = any(_reads_pairs(atom) for atom in term.atoms(sympy.core.function.AppliedUndef))
-        return Mask(text, reason="opaque_mask" if opaque else f"unsupported_mask: {_plain(term)}")
-    return Mask(text, causal, valid, producers=tuple(elements.seen))
+        code = "opaque_mask" if _opaque_atoms(term) else "unsupported_mask"
+        return Mask(text, reason=f"{code}: {plain(term)}")
+    return Mask(text, causal, valid, negated, producers=tuple(elements.seen))
 
 
 def _conjuncts(meaning: Any) -> Iterable[Any]:
@@ -135,37 +231,21 @@ def _is_causal(term: Any, shift: sympy.Expr) -> bool:
     return bool(sympy.expand(term.lhs - term.rhs + strict - (K - Q - shift)) == 0)
 
 
-def _key_validity(term: Any, elements: Elements, site: Site) -> fx.Node | None:
-    """The node ``[B, Nk]`` whose element (b, k) is not 0 exactly where ``term`` holds."""
-    if not isinstance(term, sympy.Ne) or term.rhs != 0:
+def _key_validity(term: Any, elements: Elements, attention: Attention) -> fx.Node | None:
+    """The node ``[B, Nk]`` whose element (b, k) is not 0 (or, for ``Eq``, is 0) exactly where ``term`` holds."""
+    if not isinstance(term, (sympy.Ne, sympy.Eq)) or term.rhs != 0 or not isinstance(term.lhs, AppliedUndef):
         return None
     atom = term.lhs
-    if not isinstance(atom, sympy.core.function.AppliedUndef):
-        return None
     node = elements.loads[atom.func.__name__]
-    shape, key = value_of(node).shape, value_of(site.key).shape
-    if len(shape) != 2 or atom.args[1] != K or not guard_equal(shape[1], key[2]):
+    shape = value_of(node).shape
+    if len(shape) != 2 or atom.args[1] != K or not guard_equal(shape[1], attention.size(attention.k)):
         return None
     one_row = isinstance(shape[0], int) and shape[0] == 1
     if one_row:
         return node if atom.args[0] in (B, 0) else None
-    return node if atom.args[0] == B and guard_equal(shape[0], key[0]) else None
+    return node if atom.args[0] == B and guard_equal(shape[0], attention.size(*attention.batch)) else None
 
 
-def _reads_pairs(atom: Any) -> bool:
-    return bool(atom.has(Q) and atom.has(K))
-
-
-def _plain(expr: Any) -> str:
-    """The expression as a reader would write it."""
-    if isinstance(expr, sympy.And):
-        return " and ".join(sorted(f"({_plain(a)})" if isinstance(a, sympy.Or) else _plain(a) for a in expr.args))
-    if isinstance(expr, sympy.Or):
-        return " or ".join(sorted(f"({_plain(a)})" if isinstance(a, sympy.And) else _plain(a) for a in expr.args))
-    if isinstance(expr, sympy.Ne) and expr.rhs == 0:
-        return _plain(expr.lhs)
-    if isinstance(expr, (sympy.Ge, sympy.Gt)):
-        return _plain(expr.reversed)
-    if isinstance(expr, sympy.core.function.AppliedUndef):
-        return f"{expr.func.__name__}[{', '.join(str(a) for a in expr.args)}]"
-    return str(expr).replace("True", "true").replace("False", "false")
+def _opaque_atoms(expr: Any) -> bool:
+    """Whether it reads a tensor of the run time that has an element for each pair of query and key."""
+    return any(atom.has(Q) and atom.has(K) for atom in sympy.sympify(expr).atoms(AppliedUndef))

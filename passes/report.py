@@ -18,6 +18,7 @@ class SiteReport:
     Attributes:
         module: path as in ``model.named_modules()``; "" outside any module.
         source: ``file:line`` of the call in the user's code. code: that line.
+        kind: "sdpa", "hand-written", "flex_attention", or the composite call that it is in.
         decision: "rewrite" or "keep". reason: a code of docs/reasons.md, perhaps followed by
             ``: detail``; "" where rewritten.
         plan: the settings it runs with; None where kept.
@@ -31,6 +32,7 @@ class SiteReport:
     module: str
     source: str
     code: str
+    kind: str
     decision: str
     reason: str
     plan: Plan | None
@@ -62,10 +64,7 @@ class Report:
 
     def __str__(self) -> str:
         if not self.sites:
-            return (
-                "no F.scaled_dot_product_attention found; hand-written attention, nn.MultiheadAttention and "
-                "FlexAttention are not looked for and run as they are"
-            )
+            return "no attention found"
         head = f"{len(self.sites)} sites: {len(self.rewritten)} rewritten, {len(self.kept)} kept exact"
         table = tabulate([_row(site) for site in self.sites], headers="keys", disable_numparse=True)
         return "\n".join([head, "", str(table), *_plans(self.rewritten)])

@@ -4,27 +4,36 @@ from __future__ import annotations
 
 import copy
 import operator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import fx
 
 from ..kernels import ops as _registers_the_operators  # noqa: F401
+from .calls import ASSERTS, PURE, call_of, is_dead
 from .compat import value_of
 from .config import Config
 from .decide import Decision, decide, describe
-from .find import find
+from .emit import Sizes, canonical, laid_out_as, original
+from .expand import Expansion, composite, expand, restore
+from .find import add_missing_shapes, find
+from .indices import is_one
+from .masks import Mask
 from .report import Report
+from .sdpa import fused_call
+from .site import Coordinates
 
 _SUMMARY_OUTPUTS = ("order", "mean", "spread", "bias", "row_index", "row_owner", "row_key", "row_value", "row_bias")
 
 
-def rewrite(gm: fx.GraphModule, config: Config | None = None) -> tuple[fx.GraphModule, Report]:
+def rewrite(gm: fx.GraphModule, config: Config | None = None, *inputs: Any) -> tuple[fx.GraphModule, Report]:
     """Replace attention by score, summarize, route and attend nodes where that is decided.
 
     Args:
-        gm: a graph with Dynamo's metadata; it is not changed.
+        gm: a graph of Dynamo, ``torch.export(...).module()`` or ``torch.fx.symbolic_trace``; it is not changed.
         config: default ``Config()``.
+        *inputs: example inputs, needed where the graph's nodes carry no shapes; see ``find``.
 
     Returns:
         The new graph (the same weights) and what was decided for each site.
@@ -37,38 +46,64 @@ def rewrite(gm: fx.GraphModule, config: Config | None = None) -> tuple[fx.GraphM
             body, found = rewrite(child, config)
             setattr(gm, name, body)
             inner.sites.extend(found.sites)
+    add_missing_shapes(gm, inputs)
+    expansions = expand(gm)
+    origin = {node: expansion for expansion in expansions for node in expansion.nodes}
     decisions = [decide(site, config or Config()) for site in find(gm)]
-    report = Report([describe(decision) for decision in decisions] + inner.sites)
+    report = Report([describe(decision, _composite(origin, decision)) for decision in decisions] + inner.sites)
     rewritten = [decision for decision in decisions if decision.rewrite]
     for decision in rewritten:
         _insert(gm.graph, decision)
-    for decision in rewritten:
-        _drop_unused(gm.graph, decision.mask.producers)
+    producers = {node for decision in rewritten for node in decision.mask.producers}
+    _drop_dead(gm.graph, [decision.site.output for decision in rewritten], producers)
+    used = {id(origin[decision.site.output]) for decision in rewritten if decision.site.output in origin}
+    for expansion in expansions:
+        if id(expansion) in used:
+            _drop_call(gm.graph, expansion)
+        else:
+            restore(gm.graph, expansion)
     gm.graph.lint()
     gm.recompile()
     return gm, report
 
 
+def _composite(origin: dict[fx.Node, Expansion], decision: Decision) -> str:
+    found = origin.get(decision.site.output)
+    return composite(found.call) if found else decision.site.kind
+
+
+def _drop_call(graph: fx.Graph, expansion: Expansion) -> None:
+    for node in (*list(expansion.call.users), expansion.call):
+        if not node.users and node.op != "output":
+            graph.erase_node(node)
+
+
 def _insert(graph: fx.Graph, decision: Decision) -> None:
-    site, plan = decision.site, decision.plan
-    assert plan is not None
-    causal, settings = decision.mask.causal, plan.text
-    query, key, value = site.query, site.key, site.value
-    scale = int(value_of(query).shape[3]) ** -0.5 if site.scale is None else site.scale
+    site, plan, attention = decision.site, decision.plan, decision.site.attention
+    assert plan is not None and attention is not None
+    a, causal, settings = attention, decision.mask.causal, plan.text
+    sizes = Sizes.of(a)
+    q_group, k_group = _one(a.q), _one(a.k)
+    old = value_of(site.output)
 
     def call(name: str, target: Any, *args: Any) -> fx.Node:
-        node = graph.create_node("call_function", target, args, name=f"prescore_{name}")
-        for kind in ("stack_trace", "nn_module_stack", "source_fn_stack"):
-            if kind in site.output.meta:
-                node.meta[kind] = site.output.meta[kind]
-        return node
+        return graph.create_node("call_function", target, args, name=f"prescore_{name}")
 
+    first = site.output.prev
     with graph.inserting_before(site.output):
-        valid = _bool_mask(graph, decision.mask.valid, query)
+        query = canonical(graph, a.query, (a.batch, a.heads, q_group, _one(a.d)), sizes)
+        key = canonical(graph, a.key, (a.batch, a.kv_heads, k_group, _one(a.d)), sizes)
+        value = canonical(graph, a.value, (a.batch, a.kv_heads, k_group, _one(a.e)), sizes)
+        if value_of(a.query.node).dtype != old.dtype:  # autocast
+            query, key, value = (graph.call_method("to", (n, old.dtype)) for n in (query, key, value))
+        for factor in a.factors:
+            by = canonical(graph, factor, (a.batch, a.heads, q_group, ()), sizes)
+            query = graph.call_method("type_as", (graph.call_function(operator.mul, (query, by)), query))
+        valid = _bool_mask(graph, decision.mask, query, a.size(*a.batch))
         scores = routes = None
         if plan.keep:
             score = torch.ops.prescore.score.default
-            scores = call("score", score, query, key, valid, settings, causal, scale)
+            scores = call("score", score, query, key, valid, settings, causal, a.scale)
         summary = call("summarize", torch.ops.prescore.summarize.default, key, value, valid, scores, settings)
         order, mean, spread, bias, *rows = (
             call(name, operator.getitem, summary, at) for at, name in enumerate(_SUMMARY_OUTPUTS)
@@ -76,41 +111,63 @@ def _insert(graph: fx.Graph, decision: Decision) -> None:
         if plan.routes:
             k_len = graph.call_method("size", (key, 2))
             route = torch.ops.prescore.route.default
-            routes = call("route", route, query, mean, spread, bias, settings, causal, k_len, scale)
+            routes = call("route", route, query, mean, spread, bias, settings, causal, k_len, a.scale)
         attend = torch.ops.prescore.attend.default
-        out = call("attend", attend, query, key, value, valid, order, routes, *rows, settings, causal, scale)
-        if value_of(site.output).is_contiguous():
-            # Code after the site may rely on the layout it was traced with.
-            out = graph.call_method("contiguous", (out,))
-        site.output.replace_all_uses_with(out)
-    _drop_unused(graph, (site.output, *_expansion(site.output, (key, value))))
+        out = call("attend", attend, query, key, value, valid, order, routes, *rows, settings, causal, a.scale)
+        out = original(graph, out, (a.batch, a.heads, q_group, _one(a.e)), a.result, sizes)
+        out = laid_out_as(graph, out, old)
+    node = first.next
+    while node is not site.output:
+        for kind in ("stack_trace", "nn_module_stack", "source_fn_stack"):
+            if kind in site.output.meta:
+                node.meta[kind] = site.output.meta[kind]
+        node = node.next
+    for kind in ("example_value", "val", "tensor_meta"):
+        if kind in site.output.meta:
+            out.meta[kind] = site.output.meta[kind]
+    site.output.replace_all_uses_with(out)
 
 
-def _bool_mask(graph: fx.Graph, valid: fx.Node | None, query: fx.Node) -> fx.Node | None:
+def _one(coordinate: Any) -> Coordinates:
+    return () if coordinate is None else (coordinate,)
+
+
+def _bool_mask(graph: fx.Graph, lifted: Mask, query: fx.Node, batch: Any) -> fx.Node | None:
+    valid = lifted.valid
     if valid is None:
         return None
     mask = value_of(valid)
     if mask.dtype != torch.bool:
         valid = graph.call_method("to", (valid, torch.bool))
-    if isinstance(mask.shape[0], int) and mask.shape[0] == 1 and value_of(query).shape[0] != 1:
+    if lifted.negated:
+        valid = graph.call_function(torch.logical_not, (valid,))
+    if is_one(mask.shape[0]) and not is_one(batch):
         valid = graph.call_method("expand", (valid, graph.call_method("size", (query, 0)), -1))
     return valid
 
 
-def _expansion(output: fx.Node, sources: tuple[fx.Node, ...]) -> list[fx.Node]:
-    """The ``repeat_kv`` nodes between the unexpanded keys and values and the old attention."""
-    found, todo = [], [arg for arg in output.all_input_nodes[1:3] if arg not in sources]
-    while todo:
-        node = todo.pop()
-        found.append(node)
-        todo += [arg for arg in node.all_input_nodes if arg not in sources and len(arg.users) <= 1]
-    return found
+def _drop_dead(graph: fx.Graph, outputs: Iterable[fx.Node], producers: set[fx.Node]) -> None:
+    """Erase what only computed the old attention and its mask, users before producers.
 
-
-def _drop_unused(graph: fx.Graph, nodes: tuple[fx.Node, ...]) -> None:
-    """Erase those of the nodes that nothing uses, users before producers."""
-    alive = set(graph.nodes)
+    Only operators that are known to do nothing else; the inner compiler drops any other.
+    """
     place = {node: at for at, node in enumerate(graph.nodes)}
-    for node in sorted({n for n in nodes if n in alive}, key=place.__getitem__, reverse=True):
-        if not node.users and node.op not in ("placeholder", "output"):
+    first = set(outputs) | producers
+    todo = {node for node in first if node in place}
+    while todo:
+        node = max(todo, key=place.__getitem__)
+        todo.remove(node)
+        for user in list(node.users):
+            if is_dead(user):
+                _erase(graph, user)
+        known = node in first or call_of(node).name in PURE | ASSERTS or fused_call(node) is not None
+        if known and not node.users and node.op not in ("placeholder", "output"):
+            todo.update(node.all_input_nodes)
             graph.erase_node(node)
+
+
+def _erase(graph: fx.Graph, node: fx.Node) -> None:
+    """Erase a node and its users, all of them dead."""
+    for user in list(node.users):
+        _erase(graph, user)
+    graph.erase_node(node)

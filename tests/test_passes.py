@@ -64,10 +64,10 @@ def _ij(n: int) -> tuple[torch.Tensor, torch.Tensor]:
 LIFTED: dict[str, tuple[Callable[[int, torch.Tensor], torch.Tensor], str]] = {
     "compare": (lambda n, p: _ij(n)[1] <= _ij(n)[0], "k <= q"),
     "compare the other way": (lambda n, p: _ij(n)[0] >= _ij(n)[1], "k <= q"),
-    "strictly less than the next": (lambda n, p: _ij(n)[1] < _ij(n)[0] + 1, "k < q + 1"),
+    "strictly less than the next": (lambda n, p: _ij(n)[1] < _ij(n)[0] + 1, "k <= q"),
     "tril": (lambda n, p: torch.ones(n, n, dtype=torch.bool).tril(), "k <= q"),
     "torch.tril 4d": (lambda n, p: torch.tril(torch.ones(1, 1, n, n, dtype=torch.bool)), "k <= q"),
-    "not triu": (lambda n, p: ~torch.ones(n, n, dtype=torch.bool).triu(1), "k < q + 1"),
+    "not triu": (lambda n, p: ~torch.ones(n, n, dtype=torch.bool).triu(1), "k <= q"),
     "padding": (lambda n, p: p[:, None, None, :], "[b, k]"),
     "padding as ints": (lambda n, p: (p.long() != 0)[:, None, None, :].expand(-1, 1, n, n), "[b, k]"),
     "both": (lambda n, p: (_ij(n)[1] <= _ij(n)[0]) & p[:, None, None, :], "k <= q and"),
@@ -75,7 +75,7 @@ LIFTED: dict[str, tuple[Callable[[int, torch.Tensor], torch.Tensor], str]] = {
         lambda n, p: torch.where(p[:, None, None, :], _ij(n)[1] <= _ij(n)[0], torch.zeros((), dtype=torch.bool)),
         "k <= q and",
     ),
-    "additive": (lambda n, p: torch.full((n, n), -math.inf).triu(1), "k < q + 1"),
+    "additive": (lambda n, p: torch.full((n, n), -math.inf).triu(1), "k <= q"),
     "additive, filled": (lambda n, p: torch.zeros(n, n).masked_fill(_ij(n)[1] > _ij(n)[0], -1e9), "k <= q"),
     "additive, where": (
         lambda n, p: torch.where(_ij(n)[1] <= _ij(n)[0], 0.0, torch.finfo(torch.float32).min),
@@ -96,7 +96,7 @@ def _written(mask: torch.Tensor) -> torch.Tensor:
 
 
 KEPT: dict[str, tuple[Callable[[int, torch.Tensor], torch.Tensor], str]] = {
-    "window": (lambda n, p: (_ij(n)[1] <= _ij(n)[0]) & (_ij(n)[1] > _ij(n)[0] - 7), "unsupported_mask: q - 7 < k"),
+    "window": (lambda n, p: (_ij(n)[1] <= _ij(n)[0]) & (_ij(n)[1] > _ij(n)[0] - 7), "unsupported_mask: q - 6 <= k"),
     "future": (lambda n, p: _ij(n)[1] >= _ij(n)[0], "unsupported_mask: q <= k"),
     "off by one": (lambda n, p: _ij(n)[1] <= _ij(n)[0] + 1, "unsupported_mask: k <= q + 1"),
     "chunked": (lambda n, p: _ij(n)[1] // 8 == _ij(n)[0] // 8, "unsupported_mask"),
@@ -110,9 +110,9 @@ KEPT: dict[str, tuple[Callable[[int, torch.Tensor], torch.Tensor], str]] = {
     "halved": (lambda n, p: (_ij(n)[1] * 0.5).long() <= _ij(n)[0], "opaque_mask"),
     "drawn": (lambda n, p: torch.rand(n, n) > 0.1, "opaque_mask"),
     "soft padding": (lambda n, p: torch.zeros(()).masked_fill(~p, -1e9)[:, None, None, :], "additive_mask"),
-    "a mild bias": (lambda n, p: torch.zeros(n, n).masked_fill(_ij(n)[1] > _ij(n)[0], -10.0), "additive_mask"),
-    "alibi": (lambda n, p: (_ij(n)[1] - _ij(n)[0]) * 0.5, "additive_mask"),
-    "drawn bias": (lambda n, p: torch.randn(n, n), "additive_mask"),
+    "a mild bias": (lambda n, p: torch.zeros(n, n).masked_fill(_ij(n)[1] > _ij(n)[0], -10.0), "unsupported_mask: +"),
+    "alibi": (lambda n, p: (_ij(n)[1] - _ij(n)[0]) * 0.5, "unsupported_mask: + 0.5*k - 0.5*q"),
+    "drawn bias": (lambda n, p: torch.randn(n, n), "opaque_mask"),
 }
 
 
@@ -171,14 +171,14 @@ def test_repeat_kv_is_undone(how: str, dynamic: bool) -> None:
     assert site.decision == "rewrite" and site.shape["kv_heads"] == "2"
 
 
-def test_a_tiled_head_order_is_not_taken_for_repeat_kv() -> None:
+def test_a_tiled_head_order_is_another_grouping_than_repeat_kv() -> None:
     def fn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         def tile(x: torch.Tensor) -> torch.Tensor:  # heads 0 1 0 1 0 1, not 0 0 0 1 1 1
             return x.unsqueeze(1).expand(-1, 3, -1, -1, -1).reshape(2, 6, 40, 8)
 
         return F.scaled_dot_product_attention(q, tile(k), tile(v), is_causal=True)
 
-    assert checked(fn, *qkv(heads=6, kv_heads=2)).shape["kv_heads"] == "6"
+    assert checked(fn, *qkv(heads=6, kv_heads=2)).shape["kv_heads"] == "2"
 
 
 def test_enable_gqa_and_scale_and_positional_arguments() -> None:
@@ -196,16 +196,13 @@ def _autocast(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor
 
 REFUSED: dict[str, tuple[Callable[..., Any], list[torch.Tensor], str]] = {
     "dropout": (lambda q, k, v: F.scaled_dot_product_attention(q, k, v, dropout_p=0.5), qkv(), "dropout"),
-    "rank 3": (lambda q, k, v: F.scaled_dot_product_attention(q[0], k[0], v[0]), qkv(), "unsupported_rank"),
-    "rank 5": (lambda q, k, v: F.scaled_dot_product_attention(q[None], k[None], v[None]), qkv(), "unsupported_rank"),
-    "autocast": (lambda q, k, v: _autocast(q, k, v), qkv(), "autocast"),
     "double": (lambda q, k, v: F.scaled_dot_product_attention(q.double(), k.double(), v.double()), qkv(),
                "unsupported_dtype"),
     "cross": (lambda q, k, v: F.scaled_dot_product_attention(q[:, :, :7], k, v), qkv(), "cross_attention"),
     "misaligned": (lambda q, k, v: F.scaled_dot_product_attention(q[:, :, :7], k, v, is_causal=True), qkv(),
                    "causal_misaligned"),
-    "batch": (lambda q, k, v: F.scaled_dot_product_attention(q, k[:1], v[:1]), qkv(), "broadcast_batch"),
-    "heads": (lambda q, k, v: F.scaled_dot_product_attention(q, k[:, :1], v[:, :1]), qkv(), ""),
+    "batch of queries": (lambda q, k, v: F.scaled_dot_product_attention(q[:1], k, v), qkv(), "broadcast_query"),
+    "batch of values": (lambda q, k, v: F.scaled_dot_product_attention(q, k, v[:1]), qkv(), "broadcast_value"),
     "head_dim": (lambda q, k, v: F.scaled_dot_product_attention(q, k, v), qkv(dim=264), "unsupported_head_dim"),
     "empty": (lambda q, k, v: F.scaled_dot_product_attention(q[:0], k[:0], v[:0]), qkv(), "empty"),
 }  # fmt: skip
@@ -217,10 +214,38 @@ def test_what_is_not_supported_is_kept_with_its_reason(name: str) -> None:
     gm = capture(fn, *args)
     new, report = rewrite(gm, Config(min_seq_len=0, only_if_faster=False))
     (site,) = report.sites
-    if reason:
-        assert site.decision == "keep" and site.reason.partition(":")[0] == reason and not targets(new)
-    else:
-        assert site.decision == "rewrite" and site.shape["kv_heads"] == "1"
+    assert site.decision == "keep" and site.reason.partition(":")[0] == reason and not targets(new)
+
+
+LAYOUTS: dict[str, tuple[Callable[..., Any], tuple[str, str, str]]] = {
+    "rank 3": (lambda q, k, v: F.scaled_dot_product_attention(q[0], k[0], v[0]), ("4", "1", "1")),
+    "rank 5": (lambda q, k, v: F.scaled_dot_product_attention(q[None], k[None], v[None]), ("2", "4", "4")),
+    "one batch of keys": (lambda q, k, v: F.scaled_dot_product_attention(q, k[:1], v[:1]), ("1", "8", "4")),
+    "one head of keys": (lambda q, k, v: F.scaled_dot_product_attention(q, k[:, :1], v[:, :1]), ("2", "4", "1")),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_other_layouts_are_brought_to_four_axes(name: str) -> None:
+    fn, sizes = LAYOUTS[name]
+    site = checked(fn, *qkv())
+    assert site.decision == "rewrite"
+    assert (site.shape["batch"], site.shape["heads"], site.shape["kv_heads"]) == sizes
+
+
+def test_autocast_is_followed() -> None:
+    outs: list[Any] = []
+
+    def backend(gm: fx.GraphModule, inputs: Any) -> Any:
+        new, report = rewrite(gm, SHORT)
+        outs.extend(report.sites)
+        return new.forward
+
+    args = qkv()
+    got = torch.compile(_autocast, backend=backend)(*args)
+    want = F.scaled_dot_product_attention(*args)
+    assert got.dtype == torch.bfloat16 and outs[0].decision == "rewrite"
+    torch.testing.assert_close(got.float(), want, atol=0.03, rtol=0.03)
 
 
 def test_short_and_unprofitable_and_excluded_sites() -> None:

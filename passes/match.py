@@ -1,0 +1,532 @@
+"""Hand-written attention: from a softmax back to ``q . k`` and forward to ``weights . v``.
+
+Nothing is compared with a list of subgraphs. Backward, each operator either changes the logits in
+a way that is understood (scale, mask, softcap, cast, view) or ends the match; every axis of every
+tensor on the way is followed as an index expression, and at the end these prove which axes are
+batch, head, query, key and feature.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from .axes import Axes, Miss, Prover, prove
+from .calls import SHAPE_ONLY, Call, call_of, dropout_of, is_dead, is_float
+from .compat import symbolic, value_of
+from .contract import Labels, Product, product
+from .elements import Elements, NotClosedForm
+from .indices import ZERO, Index, NotAView, broadcast, coordinate, pull, push
+from .memory import Memory
+from .site import Add, Attention, Fill, Operand, Term, Times, operand
+
+_VIEWS = {"view", "permute", "transpose", "movedim", "mT", "t", "T", "expand", "getitem", "slice", "select", "narrow"}
+# A search for a product that explains a near miss does not pass these: they begin something else.
+_ENDS = {"linear", "addmm", "embedding", "softmax", "log_softmax", "layer_norm", "rms_norm", "group_norm"} | {
+    *("batch_norm", "native_layer_norm", "native_group_norm", "topk", "sum", "mean", "conv1d", "conv2d", "conv3d"),
+    *("convolution", "scaled_dot_product_attention", "placeholder", "get_attr", "output", "opaque"),
+}
+_REACH = 12
+_Placed = tuple[fx.Node, Index]
+
+
+@dataclass(frozen=True)
+class _Logits:
+    """Logits as made from one product: ``node[index]`` is the dot product."""
+
+    node: fx.Node
+    product: Product
+    index: Index
+    scale: float = 1.0
+    numbers: tuple[fx.Node, ...] = ()
+    factors: tuple[tuple[fx.Node, Index], ...] = ()
+    terms: tuple[Term, ...] = ()
+    softcap: float | None = None
+
+
+@dataclass
+class _Weights:
+    """The way of the softmax's output to the product with the values."""
+
+    node: fx.Node
+    index: Index
+    user: fx.Node | None = None
+    product: Product | None = None
+    dropout: Any = 0.0
+
+
+def match(softmax: fx.Node, memory: Memory) -> tuple[fx.Node, Attention] | None:
+    """The node that ``softmax`` and its surroundings can be replaced at, and what they compute.
+
+    Returns:
+        None where the softmax does not stand between two products.
+
+    Raises:
+        Miss: it does, but something is not proved; the first thing that is not.
+    """
+    if not isinstance(call_of(softmax).get("input"), fx.Node):
+        return None
+    return prove(lambda axes, undo_repeats: _Matcher(softmax, memory, axes, undo_repeats).run())
+
+
+class _Matcher(Prover):
+    """A softmax between two products."""
+
+    def __init__(self, softmax: fx.Node, memory: Memory, axes: Axes, undo_repeats: bool) -> None:
+        super().__init__(value_of(softmax).shape, memory, axes, undo_repeats)
+        self.softmax = softmax
+
+    def run(self) -> tuple[fx.Node, Attention] | None:
+        call = call_of(self.softmax)
+        inside = call["input"]
+        if not _reaches_back(inside, _REACH):
+            return None
+        weights = self._follow()
+        if weights is None:
+            return None
+        logits = self._logits(inside, self.index)
+        if logits is None:
+            raise Miss("unsupported_logits: the way from the product to the softmax is not followed")
+        rank = value_of(self.softmax).dim()
+        dim = call.get("dim", None)
+        if not isinstance(dim, int):
+            raise Miss(f"wrong_axis: softmax over dim={dim}")
+        assert weights.user is not None
+        return weights.user, self._attention(logits, weights, self.index[dim % rank])
+
+    # Backward: what the logits are.
+
+    def _logits(self, node: Any, index: Index) -> _Logits | None:
+        if not isinstance(node, fx.Node) or not is_float(value_of(node)):
+            return None
+        call = call_of(node)
+        found = product(node, call)
+        if found is not None:
+            if self.memory.stale(node):
+                raise Miss(f"modified_in_place: {node.name}")
+            terms = () if found.added is None else (self._added(found.added, index, found.beta),)
+            return self._scaled(_Logits(node, found, index), found.alpha, terms)
+        step = getattr(self, f"_back_{call.name}", None)
+        if step is None and call.name in _VIEWS:
+            step = self._back_view
+        logits: _Logits | None = step(node, call, index) if step else None
+        if logits is not None and self.memory.stale(node):
+            raise Miss(f"modified_in_place: {node.name}")
+        if step is None and _reaches_back(node, _REACH):
+            raise Miss(f"unsupported_logits: {call.spelled}")
+        return logits
+
+    def _scaled(self, logits: _Logits, alpha: Any, terms: tuple[Term, ...]) -> _Logits:
+        if not isinstance(alpha, (int, float)):
+            raise Miss(f"unsupported_logits: alpha={alpha}")
+        return replace(logits, scale=logits.scale * alpha, terms=logits.terms + terms)
+
+    def _added(self, node: Any, index: Index, factor: Any) -> Add:
+        if not isinstance(factor, (int, float)):
+            raise Miss(f"unsupported_logits: something times {factor} is added")
+        return Add(node, self._inner(node, index), float(factor))
+
+    @staticmethod
+    def _inner(node: Any, index: Index) -> Index:
+        value = value_of(node) if isinstance(node, fx.Node) else None
+        return broadcast(value.shape, index) if isinstance(value, torch.Tensor) else ()
+
+    def _back_same(self, node: fx.Node, call: Call, index: Index) -> _Logits | None:
+        return self._logits(call.get("input"), index)
+
+    _back_to = _back_same
+
+    def _back_dropout(self, node: fx.Node, call: Call, index: Index) -> _Logits | None:
+        logits = self._logits(call.get("input"), index)
+        if logits is not None and dropout_of(call) != 0:
+            raise Miss("dropout: on the logits")
+        return logits
+
+    def _back_view(self, node: fx.Node, call: Call, index: Index) -> _Logits | None:
+        try:
+            source, moved = pull(node, call, index, self.sizes)
+        except NotAView as why:
+            if _reaches_back(node, _REACH):
+                raise Miss(f"unsupported_logits: {why}") from None
+            return None
+        return self._logits(source, moved)
+
+    def _either(self, call: Call, index: Index) -> tuple[_Logits | None, Any]:
+        """Which of two operands is made from the product, and the other one."""
+        a, b = call.get("input"), call.get("other")
+        first = self._logits(a, self._inner(a, index))
+        if first is not None:
+            return first, b
+        return self._logits(b, self._inner(b, index)), a
+
+    def _back_add(self, node: fx.Node, call: Call, index: Index) -> _Logits | None:
+        logits, other = self._either(call, index)
+        if logits is None:
+            return None
+        main = call.get("input") if other is call.get("other") else call.get("other")
+        alpha = call.get("alpha", 1)
+        if not isinstance(alpha, (int, float)) or (alpha != 1 and other is call.get("input")):
+            raise Miss(f"unsupported_logits: add with alpha={alpha}")
+        if self._sums_away(other, index):
+            return logits
+        self._not_broadcast(node, main)
+        return replace(logits, terms=(*logits.terms, self._added(other, index, alpha)))
+
+    def _back_sub(self, node: fx.Node, call: Call, index: Index) -> _Logits | None:
+        logits = self._logits(call.get("input"), self._inner(call.get("input"), index))
+        other, alpha = call.get("other"), call.get("alpha", 1)
+        if logits is None:
+            if isinstance(other, fx.Node) and _reaches_back(other, _REACH):
+                raise Miss("unsupported_logits: subtracted from something")
+            return None
+        if self._sums_away(other, index):
+            return logits
+        self._not_broadcast(node, call["input"])
+        if not isinstance(alpha, (int, float)):
+            raise Miss(f"unsupported_logits: sub with alpha={alpha}")
+        return replace(logits, terms=(*logits.terms, self._added(other, index, -alpha)))
+
+    def _sums_away(self, other: Any, index: Index) -> bool:
+        """Whether adding it changes no softmax: it is one number for all keys of a query (a row's
+        maximum, say). Only what is a maximum: any other tensor might be infinite."""
+        if not isinstance(other, fx.Node):
+            return math.isfinite(other) if isinstance(other, (int, float)) else False
+        call = call_of(other)
+        if call.name == "getitem" and isinstance(call["input"], fx.Node) and call.get("index", 0) == 0:
+            call = call_of(call["input"])
+        dim = call_of(self.softmax).get("dim")
+        key_axis = self.index[dim] if isinstance(dim, int) else ZERO
+        at = sympy.Tuple(*self._inner(other, index))
+        named = call.name in ("amax", "max", "detach", "same")
+        return named and isinstance(key_axis, sympy.Symbol) and not at.has(key_axis)
+
+    @staticmethod
+    def _not_broadcast(node: fx.Node, main: Any) -> None:
+        a, b = value_of(node).shape, value_of(main).shape
+        if len(a) != len(b) or any(sympy.expand(symbolic(x) - symbolic(y)) != 0 for x, y in zip(a, b, strict=True)):
+            raise Miss("unsupported_logits: the logits are broadcast against a larger tensor")
+
+    def _back_mul(self, node: fx.Node, call: Call, index: Index) -> _Logits | None:
+        logits, other = self._either(call, index)
+        if logits is None:
+            return None
+        if isinstance(other, fx.Node) and _reaches_back(other, 3) and is_float(value_of(other)):
+            raise Miss("unsupported_logits: a product of logits with logits")
+        return self._times(logits, other, index, inverse=False)
+
+    def _back_div(self, node: fx.Node, call: Call, index: Index) -> _Logits | None:
+        logits = self._logits(call.get("input"), self._inner(call.get("input"), index))
+        if logits is None:
+            if isinstance(call.get("other"), fx.Node) and _reaches_back(call["other"], _REACH):
+                raise Miss("unsupported_logits: the logits divide")
+            return None
+        if call.get("rounding_mode") is not None:
+            raise Miss("unsupported_logits: rounded division")
+        return self._times(logits, call["other"], index, inverse=True)
+
+    def _times(self, logits: _Logits, other: Any, index: Index, *, inverse: bool) -> _Logits:
+        number = self._number(other, index)
+        if number is not None:
+            if (number == 0 and inverse) or not math.isfinite(number):
+                raise Miss(f"unsupported_logits: scaled by {number}")
+            factor = 1 / number if inverse else number
+            if logits.terms or logits.softcap is not None:
+                return replace(logits, terms=(*logits.terms, Times(factor)))
+            return replace(logits, scale=logits.scale * factor)
+        if logits.terms or logits.softcap is not None:
+            raise Miss("unsupported_logits: masked logits times a tensor")
+        if inverse:
+            raise Miss("unsupported_logits: divided by a tensor")
+        if isinstance(value_of(other), torch.SymFloat):
+            return replace(logits, numbers=(*logits.numbers, other))
+        return replace(logits, factors=(*logits.factors, (other, self._inner(other, index))))
+
+    def _number(self, what: Any, index: Index) -> float | None:
+        """The number that ``what`` is everywhere; None if it is a tensor or known at run time only."""
+        if isinstance(what, (int, float)):
+            return float(what)
+        if not isinstance(what, fx.Node):
+            return None
+        value = value_of(what)
+        if not isinstance(value, torch.Tensor):
+            found = symbolic(what)
+            return float(found) if found.is_number else None
+        try:
+            found = sympy.sympify(Elements(self.memory, self.sizes, rounded=True).at(what, self._inner(what, index)))
+        except (NotClosedForm, KeyError, TypeError, AttributeError):
+            return None
+        return float(found) if found.is_number and found.is_real else None
+
+    def _back_masked_fill(self, node: fx.Node, call: Call, index: Index) -> _Logits | None:
+        source = call.get("input")
+        logits = self._logits(source, self._inner(source, index))
+        if logits is None:
+            return None
+        self._not_broadcast(node, source)
+        return self._filled(logits, call["mask"], True, call["value"], index)
+
+    def _back_where(self, node: fx.Node, call: Call, index: Index) -> _Logits | None:
+        if "other" not in call.args:
+            return None
+        yes, no = call["input"], call["other"]
+        logits = self._logits(yes, self._inner(yes, index))
+        if logits is not None:
+            self._not_broadcast(node, yes)
+            return self._filled(logits, call["condition"], False, no, index)
+        logits = self._logits(no, self._inner(no, index))
+        if logits is None:
+            return None
+        self._not_broadcast(node, no)
+        return self._filled(logits, call["condition"], True, yes, index)
+
+    def _filled(self, logits: _Logits, condition: Any, where: bool, value: Any, index: Index) -> _Logits:
+        if not isinstance(condition, fx.Node) or (isinstance(value, fx.Node) and _reaches_back(value, 3)):
+            raise Miss("unsupported_logits: a choice between logits")
+        fill = Fill(condition, self._inner(condition, index), where, value, self._inner(value, index))
+        return replace(logits, terms=(*logits.terms, fill))
+
+    def _back_tanh(self, node: fx.Node, call: Call, index: Index) -> _Logits | None:
+        logits = self._logits(call.get("input"), index)
+        if logits is None:
+            return None
+        if logits.terms or logits.softcap is not None:
+            raise Miss("unsupported_logits: tanh of masked logits")
+        return replace(logits, softcap=1.0)
+
+    def _back_cat(self, node: fx.Node, call: Call, index: Index) -> _Logits | None:
+        tensors = call.get("tensors", ())
+        if any(isinstance(n, fx.Node) and _reaches_back(n, _REACH) for n in tensors):
+            raise Miss("extra_logits: the softmax also runs over logits that are concatenated (an attention sink)")
+        return None
+
+    # Forward: where the weights go.
+
+    def _follow(self) -> _Weights | None:
+        way = _Weights(self.softmax, self.index)
+        for _ in range(2 * _REACH):
+            users = [user for user in way.node.users if call_of(user).name not in SHAPE_ONLY and not is_dead(user)]
+            goals = [user for user in users if _reaches_forward(way.node, user, _REACH)]
+            if not goals:
+                return None
+            if len(users) > 1:
+                raise Miss(
+                    f"weights_observed: also by {next((u for u in users if u not in goals[:1]), users[-1]).name}"
+                )
+            (user,) = users
+            call = call_of(user)
+            found = product(user, call)
+            if found is not None:
+                if found.left is found.right:
+                    raise Miss("unproved_axes: the weights meet themselves")
+                if way.node is found.added:
+                    raise Miss("weights_changed: baddbmm adds them")
+                way.user, way.product = user, found
+                return way
+            self._step(way, user, call)
+        raise Miss("weights_changed: too often")
+
+    def _step(self, way: _Weights, user: fx.Node, call: Call) -> None:
+        if self.memory.stale(way.node):
+            raise Miss(f"modified_in_place: {way.node.name}")
+        if call.name == "dropout":
+            way.dropout = dropout_of(call)
+            if call.spelled == "native_dropout":
+                (user,) = (u for u in user.users if call_of(u).get("index") == 0)
+        elif call.name in ("to", "same"):
+            if not is_float(value_of(user)):
+                raise Miss(f"weights_changed: {call.spelled}")
+        elif not (call.name == "where" and self._empty_rows(way.node, call)):
+            try:
+                way.index = push(user, call, way.index, self.sizes)
+            except NotAView as why:
+                raise Miss(f"weights_changed: {why}") from None
+        way.node = user
+
+    def _empty_rows(self, weights: fx.Node, call: Call) -> bool:
+        """ATen's ``_safe_softmax``, written out: 0 where every logit of the row is -inf."""
+        yes, no, condition = call["input"], call["other"], call["condition"]
+        if no is not weights or self._number(yes, self.index) != 0 or not isinstance(condition, fx.Node):
+            return False
+        names, node = [], condition
+        for _ in range(4):
+            found = call_of(node)
+            names.append(found.name)
+            source = found.get("input")
+            if found.name == "eq":
+                same_input = source is call_of(self.softmax)["input"]
+                return same_input and found.get("other") == -math.inf and names == ["not", "any", "not", "eq"]
+            if not isinstance(source, fx.Node):
+                return False
+            node = source
+        return False
+
+    # Together: which axis is what.
+
+    def _attention(self, logits: _Logits, weights: _Weights, key_axis: Any) -> Attention:
+        if weights.product is None or weights.user is None:
+            raise Miss("weights_changed: no product follows")
+        if any(not isinstance(c, sympy.Symbol) for c in (key_axis,)) and key_axis != 0:
+            raise Miss("unproved_axes: the key axis is cut")
+        k = None if key_axis == 0 else key_axis
+        d, e = coordinate("d"), coordinate("e")
+        self.cut([*logits.index, *weights.index, *(x for t in logits.terms for x in getattr(t, "index", ()))])
+        first, second = self._sides(logits.product, logits.index, d)
+        # The operand that has the key axis is the key; with one key, the right one.
+        query, key = (second, first) if k is not None and sympy.Tuple(*first[1]).has(k) else (first, second)
+        if k is not None and sympy.Tuple(*query[1]).has(k):
+            raise Miss("wrong_axis: query and key share the axis of the softmax")
+        if k is not None and not sympy.Tuple(*key[1]).has(k):
+            raise Miss("wrong_axis: the key has no axis that the softmax runs over")
+        value, out = self._value(weights, k, e)
+        query_at = self.whole(query[0], query[1], "query")
+        key_at, value_at = self.unrepeated(key[0], key[1], "key"), self.unrepeated(value[0], value[1], "value")
+        result = operand(weights.user, out, value_of(weights.user).shape, self.sizes)
+        if result is None:
+            raise Miss("unproved_axes: of the output")
+        roles = self.roles(query_at, key_at, value_at, k)
+        for node in (query_at.node, key_at.node, value_at.node):
+            if self.memory.changes(node, weights.user) or self.memory.stale(node):
+                raise Miss(f"modified_in_place: {node.name}")
+        if weights.product.added is not None or weights.product.alpha != 1:
+            raise Miss("weights_changed: baddbmm adds something to the output")
+        terms, softcap, scale = _capped(logits)
+        return Attention(
+            query=query_at,
+            key=key_at,
+            value=value_at,
+            result=result.axes,
+            batch=roles.batch,
+            heads=roles.heads,
+            kv_heads=roles.kv_heads,
+            q=roles.q,
+            k=k,
+            d=d if d in self.sizes else None,
+            e=e if e in self.sizes else None,
+            sizes=dict(self.sizes),
+            scale=self._scale(scale, logits.numbers),
+            factors=self._factors(logits, k),
+            terms=terms,
+            softcap=softcap,
+            dropout=weights.dropout,
+        )
+
+    @staticmethod
+    def _scale(scale: float, numbers: tuple[fx.Node, ...]) -> Any:
+        if not numbers:
+            return scale
+        if len(numbers) > 1 or scale != 1:
+            raise Miss("unsupported_logits: scaled by several numbers of the run time")
+        return numbers[0]
+
+    def _factors(self, logits: _Logits, k: Any) -> tuple[Operand, ...]:
+        found: list[Operand] = []
+        for node, index in logits.factors:
+            at = operand(node, index, value_of(node).shape, self.sizes)
+            if at is None or (k is not None and k in at.coordinates) or any(len(axis) > 1 for axis in at.axes):
+                raise Miss("unsupported_logits: scaled by a tensor with a key axis")
+            found.append(at)
+        return tuple(found)
+
+    def _sides(self, found: Product, index: Index, summed: sympy.Symbol) -> tuple[_Placed, _Placed]:
+        """Both operands of a product with their indices, given that of its output."""
+        if len(found.summed) != 1:
+            raise Miss(f"unproved_axes: a product over {len(found.summed)} axes")
+        at: dict[int, Any] = {label: x for label, x in zip(found.out_labels, index, strict=True) if label is not None}
+        (label,) = found.summed
+        if label not in found.left_labels or label not in found.right_labels:
+            raise Miss("unproved_axes: a product that sums over an axis of one operand")
+        at[label] = self.new(summed, self._size_of(found, label))
+        left, right = ((node, self._labelled(labels, at)) for node, labels in _operands(found))
+        return left, right
+
+    def _size_of(self, found: Product, label: int) -> Any:
+        for node, labels in _operands(found):
+            if label in labels:
+                return value_of(node).shape[labels.index(label)]
+        raise AssertionError(label)
+
+    @staticmethod
+    def _labelled(labels: Labels, at: dict[int, Any]) -> Index:
+        return tuple(ZERO if label is None else at[label] for label in labels)
+
+    def _value(self, weights: _Weights, k: Any, e: sympy.Symbol) -> tuple[_Placed, Index]:
+        """The value operand with its index, and the index of the output."""
+        found = weights.product
+        assert found is not None
+        if len(found.summed) != 1:
+            raise Miss(f"unproved_axes: a product over {len(found.summed)} axes")
+        side = 0 if found.left is weights.node else 1
+        (_, own), (node, others) = _operands(found) if side == 0 else reversed(_operands(found))
+        at = {label: x for label, x in zip(own, weights.index, strict=True) if label is not None}
+        (label,) = found.summed
+        if label not in at or (at[label] != k if k is not None else at[label] != 0):
+            raise Miss("wrong_axis: the product with the values does not sum over the axis of the softmax")
+        if label not in others:
+            raise Miss("unproved_axes: a product that sums over an axis of one operand")
+        free = [label for label in others if label is not None and label not in at]
+        if len(free) > 1:
+            raise Miss("unproved_axes: the value has several axes of its own")
+        for label in free:
+            at[label] = self.new(e, value_of(node).shape[others.index(label)])
+        missing = [label for label in found.out_labels if label not in at and label is not None]
+        if missing:
+            raise Miss("unproved_axes: of the output")
+        return (node, self._labelled(others, at)), self._labelled(found.out_labels, at)
+
+
+def _operands(found: Product) -> list[tuple[fx.Node, Labels]]:
+    return [(found.left, found.left_labels), (found.right, found.right_labels)]
+
+
+def _capped(logits: _Logits) -> tuple[tuple[Term, ...], float | None, float]:
+    """Terms, softcap and scale: ``cap * tanh(scale / cap * x)``; anything else is told as it is."""
+    if logits.softcap is None:
+        return logits.terms, None, logits.scale
+    first, *rest = logits.terms or (Times(1.0),)
+    if not isinstance(first, Times):
+        first, rest = Times(1.0), list(logits.terms)
+    return tuple(rest), first.factor, logits.scale * first.factor
+
+
+def _reaches_back(node: Any, steps: int) -> bool:
+    """Whether a product lies behind ``node``, through operators that keep a tensor of logits one."""
+    todo, seen = [(node, steps)], set()
+    while todo:
+        at, left = todo.pop()
+        if not isinstance(at, fx.Node) or at in seen or not is_float(value_of(at)):
+            continue
+        seen.add(at)
+        call = call_of(at)
+        if product(at, call) is not None:
+            return True
+        if call.name in _ENDS or not left or len(seen) > 60:
+            continue
+        todo += [(source, left - 1) for source in at.all_input_nodes]
+    return False
+
+
+def _reaches_forward(weights: fx.Node, node: fx.Node, steps: int) -> bool:
+    """Whether what ``node`` makes of the weights becomes the operand of a product."""
+    todo = [(weights, node, steps)]
+    seen: set[fx.Node] = set()
+    while todo:
+        source, at, left = todo.pop()
+        call = call_of(at)
+        found = product(at, call)
+        if found is not None:
+            if source in (found.left, found.right):
+                return True
+            continue
+        value = value_of(at)
+        tuple_of = isinstance(value, (tuple, list)) and call.spelled == "native_dropout"
+        if call.name in _ENDS or at in seen or not left or not (is_float(value) or tuple_of):
+            continue
+        seen.add(at)
+        if len(seen) < 60:
+            todo += [(at, user, left - 1) for user in at.users]
+    return False

@@ -1,0 +1,69 @@
+"""Lifted expressions as a reader would write them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import sympy
+from sympy.core.function import AppliedUndef
+from sympy.printing.str import StrPrinter
+
+
+class _Printer(StrPrinter):  # type: ignore[misc]
+    """``k <= q and valid[b, k]``, ``k//8 == q//8``, ``slope[h]*(k - q)``."""
+
+    def _print_And(self, expr: Any) -> str:
+        return " and ".join(sorted(self._inner(a, sympy.Or) for a in expr.args))
+
+    def _print_Or(self, expr: Any) -> str:
+        return " or ".join(sorted(self._inner(a, sympy.And) for a in expr.args))
+
+    def _inner(self, expr: Any, other: type) -> str:
+        return f"({self._print(expr)})" if isinstance(expr, other) else self._print(expr)
+
+    def _print_Not(self, expr: Any) -> str:
+        return f"not ({self._print(expr.args[0])})"
+
+    def _print_Relational(self, expr: Any) -> str:
+        if isinstance(expr, sympy.Ne) and expr.rhs == 0 and isinstance(expr.lhs, AppliedUndef):
+            return self._print(expr.lhs)
+        if isinstance(expr, sympy.Eq) and expr.rhs == 0 and isinstance(expr.lhs, AppliedUndef):
+            return f"not {self._print(expr.lhs)}"
+        if isinstance(expr, (sympy.Ge, sympy.Gt)):
+            expr = expr.reversed
+        left, right = self._print(expr.lhs), self._print(expr.rhs)
+        if expr.rel_op in ("==", "!=") and left > right:
+            left, right = right, left
+        return f"{left} {expr.rel_op} {right}"
+
+    def _print_floor(self, expr: Any) -> str:
+        above, below = sympy.fraction(sympy.together(expr.args[0]))
+        if below == 1:
+            return f"floor({self._print(expr.args[0])})"
+        text = self._print(above)
+        if not (above.is_Atom or isinstance(above, AppliedUndef)):
+            text = f"({text})"
+        return f"{text}//{self._print(below)}"
+
+    def _print_AppliedUndef(self, expr: Any) -> str:
+        return f"{expr.func.__name__}[{', '.join(self._print(a) for a in expr.args)}]"
+
+    _print_Function = _print_AppliedUndef
+
+    def _print_Piecewise(self, expr: Any) -> str:
+        parts = [
+            self._print(value) if condition == sympy.true else f"{self._print(value)} where {self._print(condition)}"
+            for value, condition in expr.args
+        ]
+        return f"({', else '.join(parts)})"
+
+    def _print_BooleanTrue(self, expr: Any) -> str:
+        return "true"
+
+    def _print_BooleanFalse(self, expr: Any) -> str:
+        return "false"
+
+
+def plain(expr: Any) -> str:
+    """The expression in plain maths."""
+    return str(_Printer().doprint(sympy.sympify(expr)))
