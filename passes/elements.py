@@ -18,6 +18,7 @@ from torch import fx
 
 from .calls import Call, call_of
 from .compat import symbolic, value_of
+from .constants import closed_form, constant_of
 from .indices import ZERO, Index, NotAView, Sizes, broadcast, full_key, is_one, pull
 from .memory import Memory
 
@@ -119,7 +120,9 @@ class Elements:
         if call.name == "div" and call.get("rounding_mode") == "floor":
             call, unread = Call("floordiv", call.args, call.spelled), unread - {"rounding_mode"}
         if call.name in ("placeholder", "get_attr"):
-            return self._load(node, index)
+            constant = constant_of(node)
+            found = None if constant is None else closed_form(constant, index)
+            return self._load(node, index) if found is None else found
         rule = getattr(self, f"_{call.name}", None)
         known = rule or call.name in _ALL_NAMES
         if known and (unread or ("dtype" in call.args and call.name == "cumsum")):
@@ -192,6 +195,10 @@ class Elements:
     def _converted(self, node: fx.Node, source: fx.Node, index: Index) -> Any:
         """The element of ``source``, in the dtype of ``node``."""
         old, new = value_of(source).dtype, value_of(node).dtype
+        if old.is_floating_point and new.is_floating_point and old != new:
+            known = _rounded_numbers(self.at(source, index), new)
+            if known is not None:
+                return known
         exact = old == new or torch.bool in (old, new) or (not old.is_floating_point and new in _HOLDS_INDICES)
         if not exact and not (old.is_floating_point and new in (torch.float32, torch.float64)):
             self._inexact(f"{node.name}: {old} does not always survive as {new}")
@@ -231,6 +238,11 @@ class Elements:
         if not dtype.is_floating_point and dtype != torch.bool and not found.is_integer:
             raise NotClosedForm(f"{node.name}: {fill} as {dtype}")
         return _cast(found, dtype)
+
+    def _tensor(self, node: fx.Node, call: Call, index: Index) -> Any:
+        if index or set(call.args) - {"input", "dtype", "device"}:
+            raise NotClosedForm(f"{node.name}: a tensor of literals")
+        return _cast(self.at(call["input"], ()), value_of(node).dtype)
 
     _full_like = _new_full = _scalar_tensor = _full
 
@@ -347,7 +359,29 @@ def _is_truth(expr: Any) -> bool:
 
 
 def _truth(expr: Any) -> Any:
-    return expr if _is_truth(expr) else sympy.Ne(expr, 0)
+    if _is_truth(expr):
+        return expr
+    if isinstance(expr, sympy.Piecewise) and all(value.is_number for value, _ in expr.args):
+        found, before = sympy.false, sympy.false
+        for value, condition in expr.args:
+            if not value.is_zero:
+                found = sympy.Or(found, sympy.And(condition, sympy.Not(before)))
+            before = sympy.Or(before, condition)
+        return found
+    return sympy.Ne(expr, 0)
+
+
+def _rounded_numbers(expr: Any, dtype: torch.dtype) -> Any:
+    """Numbers, or a choice between numbers, as ``dtype`` holds them; None for anything else."""
+
+    def rounded(value: Any) -> Any:
+        return sympy.sympify(torch.tensor(float(value), dtype=torch.float64).to(dtype).item())
+
+    if isinstance(expr, sympy.Piecewise) and all(
+        value.is_number and value.is_real is not None for value, _ in expr.args
+    ):
+        return sympy.Piecewise(*((rounded(value), condition) for value, condition in expr.args))
+    return rounded(expr) if not _is_truth(expr) and expr.is_number else None
 
 
 def _number(expr: Any) -> Any:

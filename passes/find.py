@@ -111,5 +111,7 @@ def _can_be_moved(a: Attention) -> bool:
     """Whether ``emit`` can bring the operands to ``[batch, heads, length, features]``."""
     sizes = Sizes.of(a)
     operands = all(sizes.separable(o.axes) for o in (a.query, a.key, a.value))
-    whole = all(len(set(group) & f.coordinates) in (0, len(group)) for f in a.factors for group in (a.batch, a.heads))
+    whole = all(
+        len(set(group) & f.operand.coordinates) in (0, len(group)) for f in a.factors for group in (a.batch, a.heads)
+    )
     return operands and whole and sizes.separable((a.batch, a.heads))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import sympy
+import torch
 from sympy.core.function import AppliedUndef
 from torch import fx
 
@@ -18,6 +19,8 @@ from .site import Add, Attention, Site, Term, Times
 
 LOWEST = -1e9
 """A logit that this is added to has no weight, in float32, beside one that nothing is added to."""
+LOWEST_HALF = -6e4
+"""The same for float16, which ends at -65504."""
 
 B, H, Q, K = sympy.symbols("b h q k", integer=True, nonnegative=True)
 
@@ -83,6 +86,8 @@ def lift(site: Site) -> Mask:
         code = "opaque_mask" if _opaque_atoms(named(meaning.bias, attention)) else "unsupported_mask"
         return Mask(text, reason=f"{code}: {text}")
     mask = _classify(attention, named(meaning.allowed, attention), exact, shift)
+    if mask.valid is not None and site.memory.changes(mask.valid, site.output):
+        return Mask(mask.text, reason=f"opaque_mask: {mask.valid.name} is modified in place")
     # A query without keys gives 0 under -inf, but the mean of all values under a finite number:
     # only where every query has its own key is the difference of no account.
     always_a_key = mask.causal and mask.valid is None and shift == 0
@@ -141,9 +146,11 @@ def _meaning(attention: Attention, elements: Elements) -> _Meaning:
         _Opaque: one that has no closed form.
     """
     found = _Meaning()
+    half = value_of(attention.query.node).dtype == torch.float16
+    lowest = LOWEST_HALF if half else LOWEST
     for term in attention.terms:
         try:
-            found = _after(found, term, elements)
+            found = _after(found, term, elements, lowest)
         except NotClosedForm as error:
             raise _Opaque(str(error)) from None
         except _Opaque:
@@ -153,7 +160,7 @@ def _meaning(attention: Attention, elements: Elements) -> _Meaning:
     return found
 
 
-def _after(before: _Meaning, term: Term, elements: Elements) -> _Meaning:
+def _after(before: _Meaning, term: Term, elements: Elements, lowest: float) -> _Meaning:
     if isinstance(term, Times):
         if term.factor <= 0 or (before.finite and term.factor < 0.01):
             raise _Opaque(f"masked logits times {term.factor}")
@@ -161,36 +168,42 @@ def _after(before: _Meaning, term: Term, elements: Elements) -> _Meaning:
     if isinstance(term, Add):
         added = sympy.sympify(elements.at(term.what, term.index))
         factor = sympy.sympify(int(term.factor) if term.factor == int(term.factor) else term.factor)
-        new = _split(sympy.piecewise_fold(added * factor) if factor != 1 else added)
+        new = _split(sympy.piecewise_fold(added * factor) if factor != 1 else added, lowest)
         finite = before.finite or new.finite
         return _Meaning(sympy.And(before.allowed, new.allowed), before.bias + new.bias, finite)
     condition = elements.at(term.condition, term.index)
     filled = condition if term.where else sympy.Not(condition)
     value = sympy.sympify(elements.at(term.value, term.value_index))
-    if not value.is_number or not (value == -sympy.oo or value <= LOWEST):
+    if not value.is_number or not (value == -sympy.oo or value <= lowest):
         raise _Opaque(f"logits replaced by {plain(value)}")
     return _Meaning(sympy.And(before.allowed, sympy.Not(filled)), before.bias, before.finite or bool(value.is_finite))
 
 
-def _split(added: Any) -> _Meaning:
+def _split(added: Any, lowest: float) -> _Meaning:
     """What is added to logits, as the places where it forbids a key and a bias elsewhere."""
     if added.is_number:
-        if added == -sympy.oo or added <= LOWEST:
+        if added == -sympy.oo or added <= lowest:
             return _Meaning(sympy.false, finite=bool(added.is_finite))
         return _Meaning(bias=sympy.Integer(0) if added.is_zero else added)
     if isinstance(added, sympy.Add):
-        parts = [_split(part) for part in added.args]
+        numbers = [part for part in added.args if part.is_number]
+        pieces = [part for part in added.args if part.has(sympy.Piecewise)]
+        if numbers and len(pieces) == 1:  # 1 - mask, times a number
+            rest = [part for part in added.args if part not in (*numbers, *pieces)]
+            added = sympy.Add(sympy.piecewise_fold(sympy.Add(*numbers, *pieces)), *rest, evaluate=bool(not rest))
+    if isinstance(added, sympy.Add):
+        parts = [_split(part, lowest) for part in added.args]
         return _Meaning(
             sympy.And(*(p.allowed for p in parts)), sympy.Add(*(p.bias for p in parts)), any(p.finite for p in parts)
         )
     if isinstance(added, sympy.Mul) and added.has(sympy.Piecewise):
         folded = sympy.piecewise_fold(added)
-        return _split(folded) if isinstance(folded, sympy.Piecewise) else _Meaning(bias=added)
+        return _split(folded, lowest) if isinstance(folded, sympy.Piecewise) else _Meaning(bias=added)
     if not isinstance(added, sympy.Piecewise):
         return _Meaning(bias=added)
     allowed, before, biases, finite = sympy.false, sympy.false, [], False
     for value, condition in added.args:
-        part = _split(sympy.sympify(value))
+        part = _split(sympy.sympify(value), lowest)
         finite = finite or part.finite
         allowed = sympy.Or(allowed, sympy.And(condition, sympy.Not(before), part.allowed))
         before = sympy.Or(before, condition)
@@ -203,7 +216,7 @@ def _classify(attention: Attention, meaning: Any, elements: Elements, shift: sym
     text = plain(meaning)
     causal, valid, negated = False, None, False
     for term in _conjuncts(meaning):
-        if _is_causal(term, shift):
+        if _is_causal(term, shift) or (_is_causal(term, sympy.S.Zero) and _self_attention(attention)):
             causal = True
             continue
         keys = _key_validity(term, elements, attention)
@@ -219,6 +232,11 @@ def _conjuncts(meaning: Any) -> Iterable[Any]:
     if meaning == sympy.true:
         return ()
     return meaning.args if isinstance(meaning, sympy.And) else (meaning,)
+
+
+def _self_attention(attention: Attention) -> bool:
+    """As many queries as keys, which becomes a guard where both are dynamic."""
+    return guard_equal(attention.size(attention.q), attention.size(attention.k))
 
 
 def _is_causal(term: Any, shift: sympy.Expr) -> bool:

@@ -23,15 +23,18 @@ from .contract import Labels, Product, product
 from .elements import Elements, NotClosedForm
 from .indices import ZERO, Index, NotAView, broadcast, coordinate, pull, push
 from .memory import Memory
-from .site import Add, Attention, Fill, Operand, Term, Times, operand
+from .site import Add, Attention, Factor, Fill, Term, Times, operand
 
 _VIEWS = {"view", "permute", "transpose", "movedim", "mT", "t", "T", "expand", "getitem", "slice", "select", "narrow"}
+_FREE = _VIEWS | {"same", "to"}
 # A search for a product that explains a near miss does not pass these: they begin something else.
 _ENDS = {"linear", "addmm", "embedding", "softmax", "log_softmax", "layer_norm", "rms_norm", "group_norm"} | {
     *("batch_norm", "native_layer_norm", "native_group_norm", "topk", "sum", "mean", "conv1d", "conv2d", "conv3d"),
     *("convolution", "scaled_dot_product_attention", "placeholder", "get_attr", "output", "opaque"),
 }
+# How many operators it does pass, views not counted.
 _REACH = 12
+_MOST = 200
 _Placed = tuple[fx.Node, Index]
 
 
@@ -44,7 +47,7 @@ class _Logits:
     index: Index
     scale: float = 1.0
     numbers: tuple[fx.Node, ...] = ()
-    factors: tuple[tuple[fx.Node, Index], ...] = ()
+    factors: tuple[tuple[fx.Node, Index, bool], ...] = ()
     terms: tuple[Term, ...] = ()
     softcap: float | None = None
 
@@ -80,6 +83,7 @@ class _Matcher(Prover):
     def __init__(self, softmax: fx.Node, memory: Memory, axes: Axes, undo_repeats: bool) -> None:
         super().__init__(value_of(softmax).shape, memory, axes, undo_repeats)
         self.softmax = softmax
+        self.dtypes: list[torch.dtype] = [value_of(softmax).dtype]
 
     def run(self) -> tuple[fx.Node, Attention] | None:
         call = call_of(self.softmax)
@@ -124,7 +128,7 @@ class _Matcher(Prover):
     def _scaled(self, logits: _Logits, alpha: Any, terms: tuple[Term, ...]) -> _Logits:
         if not isinstance(alpha, (int, float)):
             raise Miss(f"unsupported_logits: alpha={alpha}")
-        return replace(logits, scale=logits.scale * alpha, terms=logits.terms + terms)
+        return replace(logits, scale=float(alpha), terms=terms)
 
     def _added(self, node: Any, index: Index, factor: Any) -> Add:
         if not isinstance(factor, (int, float)):
@@ -139,7 +143,10 @@ class _Matcher(Prover):
     def _back_same(self, node: fx.Node, call: Call, index: Index) -> _Logits | None:
         return self._logits(call.get("input"), index)
 
-    _back_to = _back_same
+    def _back_to(self, node: fx.Node, call: Call, index: Index) -> _Logits | None:
+        logits = self._logits(call.get("input"), index)
+        self.dtypes.append(value_of(node).dtype)
+        return logits
 
     def _back_dropout(self, node: fx.Node, call: Call, index: Index) -> _Logits | None:
         logits = self._logits(call.get("input"), index)
@@ -235,16 +242,17 @@ class _Matcher(Prover):
             if (number == 0 and inverse) or not math.isfinite(number):
                 raise Miss(f"unsupported_logits: scaled by {number}")
             factor = 1 / number if inverse else number
-            if logits.terms or logits.softcap is not None:
-                return replace(logits, terms=(*logits.terms, Times(factor)))
-            return replace(logits, scale=logits.scale * factor)
+            terms = (*logits.terms, Times(factor)) if logits.terms else ()
+            if logits.softcap is not None:
+                return replace(logits, softcap=logits.softcap * factor, terms=terms)
+            return replace(logits, scale=logits.scale * factor, terms=terms)
         if logits.terms or logits.softcap is not None:
             raise Miss("unsupported_logits: masked logits times a tensor")
-        if inverse:
-            raise Miss("unsupported_logits: divided by a tensor")
-        if isinstance(value_of(other), torch.SymFloat):
+        if isinstance(value_of(other), torch.SymFloat) and not inverse:
             return replace(logits, numbers=(*logits.numbers, other))
-        return replace(logits, factors=(*logits.factors, (other, self._inner(other, index))))
+        if not isinstance(value_of(other), torch.Tensor):
+            raise Miss("unsupported_logits: divided by a number of the run time")
+        return replace(logits, factors=(*logits.factors, (other, self._inner(other, index), inverse)))
 
     def _number(self, what: Any, index: Index) -> float | None:
         """The number that ``what`` is everywhere; None if it is a tensor or known at run time only."""
@@ -308,7 +316,7 @@ class _Matcher(Prover):
 
     def _follow(self) -> _Weights | None:
         way = _Weights(self.softmax, self.index)
-        for _ in range(2 * _REACH):
+        for _ in range(_MOST):
             users = [user for user in way.node.users if call_of(user).name not in SHAPE_ONLY and not is_dead(user)]
             goals = [user for user in users if _reaches_forward(way.node, user, _REACH)]
             if not goals:
@@ -340,6 +348,7 @@ class _Matcher(Prover):
         elif call.name in ("to", "same"):
             if not is_float(value_of(user)):
                 raise Miss(f"weights_changed: {call.spelled}")
+            self.dtypes.append(value_of(user).dtype)
         elif not (call.name == "where" and self._empty_rows(way.node, call)):
             try:
                 way.index = push(user, call, way.index, self.sizes)
@@ -383,18 +392,23 @@ class _Matcher(Prover):
         if k is not None and not sympy.Tuple(*key[1]).has(k):
             raise Miss("wrong_axis: the key has no axis that the softmax runs over")
         value, out = self._value(weights, k, e)
+        dtype = value_of(weights.user).dtype
+        rounded = [t for t in self.dtypes if torch.finfo(t).eps > torch.finfo(dtype).eps]
+        if rounded:
+            raise Miss(f"unsupported_logits: rounded to {rounded[0]}")
+        query, key = ((self._uncast(node, dtype), at) for node, at in (query, key))
         query_at = self.whole(query[0], query[1], "query")
         key_at, value_at = self.unrepeated(key[0], key[1], "key"), self.unrepeated(value[0], value[1], "value")
         result = operand(weights.user, out, value_of(weights.user).shape, self.sizes)
         if result is None:
             raise Miss("unproved_axes: of the output")
         roles = self.roles(query_at, key_at, value_at, k)
-        for node in (query_at.node, key_at.node, value_at.node):
+        for node in (query_at.node, key_at.node, value_at.node, *(node for node, _, _ in logits.factors)):
             if self.memory.changes(node, weights.user) or self.memory.stale(node):
                 raise Miss(f"modified_in_place: {node.name}")
         if weights.product.added is not None or weights.product.alpha != 1:
             raise Miss("weights_changed: baddbmm adds something to the output")
-        terms, softcap, scale = _capped(logits)
+        scale = logits.scale if logits.softcap is None else logits.scale * logits.softcap
         return Attention(
             query=query_at,
             key=key_at,
@@ -410,10 +424,18 @@ class _Matcher(Prover):
             sizes=dict(self.sizes),
             scale=self._scale(scale, logits.numbers),
             factors=self._factors(logits, k),
-            terms=terms,
-            softcap=softcap,
+            terms=logits.terms,
+            softcap=logits.softcap,
             dropout=weights.dropout,
         )
+
+    def _uncast(self, node: fx.Node, dtype: torch.dtype) -> fx.Node:
+        """What a cast to more bits is made from, where that has the dtype of the output."""
+        call = call_of(node)
+        source = call.get("input") if call.name == "to" else None
+        if not isinstance(source, fx.Node) or value_of(source).dtype != dtype or self.memory.stale(node):
+            return node
+        return source if torch.finfo(dtype).eps > torch.finfo(value_of(node).dtype).eps else node
 
     @staticmethod
     def _scale(scale: float, numbers: tuple[fx.Node, ...]) -> Any:
@@ -423,13 +445,13 @@ class _Matcher(Prover):
             raise Miss("unsupported_logits: scaled by several numbers of the run time")
         return numbers[0]
 
-    def _factors(self, logits: _Logits, k: Any) -> tuple[Operand, ...]:
-        found: list[Operand] = []
-        for node, index in logits.factors:
+    def _factors(self, logits: _Logits, k: Any) -> tuple[Factor, ...]:
+        found: list[Factor] = []
+        for node, index, inverse in logits.factors:
             at = operand(node, index, value_of(node).shape, self.sizes)
             if at is None or (k is not None and k in at.coordinates) or any(len(axis) > 1 for axis in at.axes):
                 raise Miss("unsupported_logits: scaled by a tensor with a key axis")
-            found.append(at)
+            found.append(Factor(at, inverse))
         return tuple(found)
 
     def _sides(self, found: Product, index: Index, summed: sympy.Symbol) -> tuple[_Placed, _Placed]:
@@ -483,16 +505,6 @@ def _operands(found: Product) -> list[tuple[fx.Node, Labels]]:
     return [(found.left, found.left_labels), (found.right, found.right_labels)]
 
 
-def _capped(logits: _Logits) -> tuple[tuple[Term, ...], float | None, float]:
-    """Terms, softcap and scale: ``cap * tanh(scale / cap * x)``; anything else is told as it is."""
-    if logits.softcap is None:
-        return logits.terms, None, logits.scale
-    first, *rest = logits.terms or (Times(1.0),)
-    if not isinstance(first, Times):
-        first, rest = Times(1.0), list(logits.terms)
-    return tuple(rest), first.factor, logits.scale * first.factor
-
-
 def _reaches_back(node: Any, steps: int) -> bool:
     """Whether a product lies behind ``node``, through operators that keep a tensor of logits one."""
     todo, seen = [(node, steps)], set()
@@ -504,9 +516,10 @@ def _reaches_back(node: Any, steps: int) -> bool:
         call = call_of(at)
         if product(at, call) is not None:
             return True
-        if call.name in _ENDS or not left or len(seen) > 60:
+        if call.name in _ENDS or not left or len(seen) > _MOST:
             continue
-        todo += [(source, left - 1) for source in at.all_input_nodes]
+        cost = 0 if call.name in _FREE else 1
+        todo += [(source, left - cost) for source in at.all_input_nodes]
     return False
 
 
@@ -527,6 +540,7 @@ def _reaches_forward(weights: fx.Node, node: fx.Node, steps: int) -> bool:
         if call.name in _ENDS or at in seen or not left or not (is_float(value) or tuple_of):
             continue
         seen.add(at)
-        if len(seen) < 60:
-            todo += [(at, user, left - 1) for user in at.users]
+        cost = 0 if call.name in _FREE else 1
+        if len(seen) < _MOST:
+            todo += [(at, user, left - cost) for user in at.users]
     return False

@@ -97,8 +97,9 @@ def _insert(graph: fx.Graph, decision: Decision) -> None:
         if value_of(a.query.node).dtype != old.dtype:  # autocast
             query, key, value = (graph.call_method("to", (n, old.dtype)) for n in (query, key, value))
         for factor in a.factors:
-            by = canonical(graph, factor, (a.batch, a.heads, q_group, ()), sizes)
-            query = graph.call_method("type_as", (graph.call_function(operator.mul, (query, by)), query))
+            by = canonical(graph, factor.operand, (a.batch, a.heads, q_group, ()), sizes)
+            scaled = graph.call_function(operator.truediv if factor.inverse else operator.mul, (query, by))
+            query = graph.call_method("type_as", (scaled, query))
         valid = _bool_mask(graph, decision.mask, query, a.size(*a.batch))
         scores = routes = None
         if plan.keep:

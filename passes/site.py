@@ -60,6 +60,14 @@ Term = Add | Fill | Times
 
 
 @dataclass(frozen=True)
+class Factor:
+    """Logits times (or divided by) a tensor without a key axis."""
+
+    operand: Operand
+    inverse: bool
+
+
+@dataclass(frozen=True)
 class Attention:
     """What a site is proved to compute: ``softmax(terms(scale * q . k)) @ v``.
 
@@ -87,7 +95,7 @@ class Attention:
     e: sympy.Symbol | None
     sizes: Mapping[sympy.Symbol, Any]
     scale: Any
-    factors: tuple[Operand, ...] = ()
+    factors: tuple[Factor, ...] = ()
     terms: tuple[Term, ...] = ()
     softcap: float | None = None
     is_causal: bool = False
