@@ -15,6 +15,29 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
+OUTSIDE = "prescore_outside"
+"""Key of ``node.meta``: what a placeholder of a body is called with, a node of the graph around it."""
+
+
+def connect(gm: fx.GraphModule, name: str, body: fx.GraphModule) -> None:
+    """Note in the placeholders of ``body`` what the one higher-order operator that calls it gives them."""
+    calls = [user for node in gm.graph.find_nodes(op="get_attr", target=name) for user in node.users]
+    if len(calls) != 1:
+        return
+    (call,) = calls
+    places = [i for i, arg in enumerate(call.args) if isinstance(arg, fx.Node) and arg.target == name]
+    if not places:  # inside a tuple, as in FlexAttention
+        return
+    at = places[0]
+    given: Any = call.args[at + 1 :]
+    if call.target is torch.ops.higher_order.cond:
+        given = call.args[3] if len(call.args) > 3 else ()
+    inputs = body.graph.find_nodes(op="placeholder")
+    if len(given) == len(inputs):
+        for inner, outer in zip(inputs, given, strict=True):
+            if isinstance(outer, fx.Node):
+                inner.meta[OUTSIDE] = outer
+
 
 def many_recompiles() -> Any:
     """Context in which Dynamo's recompile limit does not end a capture (it would run eager, silently)."""

@@ -35,9 +35,11 @@ def closed_form(constant: torch.Tensor, index: Index) -> Any:
     first = constant.flatten()[0]
     if bool((constant == first).all()):
         return _number(first)
-    if constant.dim() < 2 or any(size != 1 for size in constant.shape[:-2]):
+    if constant.dim() < 2:
         return None
-    matrix = constant.reshape(constant.shape[-2:])
+    matrix = constant.flatten(0, -3)[0] if constant.dim() > 2 else constant
+    if not bool((constant == matrix).all()):
+        return None
     rows, columns = matrix.shape
     shift = int((matrix[0] == first).long().cumprod(0).sum()) - 1
     below = torch.arange(columns) <= torch.arange(rows)[:, None] + shift

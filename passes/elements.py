@@ -17,7 +17,7 @@ from sympy.core.relational import Relational
 from torch import fx
 
 from .calls import Call, call_of
-from .compat import symbolic, value_of
+from .compat import OUTSIDE, symbolic, value_of
 from .constants import closed_form, constant_of
 from .indices import ZERO, Index, NotAView, Sizes, broadcast, full_key, is_one, pull
 from .memory import Memory
@@ -35,7 +35,7 @@ _ARITHMETIC: dict[str, Callable[..., Any]] = {
 # Exact for integers, rounded for floats.
 _INTEGER: dict[str, Callable[..., Any]] = {
     "floordiv": lambda a, b: sympy.floor(a / b),
-    "remainder": lambda a, b: a - b * sympy.floor(a / b),
+    "remainder": sympy.Mod,
 }
 # Rounded always: good for printing only.
 _ROUNDED: dict[str, Callable[..., Any]] = {
@@ -122,6 +122,8 @@ class Elements:
         if call.name in ("placeholder", "get_attr"):
             constant = constant_of(node)
             found = None if constant is None else closed_form(constant, index)
+            if OUTSIDE in node.meta:
+                return self._outside(node, index)
             return self._load(node, index) if found is None else found
         rule = getattr(self, f"_{call.name}", None)
         known = rule or call.name in _ALL_NAMES
@@ -165,6 +167,14 @@ class Elements:
         self.loads[node.name] = node
         found = load(node, index)
         return sympy.Ne(found, 0) if value_of(node).dtype == torch.bool else found
+
+    def _outside(self, node: fx.Node, index: Index) -> Any:
+        """The input of a body (of a checkpoint, say), evaluated where the body is called."""
+        source = node.meta[OUTSIDE]
+        around = Elements(Memory(source.graph), self.sizes, rounded=self.rounded)
+        found = around.at(source, index)
+        # What depends on the run time there cannot be read from here, but as an input.
+        return self._load(node, index) if around.loads else found
 
     def _inexact(self, why: str) -> None:
         if not self.rounded:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import sympy
@@ -14,6 +14,7 @@ from torch import fx
 from .compat import guard_equal, known_equal, symbolic, value_of
 from .elements import Elements, NotClosedForm
 from .indices import divide
+from .keys import B, H, K, Keys, Q, only_of_keys
 from .maths import plain
 from .site import Add, Attention, Site, Term, Times
 
@@ -22,8 +23,6 @@ LOWEST = -1e9
 LOWEST_HALF = -6e4
 """The same for float16, which ends at -65504."""
 
-B, H, Q, K = sympy.symbols("b h q k", integer=True, nonnegative=True)
-
 
 @dataclass(frozen=True)
 class Mask:
@@ -31,27 +30,31 @@ class Mask:
 
     Attributes:
         text: the mask in plain maths. causal: key ``k`` only for ``k <= q + Nk - Nq``.
-        valid: node ``[B, Nk]``; 0 or False where a key is padding. None: every key is valid.
-        negated: the other way round: 0 or False where a key is valid.
+        keys: which keys are valid. None: every key is.
+        mean: a query that may attend no key gets the mean of all values (a finite number forbids).
         reason: why it cannot be used, a code of ``reasons.REASONS`` perhaps with detail; "" if it can.
         producers: the nodes that built the mask, which nothing may need any more.
     """
 
     text: str
     causal: bool = False
-    valid: fx.Node | None = None
-    negated: bool = False
+    keys: Keys | None = None
+    mean: bool = False
     reason: str = ""
     producers: tuple[fx.Node, ...] = ()
 
 
 @dataclass(frozen=True)
 class _Meaning:
-    """Where a key is allowed, what is added to its logit, and whether a finite number forbids it."""
+    """Where a key is allowed, what is added to its logit, and the finite numbers that forbid it.
+
+    ``uniform``: to forbid every key of a query makes its logits all the same number.
+    """
 
     allowed: Any = sympy.true
     bias: Any = sympy.S.Zero
-    finite: bool = False
+    finite: frozenset[Any] = frozenset()
+    uniform: bool = True
 
 
 class _Opaque(Exception):
@@ -86,14 +89,16 @@ def lift(site: Site) -> Mask:
         code = "opaque_mask" if _opaque_atoms(named(meaning.bias, attention)) else "unsupported_mask"
         return Mask(text, reason=f"{code}: {text}")
     mask = _classify(attention, named(meaning.allowed, attention), exact, shift)
-    if mask.valid is not None and site.memory.changes(mask.valid, site.output):
-        return Mask(mask.text, reason=f"opaque_mask: {mask.valid.name} is modified in place")
-    # A query without keys gives 0 under -inf, but the mean of all values under a finite number:
-    # only where every query has its own key is the difference of no account.
-    always_a_key = mask.causal and mask.valid is None and shift == 0
-    if not mask.reason and meaning.finite and meaning.allowed != sympy.true and not always_a_key:
-        return Mask(mask.text, reason="additive_mask: a finite number where padded queries have no key")
-    return mask
+    if mask.keys is not None and any(site.memory.changes(node, site.output) for node in mask.keys.nodes):
+        return Mask(mask.text, reason="opaque_mask: modified in place")
+    # A query without keys gives 0 under -inf (where torch's softmax gives NaN), but the mean of all
+    # values under a finite number.
+    always_a_key = mask.keys is None and shift.is_nonnegative
+    if mask.reason or not meaning.finite or always_a_key:
+        return mask
+    if len(meaning.finite) == 1 and meaning.uniform and (not mask.causal or shift == 0):
+        return replace(mask, mean=True)
+    return Mask(mask.text, reason="additive_mask: finite numbers where padded queries have no key")
 
 
 def named(expr: Any, attention: Attention) -> Any:
@@ -164,26 +169,36 @@ def _after(before: _Meaning, term: Term, elements: Elements, lowest: float) -> _
     if isinstance(term, Times):
         if term.factor <= 0 or (before.finite and term.factor < 0.01):
             raise _Opaque(f"masked logits times {term.factor}")
-        return _Meaning(before.allowed, before.bias * term.factor, before.finite)
+        return replace(before, bias=before.bias * term.factor)
     if isinstance(term, Add):
         added = sympy.sympify(elements.at(term.what, term.index))
         factor = sympy.sympify(int(term.factor) if term.factor == int(term.factor) else term.factor)
-        new = _split(sympy.piecewise_fold(added * factor) if factor != 1 else added, lowest)
-        finite = before.finite or new.finite
-        return _Meaning(sympy.And(before.allowed, new.allowed), before.bias + new.bias, finite)
+        return _both(before, _split(sympy.piecewise_fold(added * factor) if factor != 1 else added, lowest))
     condition = elements.at(term.condition, term.index)
     filled = condition if term.where else sympy.Not(condition)
     value = sympy.sympify(elements.at(term.value, term.value_index))
     if not value.is_number or not (value == -sympy.oo or value <= lowest):
         raise _Opaque(f"logits replaced by {plain(value)}")
-    return _Meaning(sympy.And(before.allowed, sympy.Not(filled)), before.bias, before.finite or bool(value.is_finite))
+    finite = frozenset({value} if value.is_finite else ())
+    # What replaces the logits is the same for all; what was forbidden before must not be another number.
+    return _both(before, _Meaning(sympy.Not(filled), finite=finite))
+
+
+def _both(a: _Meaning, b: _Meaning) -> _Meaning:
+    """One mask after the other."""
+    alone = a.allowed == sympy.true or b.allowed == sympy.true
+    finite = a.finite | b.finite
+    return _Meaning(
+        sympy.And(a.allowed, b.allowed), a.bias + b.bias, finite, a.uniform and b.uniform and (alone or not finite)
+    )
 
 
 def _split(added: Any, lowest: float) -> _Meaning:
     """What is added to logits, as the places where it forbids a key and a bias elsewhere."""
     if added.is_number:
         if added == -sympy.oo or added <= lowest:
-            return _Meaning(sympy.false, finite=bool(added.is_finite))
+            # Beside anything lower, float32 logits do not show.
+            return _Meaning(sympy.false, finite=frozenset({added} - {-sympy.oo}), uniform=bool(added < -1e30))
         return _Meaning(bias=sympy.Integer(0) if added.is_zero else added)
     if isinstance(added, sympy.Add):
         numbers = [part for part in added.args if part.is_number]
@@ -192,40 +207,40 @@ def _split(added: Any, lowest: float) -> _Meaning:
             rest = [part for part in added.args if part not in (*numbers, *pieces)]
             added = sympy.Add(sympy.piecewise_fold(sympy.Add(*numbers, *pieces)), *rest, evaluate=bool(not rest))
     if isinstance(added, sympy.Add):
-        parts = [_split(part, lowest) for part in added.args]
-        return _Meaning(
-            sympy.And(*(p.allowed for p in parts)), sympy.Add(*(p.bias for p in parts)), any(p.finite for p in parts)
-        )
+        found = _Meaning()
+        for part in added.args:
+            found = _both(found, _split(part, lowest))
+        return found
     if isinstance(added, sympy.Mul) and added.has(sympy.Piecewise):
         folded = sympy.piecewise_fold(added)
         return _split(folded, lowest) if isinstance(folded, sympy.Piecewise) else _Meaning(bias=added)
     if not isinstance(added, sympy.Piecewise):
         return _Meaning(bias=added)
-    allowed, before, biases, finite = sympy.false, sympy.false, [], False
-    for value, condition in added.args:
-        part = _split(sympy.sympify(value), lowest)
-        finite = finite or part.finite
+    parts = [(_split(sympy.sympify(value), lowest), condition) for value, condition in added.args]
+    allowed, before = sympy.false, sympy.false
+    for part, condition in parts:
         allowed = sympy.Or(allowed, sympy.And(condition, sympy.Not(before), part.allowed))
         before = sympy.Or(before, condition)
-        biases.append((part.bias, condition))
-    bias = sympy.Integer(0) if all(b == 0 for b, _ in biases) else sympy.Piecewise(*biases)
-    return _Meaning(allowed, bias, finite)
+    biased = any(part.bias != 0 for part, _ in parts)
+    bias = sympy.Piecewise(*((part.bias, condition) for part, condition in parts)) if biased else sympy.S.Zero
+    return _Meaning(
+        allowed, bias, frozenset().union(*(part.finite for part, _ in parts)), all(part.uniform for part, _ in parts)
+    )
 
 
 def _classify(attention: Attention, meaning: Any, elements: Elements, shift: sympy.Expr) -> Mask:
     text = plain(meaning)
-    causal, valid, negated = False, None, False
+    causal, keys = False, []
     for term in _conjuncts(meaning):
         if _is_causal(term, shift) or (_is_causal(term, sympy.S.Zero) and _self_attention(attention)):
             causal = True
-            continue
-        keys = _key_validity(term, elements, attention)
-        if keys is not None and valid is None:
-            valid, negated = keys, isinstance(term, sympy.Eq)
-            continue
-        code = "opaque_mask" if _opaque_atoms(term) else "unsupported_mask"
-        return Mask(text, reason=f"{code}: {plain(term)}")
-    return Mask(text, causal, valid, negated, producers=tuple(elements.seen))
+        elif only_of_keys(term):
+            keys.append(term)
+        else:
+            code = "opaque_mask" if _opaque_atoms(term) else "unsupported_mask"
+            return Mask(text, reason=f"{code}: {plain(term)}")
+    valid = Keys(sympy.And(*keys), elements.loads) if keys else None
+    return Mask(text, causal, valid, producers=tuple(elements.seen))
 
 
 def _conjuncts(meaning: Any) -> Iterable[Any]:
@@ -247,21 +262,6 @@ def _is_causal(term: Any, shift: sympy.Expr) -> bool:
         return False
     strict = 1 if isinstance(term, sympy.Lt) else 0
     return bool(sympy.expand(term.lhs - term.rhs + strict - (K - Q - shift)) == 0)
-
-
-def _key_validity(term: Any, elements: Elements, attention: Attention) -> fx.Node | None:
-    """The node ``[B, Nk]`` whose element (b, k) is not 0 (or, for ``Eq``, is 0) exactly where ``term`` holds."""
-    if not isinstance(term, (sympy.Ne, sympy.Eq)) or term.rhs != 0 or not isinstance(term.lhs, AppliedUndef):
-        return None
-    atom = term.lhs
-    node = elements.loads[atom.func.__name__]
-    shape = value_of(node).shape
-    if len(shape) != 2 or atom.args[1] != K or not guard_equal(shape[1], attention.size(attention.k)):
-        return None
-    one_row = isinstance(shape[0], int) and shape[0] == 1
-    if one_row:
-        return node if atom.args[0] in (B, 0) else None
-    return node if atom.args[0] == B and guard_equal(shape[0], attention.size(*attention.batch)) else None
 
 
 def _opaque_atoms(expr: Any) -> bool:

@@ -6,6 +6,7 @@ from typing import Any
 
 import sympy
 from sympy.core.function import AppliedUndef
+from sympy.printing.precedence import PRECEDENCE
 from sympy.printing.str import StrPrinter
 
 
@@ -36,6 +37,18 @@ class _Printer(StrPrinter):  # type: ignore[misc]
             left, right = right, left
         return f"{left} {expr.rel_op} {right}"
 
+    def _print_Add(self, expr: Any, order: Any = None) -> str:
+        """Terms without a minus first: ``q - k``."""
+        terms = sorted(self._as_ordered_terms(expr, order=order), key=lambda term: term.could_extract_minus_sign())
+        found = ""
+        for term in terms:
+            text = f"({self._print(term)})" if isinstance(term, sympy.Mod) else self._print(term)
+            if not found:
+                found = text
+            else:
+                found += f" - {text[1:].lstrip()}" if text.startswith("-") else f" + {text}"
+        return found
+
     def _print_floor(self, expr: Any) -> str:
         above, below = sympy.fraction(sympy.together(expr.args[0]))
         if below == 1:
@@ -45,10 +58,20 @@ class _Printer(StrPrinter):  # type: ignore[misc]
             text = f"({text})"
         return f"{text}//{self._print(below)}"
 
+    def _print_Mod(self, expr: Any) -> str:
+        left, right = (self.parenthesize(a, PRECEDENCE["Mul"], strict=True) for a in expr.args)
+        return f"{left} % {right}"
+
+    def parenthesize(self, item: Any, level: int, strict: bool = False) -> str:
+        if isinstance(item, (sympy.floor, sympy.Mod)) and level >= PRECEDENCE["Mul"]:
+            return f"({self._print(item)})"
+        return str(super().parenthesize(item, level, strict=strict))
+
     def _print_AppliedUndef(self, expr: Any) -> str:
         return f"{expr.func.__name__}[{', '.join(self._print(a) for a in expr.args)}]"
 
-    _print_Function = _print_AppliedUndef
+    def _print_Abs(self, expr: Any) -> str:
+        return f"abs({self._print(expr.args[0])})"
 
     def _print_Piecewise(self, expr: Any) -> str:
         parts = [
@@ -66,4 +89,9 @@ class _Printer(StrPrinter):  # type: ignore[misc]
 
 def plain(expr: Any) -> str:
     """The expression in plain maths."""
-    return str(_Printer().doprint(sympy.sympify(expr)))
+    found = sympy.sympify(expr)
+    for floor in found.atoms(sympy.floor):
+        value, by = sympy.fraction(sympy.together(floor.args[0]))
+        if by != 1:  # x - 4*(x//4), as cutting an axis in two leaves it
+            found = found.subs(sympy.expand(value - by * floor), sympy.Mod(value, by))
+    return str(_Printer().doprint(found))

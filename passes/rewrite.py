@@ -12,14 +12,12 @@ from torch import fx
 
 from ..kernels import ops as _registers_the_operators  # noqa: F401
 from .calls import ASSERTS, PURE, call_of, is_dead
-from .compat import value_of
+from .compat import connect, value_of
 from .config import Config
 from .decide import Decision, decide, describe
 from .emit import Sizes, canonical, laid_out_as, original
 from .expand import Expansion, composite, expand, restore
 from .find import add_missing_shapes, find
-from .indices import is_one
-from .masks import Mask
 from .report import Report
 from .sdpa import fused_call
 from .site import Coordinates
@@ -43,6 +41,8 @@ def rewrite(gm: fx.GraphModule, config: Config | None = None, *inputs: Any) -> t
     # The bodies of higher-order operators (activation checkpoints, branches) are graphs of their own.
     for name, child in list(gm.named_children()):
         if isinstance(child, fx.GraphModule):
+            child = fx.GraphModule(child, copy.deepcopy(child.graph), child.__class__.__name__)
+            connect(gm, name, child)
             body, found = rewrite(child, config)
             setattr(gm, name, body)
             inner.sites.extend(found.sites)
@@ -100,7 +100,10 @@ def _insert(graph: fx.Graph, decision: Decision) -> None:
             by = canonical(graph, factor.operand, (a.batch, a.heads, q_group, ()), sizes)
             scaled = graph.call_function(operator.truediv if factor.inverse else operator.mul, (query, by))
             query = graph.call_method("type_as", (scaled, query))
-        valid = _bool_mask(graph, decision.mask, query, a.size(*a.batch))
+        valid = None
+        if decision.mask.keys is not None:
+            sizes_of_keys = (a.size(*a.batch), a.size(a.k))
+            valid = decision.mask.keys.emit(graph, query, key, sizes_of_keys, value_of(a.key.node).device)
         scores = routes = None
         if plan.keep:
             score = torch.ops.prescore.score.default
@@ -115,6 +118,9 @@ def _insert(graph: fx.Graph, decision: Decision) -> None:
             routes = call("route", route, query, mean, spread, bias, settings, causal, k_len, a.scale)
         attend = torch.ops.prescore.attend.default
         out = call("attend", attend, query, key, value, valid, order, routes, *rows, settings, causal, a.scale)
+        if decision.mask.mean and valid is not None:
+            group = int(a.size(*a.heads)) // int(a.size(*a.kv_heads))
+            out = _or_mean(graph, out, value, valid, causal, group)
         out = original(graph, out, (a.batch, a.heads, q_group, _one(a.e)), a.result, sizes)
         out = laid_out_as(graph, out, old)
     node = first.next
@@ -133,18 +139,16 @@ def _one(coordinate: Any) -> Coordinates:
     return () if coordinate is None else (coordinate,)
 
 
-def _bool_mask(graph: fx.Graph, lifted: Mask, query: fx.Node, batch: Any) -> fx.Node | None:
-    valid = lifted.valid
-    if valid is None:
-        return None
-    mask = value_of(valid)
-    if mask.dtype != torch.bool:
-        valid = graph.call_method("to", (valid, torch.bool))
-    if lifted.negated:
-        valid = graph.call_function(torch.logical_not, (valid,))
-    if is_one(mask.shape[0]) and not is_one(batch):
-        valid = graph.call_method("expand", (valid, graph.call_method("size", (query, 0)), -1))
-    return valid
+def _or_mean(graph: fx.Graph, out: fx.Node, value: fx.Node, valid: fx.Node, causal: bool, group: int) -> fx.Node:
+    """The mean of all values for a query that may attend no key: softmax of equal numbers."""
+    if causal:
+        some = graph.call_function(operator.gt, (graph.call_method("cumsum", (valid, 1)), 0))
+    else:
+        some = graph.call_method("any", (valid, 1, True))
+    for axis in (1, 3):
+        some = graph.call_method("unsqueeze", (some, axis))
+    mean = graph.call_method("repeat_interleave", (graph.call_method("mean", (value, 2, True)), group, 1))
+    return graph.call_function(torch.where, (some, out, mean))
 
 
 def _drop_dead(graph: fx.Graph, outputs: Iterable[fx.Node], producers: set[fx.Node]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import sympy
 from torch import fx
 
-from .compat import symbolic
+from .compat import known_equal, symbolic
 from .indices import Index
 from .memory import Memory
 
@@ -157,10 +158,7 @@ def operand(node: fx.Node, index: Index, shape: Sequence[Any], sizes: Mapping[sy
         axis = merged(at, sizes)
         if axis is None:
             return None
-        whole = sympy.Integer(1)
-        for c in axis:
-            whole = whole * symbolic(sizes[c])
-        if sympy.expand(whole - symbolic(size)) != 0:
+        if not known_equal(math.prod([sizes[c] for c in axis]), size):
             return None
         axes.append(axis)
     flat = [c for axis in axes for c in axis]

@@ -105,7 +105,6 @@ KEPT: dict[str, tuple[Callable[[int, torch.Tensor], torch.Tensor], str]] = {
     "written through a view": (lambda n, p: _written((_ij(n)[1] <= _ij(n)[0])[None, None]), "opaque_mask"),
     "filled in place": (lambda n, p: torch.ones(n, n, dtype=torch.bool).tril().fill_(True), "opaque_mask"),
     "rolled padding": (lambda n, p: p[:, torch.arange(n) - 1][:, None, None, :], "opaque_mask"),
-    "last row": (lambda n, p: (_ij(n)[1] <= _ij(n)[0])[-1:], "unsupported_mask: k <= 39"),
     "rounded": (lambda n, p: _ij(n)[1].half() <= _ij(n)[0].half(), "opaque_mask"),
     "halved": (lambda n, p: (_ij(n)[1] * 0.5).long() <= _ij(n)[0], "opaque_mask"),
     "drawn": (lambda n, p: torch.rand(n, n) > 0.1, "opaque_mask"),
