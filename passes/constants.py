@@ -13,7 +13,7 @@ from .indices import Index
 
 # Names that symbolic_trace, make_fx and torch.export give to tensors that the traced code made.
 # Anything else that a graph holds (a buffer) may be written to between two calls.
-_MADE_BY_TRACING = re.compile(r"(_tensor_constant|lifted_tensor_|_prescore_constant)\d+$")
+_MADE_BY_TRACING = re.compile(r"(.*[._])?(_tensor_constant|lifted_tensor_|_prescore_constant)\d+$")
 _MOST = 2**24
 
 
@@ -21,7 +21,9 @@ def constant_of(node: fx.Node) -> torch.Tensor | None:
     """The tensor that ``node`` gets, if nothing can change it."""
     if node.op != "get_attr" or not _MADE_BY_TRACING.match(str(node.target)):
         return None
-    found = getattr(node.graph.owning_module, str(node.target), None)
+    found: Any = node.graph.owning_module
+    for name in str(node.target).split("."):
+        found = getattr(found, name, None)
     return found if isinstance(found, torch.Tensor) and 0 < found.numel() <= _MOST else None
 
 

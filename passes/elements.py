@@ -58,6 +58,7 @@ _COMPARE: dict[str, Any] = {
 }
 _LOGIC: dict[str, Any] = {"and": sympy.And, "or": sympy.Or, "xor": sympy.Xor, "not": sympy.Not}
 _BOOL_ARITHMETIC = {"mul": "and", "add": "or"}
+_HALVES = (torch.bfloat16, torch.float16)
 _HOLDS_INDICES = (torch.int64, torch.int32, torch.float64, torch.float32)
 # Arguments by name that rules read, or that change no element.
 _READ = {
@@ -112,6 +113,8 @@ class Elements:
         call = call_of(node)
         counts = call.name in (*_ARITHMETIC, *_INTEGER, "arange", "cumsum", "diff")
         as_logic = value.dtype == torch.bool and call.name in _BOOL_ARITHMETIC
+        if counts and not as_logic and value.dtype in _HALVES and call.name in _ARITHMETIC and not self.rounded:
+            return self._rounded(node, call, value.dtype, index)
         if counts and not as_logic and value.dtype not in _HOLDS_INDICES:
             self._inexact(f"{node.name}: arithmetic that rounds or wraps around, in {value.dtype}")
         unread = {key for key, got in call.args.items() if got is not None} - _READ - _HARMLESS
@@ -161,6 +164,15 @@ class Elements:
         if name in _LOGIC and value.dtype == torch.bool:
             return _LOGIC[name](*(_truth(x) for x in self._operands(call, index)))
         return self._load(node, index)
+
+    def _rounded(self, node: fx.Node, call: Call, dtype: torch.dtype, index: Index) -> Any:
+        """Arithmetic of few bits on numbers (a mask made of 0, 1 and the lowest), rounded as it rounds."""
+        found = _ARITHMETIC[call.name](*(_number(x) for x in self._finite(node, call, index)))
+        folded = sympy.piecewise_fold(found)
+        known = _rounded_numbers(folded, dtype) if call.get("alpha", 1) == 1 else None
+        if known is None:
+            raise NotClosedForm(f"{node.name}: arithmetic that rounds, in {dtype}")
+        return known
 
     def _load(self, node: fx.Node, index: Index) -> Any:
         self.seen.pop(node, None)

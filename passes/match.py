@@ -18,7 +18,7 @@ from torch import fx
 
 from .axes import Axes, Miss, Prover, prove
 from .calls import SHAPE_ONLY, Call, call_of, dropout_of, is_dead, is_float
-from .compat import symbolic, value_of
+from .compat import known_equal, symbolic, value_of
 from .contract import Labels, Product, product
 from .elements import Elements, NotClosedForm
 from .indices import ZERO, Index, NotAView, broadcast, coordinate, pull, push
@@ -126,14 +126,16 @@ class _Matcher(Prover):
         return logits
 
     def _scaled(self, logits: _Logits, alpha: Any, terms: tuple[Term, ...]) -> _Logits:
-        if not isinstance(alpha, (int, float)):
+        number = self._number(alpha, ())
+        if number is None:
             raise Miss(f"unsupported_logits: alpha={alpha}")
-        return replace(logits, scale=float(alpha), terms=terms)
+        return replace(logits, scale=number, terms=terms)
 
     def _added(self, node: Any, index: Index, factor: Any) -> Add:
-        if not isinstance(factor, (int, float)):
+        number = self._number(factor, ())
+        if number is None:
             raise Miss(f"unsupported_logits: something times {factor} is added")
-        return Add(node, self._inner(node, index), float(factor))
+        return Add(node, self._inner(node, index), number)
 
     @staticmethod
     def _inner(node: Any, index: Index) -> Index:
@@ -215,7 +217,7 @@ class _Matcher(Prover):
     @staticmethod
     def _not_broadcast(node: fx.Node, main: Any) -> None:
         a, b = value_of(node).shape, value_of(main).shape
-        if len(a) != len(b) or any(sympy.expand(symbolic(x) - symbolic(y)) != 0 for x, y in zip(a, b, strict=True)):
+        if len(a) != len(b) or not all(known_equal(x, y) for x, y in zip(a, b, strict=True)):
             raise Miss("unsupported_logits: the logits are broadcast against a larger tensor")
 
     def _back_mul(self, node: fx.Node, call: Call, index: Index) -> _Logits | None:
