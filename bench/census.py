@@ -117,7 +117,9 @@ def _result(row: Row) -> str:
     for word in ("failed", "uncompiled"):
         if word in row:
             return f"{word}: {row[word].splitlines()[0][:60]}"
-    return "WRONG" if row.get("wrong") else "unsteady" if row.get("unsteady") else f"{row['error']:.0e}"
+    if row.get("wrong") or row.get("unsteady"):
+        return "WRONG" if row.get("wrong") else "unsteady"
+    return f"{row['error']:.0e}" + (" (rounding)" if "sensitivity" in row else "")
 
 
 def _counts(counts: dict[str, int]) -> str:
@@ -143,6 +145,7 @@ def totals(rows: list[Row]) -> dict[str, Any]:
         "not compiled by Dynamo": sum("uncompiled" in row for row in built),
         "failed": sum("failed" in row for row in built),
         "wrong": sum(bool(row.get("wrong")) for row in built),
+        "rounding alone is above the tolerance": sum("sensitivity" in row and not row.get("wrong") for row in built),
         "unsteady": sum(bool(row.get("unsteady")) for row in built),
         "ran": add("ran"),
         "found": sum(row["found"] for row in compiled),
