@@ -129,12 +129,13 @@ _SMALLER: list[tuple[dict[str, Any], str]] = [
     ({"depth": 2}, "cait_xxs24_224 convit_tiny tnt_s_patch16_224 xcit_nano_12_p16_224"),
     (
         {"depths": (2, 1, 1, 1)},
-        """swin_tiny_patch4_window7_224 swinv2_tiny_window8_256 swinv2_cr_tiny_224 davit_tiny gcvit_xxtiny pvt_v2_b0
-        twins_svt_small mvitv2_tiny caformer_s18""",
+        """swin_tiny_patch4_window7_224 swinv2_tiny_window8_256 swinv2_cr_tiny_224 davit_tiny pvt_v2_b0
+        twins_svt_small""",
     ),
     (
         {},
-        """coatnet_0_224 maxxvit_rmlp_nano_rw_256 tiny_vit_5m_224 crossvit_tiny_240 coat_lite_tiny levit_128s pit_ti_224
+        """gcvit_xxtiny mvitv2_tiny caformer_s18
+        coatnet_0_224 maxxvit_rmlp_nano_rw_256 tiny_vit_5m_224 crossvit_tiny_240 coat_lite_tiny levit_128s pit_ti_224
         visformer_tiny volo_d1_224 edgenext_xx_small efficientformer_l1 efficientformerv2_s0 efficientvit_m0
         fastvit_sa12 hiera_tiny_224 mobilevit_xxs mobilevitv2_050 nest_tiny nextvit_small shvit_s1 vitamin_small_224
         lambda_resnet26t botnet26t_256 halonet26t mobilenetv4_hybrid_medium resnet50_clip efficientvit_b0""",

@@ -131,6 +131,7 @@ _SIGNATURES: dict[str, tuple[str, ...]] = {
     "slice": ("input", "dim", "start", "end", "step"),
     "getitem": ("input", "index"),
     "index": ("input", "index"),
+    "gather": ("input", "dim", "index"),
     "getattr": ("input", "name"),
     "tril": ("input", "diagonal"),
     "triu": ("input", "diagonal"),

@@ -51,7 +51,7 @@ def _unsupported(site: Site) -> str:
         return site.reason
     if not isinstance(attention.dropout, (int, float)) or attention.dropout != 0:
         return f"dropout: {attention.dropout}"
-    if any("_functorch" in str(getattr(n.target, "__module__", "")) for n in site.output.graph.nodes):
+    if _transformed(site):
         return "function_transform"
     tensors = [value_of(o.node) for o in (attention.query, attention.key, attention.value)]
     dtypes = [t.dtype for t in tensors]
@@ -71,6 +71,18 @@ def _unsupported(site: Site) -> str:
     if attention.softcap is not None:
         return f"softcap: {attention.softcap:g}"
     return "" if cpu.available() else "no_compiler"
+
+
+def _transformed(site: Site) -> bool:
+    """Whether the site lies between the begin and the end of a torch.func transform."""
+    depth = 0
+    for node in site.output.graph.nodes:
+        if node is site.output:
+            break
+        if "_functorch" in str(getattr(node.target, "__module__", "")):
+            name = node.target.__name__
+            depth += name.endswith("increment_nesting") - name.endswith("decrement_nesting")
+    return depth != 0
 
 
 def _lengths(attention: Attention, mask: Mask, config: Config) -> str:

@@ -234,12 +234,12 @@ class Elements:
         given: dict[str, Any] = dict(node.kwargs)
         names = ("end",) if len(node.args) == 1 and "end" not in given else ("start", "end", "step")
         given |= dict(zip(names, node.args, strict=False))
-        return self._range(node, given.get("start", 0), given.get("step", 1), index)
+        return self._ranged(node, given.get("start", 0), given.get("step", 1), index)
 
     def _iota(self, node: fx.Node, call: Call, index: Index) -> Any:
-        return self._range(node, call.get("start", 0), call.get("step", 1), index)
+        return self._ranged(node, call.get("start", 0), call.get("step", 1), index)
 
-    def _range(self, node: fx.Node, first: Any, by: Any, index: Index) -> Any:
+    def _ranged(self, node: fx.Node, first: Any, by: Any, index: Index) -> Any:
         start, step = symbolic(first), symbolic(by)
         if not (start.is_integer and step.is_integer):
             raise NotClosedForm(f"{node.name}: a range that does not run over integers")
@@ -287,7 +287,7 @@ class Elements:
             return self._load(node, index)
         key = full_key(key, len(value_of(source).shape))
         if any(isinstance(k, fx.Node) and isinstance(value_of(k), torch.Tensor) for k in key):
-            return self._gather(node, source, key, index)
+            return self._indexed(node, source, key, index)
         try:
             return self.at(*pull(node, call, index, self.sizes))
         except NotAView as why:
@@ -295,18 +295,33 @@ class Elements:
 
     def _index(self, node: fx.Node, call: Call, index: Index) -> Any:
         key = [slice(None) if k is None else k for k in call["index"]]
-        return self._gather(node, call["input"], full_key(key, len(value_of(call["input"]).shape)), index)
+        return self._indexed(node, call["input"], full_key(key, len(value_of(call["input"]).shape)), index)
 
-    def _gather(self, node: fx.Node, source: Any, key: Sequence[Any], index: Index) -> Any:
-        """``x[i, j, ...]`` with one index tensor for every axis, broadcast against each other."""
-        if any(k is None or isinstance(k, slice) for k in key):
-            raise NotClosedForm(f"{node.name}: index tensors on some axes only")
+    def _indexed(self, node: fx.Node, source: Any, key: Sequence[Any], index: Index) -> Any:
+        """``x[i, :, j, ...]``: index tensors, broadcast against each other, on neighbouring axes; others whole."""
+        if any(k is None or (isinstance(k, slice) and k != slice(None)) for k in key):
+            raise NotClosedForm(f"{node.name}: index tensors beside a slice")
         if any(value_of(k).dtype == torch.bool for k in key if isinstance(k, fx.Node)):
             raise NotClosedForm(f"{node.name}: indexed by a bool tensor")
-        places = tuple(_number(self.at(k, self._broadcast(k, index))) for k in key)
-        if not all(place.is_nonnegative for place in places):
-            raise NotClosedForm(f"{node.name}: an index that may count from the end")
-        return self.at(source, places)
+        axes = [axis for axis, k in enumerate(key) if not isinstance(k, slice)]
+        if axes[-1] - axes[0] >= len(axes):
+            raise NotClosedForm(f"{node.name}: index tensors on both sides of a whole axis")
+        rank = len(index) - (len(key) - len(axes))  # of the index tensors together
+        inside = index[axes[0] : axes[0] + rank]
+        places = [self._place(node, key[axis], self._broadcast(key[axis], inside)) for axis in axes]
+        return self.at(source, (*index[: axes[0]], *places, *index[axes[0] + rank :]))
+
+    def _place(self, node: fx.Node, which: Any, index: Index) -> Any:
+        place = _number(self.at(which, index))
+        if not place.is_nonnegative:
+            self._inexact(f"{node.name}: an index that may count from the end")
+        return place
+
+    def _gather(self, node: fx.Node, call: Call, index: Index) -> Any:
+        axis = call["dim"] % len(index)
+        # A negative index is an error there.
+        place = _number(self.at(call["index"], index))
+        return self.at(call["input"], (*index[:axis], place, *index[axis + 1 :]))
 
     def _where(self, node: fx.Node, call: Call, index: Index) -> Any:
         if "other" not in call.args:
@@ -384,12 +399,7 @@ def _truth(expr: Any) -> Any:
     if _is_truth(expr):
         return expr
     if isinstance(expr, sympy.Piecewise) and all(value.is_number for value, _ in expr.args):
-        found, before = sympy.false, sympy.false
-        for value, condition in expr.args:
-            if not value.is_zero:
-                found = sympy.Or(found, sympy.And(condition, sympy.Not(before)))
-            before = sympy.Or(before, condition)
-        return found
+        return sympy.Or(*(where for value, where in _cases(expr) if not value.is_zero))
     return sympy.Ne(expr, 0)
 
 
@@ -423,14 +433,22 @@ def _choose(condition: Any, yes: Any, no: Any) -> Any:
 
 
 def _compare(relation: Any, a: Any, b: Any) -> Any:
-    """``relation(a, b)``; a truth value that was made 0 or 1 and is compared with a number comes back."""
-    if isinstance(b, sympy.Piecewise):
-        return _compare(lambda x, y: relation(y, x), b, a)
-    if not (isinstance(a, sympy.Piecewise) and b.is_number and a.args[0][0] == 1 and a.args[1:] == ((0, True),)):
+    """``relation(a, b)``; of choices between numbers (a truth value made 0 or 1, say), where it holds."""
+    pairs = [(x, y) for x in _cases(a) for y in _cases(b)]
+    if len(pairs) == 1 or not all(x.is_number and y.is_number for (x, _), (y, _) in pairs):
         return relation(a, b)
-    holds = a.args[0][1]
-    if_one, if_zero = relation(sympy.Integer(1), b), relation(sympy.Integer(0), b)
-    return sympy.Or(sympy.And(holds, if_one), sympy.And(sympy.Not(holds), if_zero))
+    return sympy.Or(*(sympy.And(here, there, relation(x, y)) for (x, here), (y, there) in pairs))
+
+
+def _cases(expr: Any) -> list[tuple[Any, Any]]:
+    """The values of a choice, each with where it is taken."""
+    if not isinstance(expr, sympy.Piecewise):
+        return [(expr, sympy.true)]
+    found, before = [], sympy.false
+    for value, condition in expr.args:
+        found.append((value, sympy.And(condition, sympy.Not(before))))
+        before = sympy.Or(before, condition)
+    return found
 
 
 def _cast(expr: Any, dtype: torch.dtype) -> Any:

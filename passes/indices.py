@@ -221,7 +221,8 @@ def full_key(key: Any, rank: int) -> tuple[Any, ...]:
 def _got(node: fx.Node, call: Call, shape: Any, index: Index, sizes: Sizes) -> Index:
     moved: list[Any] = []
     rest = list(index)
-    for k in full_key(call["index"], len(shape)):
+    key = full_key(call["index"], len(shape))
+    for k in key:
         if k is None:
             rest.pop(0)
             continue
@@ -231,6 +232,11 @@ def _got(node: fx.Node, call: Call, shape: Any, index: Index, sizes: Sizes) -> I
             if not isinstance(step, int) or step < 0:
                 raise NotAView(f"a slice with step {step}")
             moved.append(_place(k.start or 0, size) + step * rest.pop(0))
+        elif isinstance(k, (list, tuple)):  # x[:, [3]]: an axis of size 1 stays
+            if len(k) != 1 or not isinstance(k[0], int) or not all(x is k or isinstance(x, slice) for x in key):
+                raise NotAView("indexed by a list")
+            rest.pop(0)
+            moved.append(_place(k[0], size))
         elif isinstance(k, bool) or (isinstance(k, fx.Node) and isinstance(value_of(k), torch.Tensor)):
             raise NotAView("indexed by a tensor or a bool")
         else:

@@ -18,8 +18,9 @@ from .keys import B, H, K, Keys, Q, only_of_keys
 from .maths import plain
 from .site import Add, Attention, Site, Term, Times
 
-LOWEST = -1e9
-"""A logit that this is added to has no weight, in float32, beside one that nothing is added to."""
+LOWEST = -9e8
+"""A logit that this is added to has no weight, in float32, beside one that nothing is added to: -1e9, as any
+dtype rounds it."""
 LOWEST_HALF = -6e4
 """The same for float16, which ends at -65504."""
 
@@ -206,6 +207,8 @@ def _split(added: Any, lowest: float) -> _Meaning:
         if numbers and len(pieces) == 1:  # 1 - mask, times a number
             rest = [part for part in added.args if part not in (*numbers, *pieces)]
             added = sympy.Add(sympy.piecewise_fold(sympy.Add(*numbers, *pieces)), *rest, evaluate=bool(not rest))
+        elif numbers and not pieces:
+            return _Meaning(bias=sympy.factor_terms(added))
     if isinstance(added, sympy.Add):
         found = _Meaning()
         for part in added.args:

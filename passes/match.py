@@ -90,7 +90,11 @@ class _Matcher(Prover):
         inside = call["input"]
         if not _reaches_back(inside, _REACH):
             return None
-        weights = self._follow()
+        try:
+            weights = self._follow()
+        except Miss:
+            self._logits(inside, self.index)  # what is wrong before the softmax is told first
+            raise
         if weights is None:
             return None
         logits = self._logits(inside, self.index)

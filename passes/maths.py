@@ -10,6 +10,10 @@ from sympy.printing.precedence import PRECEDENCE
 from sympy.printing.str import StrPrinter
 
 
+_MOST_ATOMS = 6
+"""Comparisons in a truth value that is simplified: the work doubles with each."""
+
+
 class _Printer(StrPrinter):  # type: ignore[misc]
     """``k <= q and valid[b, k]``, ``k//8 == q//8``, ``slope[h]*(k - q)``."""
 
@@ -94,4 +98,19 @@ def plain(expr: Any) -> str:
         value, by = sympy.fraction(sympy.together(floor.args[0]))
         if by != 1:  # x - 4*(x//4), as cutting an axis in two leaves it
             found = found.subs(sympy.expand(value - by * floor), sympy.Mod(value, by))
-    return str(_Printer().doprint(found))
+    return str(_Printer().doprint(_shorter(found)))
+
+
+def _shorter(expr: Any) -> Any:
+    """A truth value with comparisons as atoms, simplified; as it is where that is no shorter."""
+    if not isinstance(expr, (sympy.And, sympy.Or)):
+        return expr
+    names: dict[Any, Any] = {}
+    for relation in sorted(expr.atoms(sympy.core.relational.Relational), key=sympy.default_sort_key):
+        opposite = names.get(relation.negated)
+        names[relation] = sympy.Dummy() if opposite is None else sympy.Not(opposite)
+    back = {name: relation for relation, name in names.items() if name.is_Symbol}
+    if len(back) > _MOST_ATOMS:
+        return expr
+    found = sympy.simplify_logic(expr.xreplace(names), form="dnf", force=True).xreplace(back)
+    return found if found.count_ops() < expr.count_ops() else expr

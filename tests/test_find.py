@@ -91,6 +91,10 @@ SPELLINGS: dict[str, Case] = {
     "baddbmm": (baddbmm, (Q, K, V, VALID)),
     "repeat_kv": (repeat_kv, (Q, *SHORT_KV)),
     "grouped": (grouped, (Q, *SHORT_KV)),
+    "one head, by a list": (
+        lambda q, k, v: (q @ k[:, [-2]].mT).softmax(-1) @ v[:, [-2]].expand(B, H, N, D),
+        (Q, *SHORT_KV),
+    ),
     "one head of keys": (lambda q, k, v: (q @ k.mT).softmax(-1) @ v, (Q, K[:, :1], V[:, :1])),
     "key stored transposed": (lambda q, k, v: (q @ k).softmax(-1) @ v, (Q, K.mT.contiguous(), V)),
     "transposed all the way": (lambda q, k, v: v.mT @ (k @ q.mT).softmax(-2), (Q, K, V)),
@@ -183,7 +187,7 @@ KEPT: dict[str, tuple[Callable[..., Any], str]] = {
     ),
     "a sink": (
         lambda q, k, v: torch.cat([q @ k.mT, q[..., :1]], -1).softmax(-1)[..., :-1] @ v,
-        "weights_changed",
+        "extra_logits",
     ),
     "two products": (lambda q, k, v: (q @ k.mT + k @ v.mT).softmax(-1) @ v, "opaque_mask"),
     "softcap": (lambda q, k, v: (torch.tanh(q @ k.mT * 0.3 / 5) * 5).softmax(-1) @ v, "softcap: 5"),
@@ -252,10 +256,23 @@ def test_biases_are_told_in_plain_maths() -> None:
         same = ids[:, None, :, None] == ids[:, None, None, :]
         return F.scaled_dot_product_attention(q, k, v, same & causal())
 
+    def table(q: Tensor, k: Tensor, v: Tensor, values: Tensor) -> Tensor:
+        distance = (torch.arange(N)[:, None] - torch.arange(N)).abs()
+        return (q @ k.mT + values[:, distance] + torch.where(causal(), 0.0, -math.inf)).softmax(-1) @ v
+
+    def images(q: Tensor, k: Tensor, v: Tensor, types: Tensor) -> Tensor:
+        group, at = torch.where(types == 1, 0, -1), torch.arange(N)
+        one, other = group[:, at[:, None]], group[:, at[None, :]]
+        return F.scaled_dot_product_attention(q, k, v, (causal() | ((one == other) & (one >= 0)))[:, None])
+
     (site,) = run(alibi, (Q, K, V, slopes), "dynamo")
     assert site.reason == "unsupported_mask: k <= q + (k - q)*l_slope_[h]"
     (site,) = run(documents, (Q, K, V, (torch.arange(N) // 5).expand(B, N)), "dynamo")
     assert site.mask == "k <= q and l_ids_[b, k] == l_ids_[b, q]"
+    (site,) = run(table, (Q, K, V, t(H, N)), "dynamo")
+    assert site.mask == "k <= q + l_values_[h, abs(k - q)]"
+    (site,) = run(images, (Q, K, V, (torch.arange(N) > 6).long().expand(B, N)), "dynamo")
+    assert site.reason == "unsupported_mask: (1 == l_types_[b, k] and 1 == l_types_[b, q]) or k <= q"
 
 
 def test_a_folded_batch_is_told_from_its_heads() -> None:

@@ -125,6 +125,13 @@ def test_function_transforms_keep_the_site() -> None:
     assert run(fn, *tensors()) == "function_transform"
 
 
+def test_a_function_transform_elsewhere_does_not() -> None:
+    def fn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return S(torch.vmap(lambda x: x * 2)(q), k, v, is_causal=True)
+
+    assert run(fn, *tensors()) == ""
+
+
 def test_queries_that_are_not_finite_or_huge_route_nowhere_else() -> None:
     """Padding lanes and empty clusters must not win because their score is NaN."""
     from conftest import summary_of
