@@ -10,7 +10,7 @@ from torch import fx
 
 from .axes import Miss
 from .calls import call_of
-from .compat import add_shapes, has_shapes, module_path, source_line, value_of
+from .compat import add_shapes, connect, has_shapes, module_path, source_line, value_of
 from .emit import Sizes
 from .expand import composite
 from .expand import output_of as output_of_composite
@@ -21,7 +21,8 @@ from .site import Attention, Site
 
 
 def find(gm: fx.GraphModule, *inputs: Any) -> list[Site]:
-    """Every attention of the graph, in graph order: fused calls and hand-written ones.
+    """Every attention of the graph, in graph order, and then those of the bodies of its higher-order operators
+    (activation checkpoints, branches, scans): fused calls and hand-written ones.
 
     A site whose ``reason`` is not "" is nearly an attention, or one that cannot be replaced: the
     reason names the first thing that is not proved.
@@ -35,6 +36,20 @@ def find(gm: fx.GraphModule, *inputs: Any) -> list[Site]:
         ValueError: the graph carries no shapes and no inputs were given.
     """
     add_missing_shapes(gm, inputs)
+    sites = find_here(gm)
+    for name, body in bodies(gm):
+        connect(gm, name, body)
+        sites += find(body)
+    return sites
+
+
+def bodies(gm: fx.GraphModule) -> list[tuple[str, fx.GraphModule]]:
+    """The graphs that the graph's higher-order operators run, by the name of their submodule."""
+    return [(name, child) for name, child in gm.named_children() if isinstance(child, fx.GraphModule)]
+
+
+def find_here(gm: fx.GraphModule) -> list[Site]:
+    """``find`` without the bodies, in a graph that has shapes."""
     memory = Memory(gm.graph)
     sites: list[Site] = []
     for node in gm.graph.nodes:

@@ -9,7 +9,6 @@ from sympy.core.function import AppliedUndef
 from sympy.printing.precedence import PRECEDENCE
 from sympy.printing.str import StrPrinter
 
-
 _MOST_ATOMS = 6
 """Comparisons in a truth value that is simplified: the work doubles with each."""
 

@@ -17,7 +17,7 @@ from .config import Config
 from .decide import Decision, decide, describe
 from .emit import Sizes, canonical, laid_out_as, original
 from .expand import Expansion, composite, expand, restore
-from .find import add_missing_shapes, find
+from .find import add_missing_shapes, bodies, find_here
 from .report import Report
 from .sdpa import fused_call
 from .site import Coordinates
@@ -39,17 +39,16 @@ def rewrite(gm: fx.GraphModule, config: Config | None = None, *inputs: Any) -> t
     gm = fx.GraphModule(gm, copy.deepcopy(gm.graph), gm.__class__.__name__)
     inner = Report()
     # The bodies of higher-order operators (activation checkpoints, branches) are graphs of their own.
-    for name, child in list(gm.named_children()):
-        if isinstance(child, fx.GraphModule):
-            child = fx.GraphModule(child, copy.deepcopy(child.graph), child.__class__.__name__)
-            connect(gm, name, child)
-            body, found = rewrite(child, config)
-            setattr(gm, name, body)
-            inner.sites.extend(found.sites)
+    for name, child in bodies(gm):
+        child = fx.GraphModule(child, copy.deepcopy(child.graph), child.__class__.__name__)
+        connect(gm, name, child)
+        body, found = rewrite(child, config)
+        setattr(gm, name, body)
+        inner.sites.extend(found.sites)
     add_missing_shapes(gm, inputs)
     expansions = expand(gm)
     origin = {node: expansion for expansion in expansions for node in expansion.nodes}
-    decisions = [decide(site, config or Config()) for site in find(gm)]
+    decisions = [decide(site, config or Config()) for site in find_here(gm)]
     report = Report([describe(decision, _composite(origin, decision)) for decision in decisions] + inner.sites)
     rewritten = [decision for decision in decisions if decision.rewrite]
     for decision in rewritten:

@@ -311,7 +311,8 @@ def test_lift_says_true_where_there_is_no_mask() -> None:
     assert site.source.rpartition(":")[0].endswith("test_passes.py") and "scaled_dot_product_attention" in site.code
 
 
-def test_sites_inside_checkpoints_and_branches() -> None:
+def test_sites_inside_checkpoints_branches_and_loops() -> None:
+    from torch._higher_order_ops import scan, while_loop
     from torch.utils.checkpoint import checkpoint
 
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -323,8 +324,19 @@ def test_sites_inside_checkpoints_and_branches() -> None:
     def branches(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         return torch.cond(q.sum() > 0, attend, lambda q, k, v: q.cos(), (q, k, v))
 
-    for fn in (checkpointed, branches):
+    def scanned(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        def step(carry: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            out = attend(carry, k, v) + x
+            return out, out.sum(1)
+
+        return scan(step, q, torch.ones(3, 2, 1, 1, 8))[0]
+
+    def repeated(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return while_loop(lambda i, x: i < 3, lambda i, x: (i + 1, attend(x, k, v)), (torch.tensor(0), q))[1]
+
+    for fn in (checkpointed, branches, scanned, repeated):
         assert checked(fn, *qkv()).decision == "rewrite"
+        assert [site.reason for site in find(capture(fn, *qkv()))] == [""]
 
 
 def test_gradients_through_a_checkpoint() -> None:
