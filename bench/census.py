@@ -1,6 +1,7 @@
 """Which attentions of which model families run, are found, are rewritten, and are right.
 
     python -m bench.census --jobs 2             # every family; restartable; bench/results/census.json
+    python -m bench.census_page                 # docs/census.md from that
     python -m bench.census --sample             # the families of sample.py, with gradients, some minutes
     python -m bench.census --only "t5*" --fresh # some families, again; "*/sdpa" is one implementation of all
 
@@ -185,7 +186,7 @@ def main() -> None:
     parser.add_argument("--only", default="*", help="glob over families, or over family/implementation")
     parser.add_argument("--sample", action="store_true", help="the fixed sample, with gradients")
     parser.add_argument("--fresh", action="store_true", help="forget earlier rows")
-    parser.add_argument("--out", type=Path, help="JSON file (default: in bench/results)")
+    parser.add_argument("--out", type=Path, help="JSON file (default: bench/results/census.json for a whole census)")
     arguments = parser.parse_args()
     cache = CACHE / ("sample.jsonl" if arguments.sample else "rows.jsonl")
     todo = tasks(arguments.only, arguments.sample)
@@ -195,8 +196,8 @@ def main() -> None:
     rows = census(todo, arguments.jobs, arguments.sample, cache)
     print()
     print(table(rows))
-    if arguments.only == "*" or arguments.out:
-        out = arguments.out or RESULTS / ("census-sample.json" if arguments.sample else "census.json")
+    if arguments.out or (arguments.only == "*" and not arguments.sample):
+        out = arguments.out or RESULTS / "census.json"
         out.parent.mkdir(parents=True, exist_ok=True)
         about = {"torch": torch.__version__, "transformers": families.transformers.__version__}
         body = ",\n".join(json.dumps(row) for row in rows)

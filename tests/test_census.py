@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from bench.census_page import missed_inside
+
 pytest.importorskip("transformers")
 
 WRONG = 0
@@ -73,7 +75,5 @@ def test_hand_written_attention_is_found(rows: list[Row]) -> None:
 
 
 def _missed(row: Row, *kinds: str) -> int:
-    """Attentions in Dynamo's graphs that have no site."""
-    found = row.get("missed", {})
-    outside = row.get("outside", 0) if sum(found.values()) else 0
-    return max(0, sum(found.get(kind, 0) for kind in kinds) - outside)
+    found = missed_inside(row)
+    return sum(found.get(kind, 0) for kind in kinds)
