@@ -37,6 +37,13 @@ inside a graph of Dynamo and has no site. An attention **outside** graphs runs b
 break), where no compiler sees it.
 """
 
+_NOT_BUILT = """
+## Not built
+
+Families whose tiny config or inputs the census does not know how to make, each with its first error. Families
+without the implementation that was asked for are not listed.
+"""
+
 
 def page(about: Row, rows: list[Row]) -> str:
     """The page in Markdown."""
@@ -47,12 +54,10 @@ def page(about: Row, rows: list[Row]) -> str:
     families = {code: len({row["family"] for row in seen if code in row["kept"]}) for code in kept}
     parts.append(_table([{"reason": f"`{code}`", "sites": n, "families": families[code]} for code, n in kept.items()]))
     parts += ["\n## Family by family\n", _table([_line(row) for row in built])]
-    left = Counter(row["unbuilt"].split("\n")[0] for row in rows if _unbuildable(row))
-    parts.append("\n## Not built\n\nFamilies whose tiny config or inputs the census does not know how to make, each "
-                 "with its first error. Families without the implementation that was asked for are not listed.\n")  # fmt: skip
-    lines = [{"family": row["family"], "impl": row["implementation"], "error": _cell(row["unbuilt"][:120])}
-             for row in rows if _unbuildable(row)]  # fmt: skip
-    parts.append(_table(lines) if left else "None.")
+    left = [row for row in rows if _unbuildable(row)]
+    parts.append(_NOT_BUILT)
+    lines = [{"family": r["family"], "impl": r["implementation"], "error": _cell(r["unbuilt"][:120])} for r in left]
+    parts.append(_table(lines) if lines else "None.")
     return "\n".join(parts) + "\n"
 
 
