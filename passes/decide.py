@@ -12,6 +12,7 @@ from .compat import hint, known_equal, value_of
 from .config import Config
 from .masks import Mask, lift
 from .report import SiteReport
+from .rules import failed_at, rule_of
 from .site import Attention, Site
 
 MAX_HEAD_DIM = 256
@@ -132,4 +133,7 @@ def describe(decision: Decision, kind: str) -> SiteReport:
         exact_cost=exact,
         prescored_cost=prescored,
         density=share,
+        rule=rule_of(site, kind),
+        failed="" if decision.rewrite else failed_at(site, decision.reason),
+        node=site.output.name,
     )
