@@ -135,5 +135,4 @@ def describe(decision: Decision, kind: str) -> SiteReport:
         density=share,
         rule=rule_of(site, kind),
         failed="" if decision.rewrite else failed_at(site, decision.reason),
-        node=site.output.name,
     )

@@ -28,7 +28,7 @@ class SiteReport:
             scoring and routing, and is None where no plan applies.
         density: attended pairs, routing counted in / exact pairs; None where kept.
         rule: how it was recognised (rules.RULES). failed: ``file:line: code`` of the first condition that
-            failed, where kept: the mask's line for a mask. node: its name in the captured graph.
+            failed, where kept: the mask's line for a mask.
     """
 
     module: str
@@ -45,7 +45,6 @@ class SiteReport:
     density: float | None
     rule: str = ""
     failed: str = ""
-    node: str = ""
 
     def data(self) -> dict[str, Any]:
         """The fields as JSON takes them."""

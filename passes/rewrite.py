@@ -62,7 +62,7 @@ def _rewrite(
     decisions = [decide(site, config) for site in find(gm)]
     own = [describe(decision, _composite(origin, decision)) for decision in decisions]
     report = Report(own + inner.sites)
-    recorder.decided(gm, own)
+    recorder.decided(gm, own, [_captured(origin, decision).name for decision in decisions])
     rewritten = [decision for decision in decisions if decision.rewrite]
     for decision, site in zip(decisions, own, strict=True):
         if decision.rewrite:
@@ -85,6 +85,12 @@ def _rewrite(
 def _composite(origin: dict[fx.Node, Expansion], decision: Decision) -> str:
     found = origin.get(decision.site.output)
     return composite(found.call) if found else decision.site.kind
+
+
+def _captured(origin: dict[fx.Node, Expansion], decision: Decision) -> fx.Node:
+    """What the site was in the captured graph: its output, or the call that it is inside."""
+    found = origin.get(decision.site.output)
+    return found.call if found else decision.site.output
 
 
 def _drop_call(graph: fx.Graph, expansion: Expansion) -> None:

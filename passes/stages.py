@@ -48,7 +48,7 @@ class GraphLog:
         name: ``graph 0/1``: Dynamo's frame and recompile; the class of a graph that was not compiled.
         function: what Dynamo compiled. why: the guard that failed, for a recompile; "" for a first compile.
         ends: why Dynamo ended the graph, where it is not the last one (a graph break).
-        stages: in order. sites: what was decided.
+        stages: in order. sites: what was decided; ``nodes``: the name of each in the captured graph.
     """
 
     name: str
@@ -57,6 +57,7 @@ class GraphLog:
     ends: str = ""
     stages: list[Stage] = field(default_factory=list)
     sites: list[SiteReport] = field(default_factory=list)
+    nodes: list[str] = field(default_factory=list)
 
     def add(self, stage: Stage) -> None:
         """Append a stage that differs from the last one; what is captured is one stage, in its last form."""
@@ -218,19 +219,20 @@ class Recorder:
             for graph in self.graphs:
                 graph.add(stage) if name == CAPTURED else graph.stages.append(stage)
 
-    def decided(self, gm: fx.GraphModule, sites: Sequence[SiteReport]) -> None:
-        """Sites, masks and decisions: three stages of a graph that does not change yet."""
+    def decided(self, gm: fx.GraphModule, sites: Sequence[SiteReport], nodes: Sequence[str]) -> None:
+        """Sites (and the nodes they are), masks, decisions: three stages of a graph that does not change yet."""
         if not self.graphs:
             return
         now = snapshot(gm)
         notes: dict[str, str] = {}
         for name, tell in ((FOUND, told_site), (LIFTED, told_mask), (DECIDED, told_decision)):
-            for site in sites:
-                notes[site.node] = "\n".join(filter(None, (notes.get(site.node), tell(site))))
+            for site, node in zip(sites, nodes, strict=True):
+                notes[node] = "\n".join(filter(None, (notes.get(node), tell(site))))
             for graph in self.graphs:
                 graph.stages.append(Stage(name, now, dict(notes)))
         for graph in self.graphs:
             graph.sites.extend(sites)
+            graph.nodes.extend(nodes)
 
 
 def told_site(site: SiteReport) -> str:

@@ -38,7 +38,7 @@ def _graph(graph: GraphLog) -> Data:
         "why": graph.why,
         "ends": graph.ends,
         "stages": [{"name": stage.name, "nodes": len(stage.graph.nodes)} for stage in graph.stages],
-        "sites": [site.data() for site in graph.sites],
+        "sites": [site.data() | {"node": node} for site, node in zip(graph.sites, graph.nodes, strict=True)],
     }
 
 

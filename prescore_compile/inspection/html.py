@@ -76,7 +76,7 @@ def _page(title: str, log: Log, kernels: list[dict[str, Any]], tab: str) -> str:
     data = {
         "title": title,
         "tab": tab,
-        "logs": [{"title": graph.title, "sites": [_site(site) for site in graph.sites]} for graph in log.graphs],
+        "logs": [{"title": graph.title, "sites": [*map(_site, graph.sites, graph.nodes)]} for graph in log.graphs],
         "graphs": graphs,
         "views": views,
         "kernels": _shared(kernels),
@@ -128,9 +128,9 @@ def _graph(graph: Snapshot, strings: _Strings) -> dict[str, Any]:
     }
 
 
-def _site(site: SiteReport) -> dict[str, Any]:
+def _site(site: SiteReport, node: str) -> dict[str, Any]:
     plan = " ".join(f"{key}={value}" for key, value in site.plan.settings().items()) if site.plan else ""
-    return site.data() | {"plan": plan}
+    return site.data() | {"plan": plan, "node": node}
 
 
 def _shared(kernels: list[dict[str, Any]]) -> list[dict[str, Any]]:
