@@ -27,7 +27,6 @@ _OPERATORS = {
         strict=True,
     )
 }
-_DEEPEST = 40
 _LONGEST = 2000
 
 
@@ -68,7 +67,7 @@ class Node:
         if self.op == "output":
             return f"return {self.template}"
         if self.op == "get_attr":
-            return f"{HOLE} = self.{self.target}"
+            return f"{HOLE} = {_path(self.target)}"
         parts = self.template.split(", ", 1)
         if self.op == "call_method":
             return f"{HOLE} = {parts[0]}{self.target}({''.join(parts[1:])})"
@@ -76,7 +75,7 @@ class Node:
             return f"{HOLE} = {parts[0]}[{_subscript(parts[1])}]"
         if self.target in _OPERATORS and len(parts) == 2:
             return f"{HOLE} = {parts[0]} {_OPERATORS[self.target]} {parts[1]}"
-        called = f"self.{self.target}" if self.op == "call_module" else self.target
+        called = _path(self.target) if self.op == "call_module" else self.target
         return f"{HOLE} = {called}({self.template})"
 
 
@@ -138,8 +137,8 @@ def snapshot(graph: Graph) -> Snapshot:
         inputs: list[int] = []
         template = ""
         if node.op != "placeholder":
-            positional = [_render(arg, places, inputs, 0) for arg in node.args]
-            named = [f"{key}={_render(node.kwargs[key], places, inputs, 0)}" for key in sorted(node.kwargs)]
+            positional = [_render(arg, places, inputs) for arg in node.args]
+            named = [f"{key}={_render(node.kwargs[key], places, inputs)}" for key in sorted(node.kwargs)]
             template = ", ".join([*positional, *named])
         source, code = sources(node)
         nodes.append(
@@ -201,25 +200,29 @@ def value_text(value: Any) -> str:
     return "" if value is None else _constant(value)
 
 
-def _render(arg: Any, places: dict[fx.Node, int], inputs: list[int], depth: int) -> str:
+def _render(arg: Any, places: dict[fx.Node, int], inputs: list[int]) -> str:
     def inside(parts: Iterable[Any]) -> str:
-        return ", ".join(_render(part, places, inputs, depth + 1) for part in parts)
+        return ", ".join(_render(part, places, inputs) for part in parts)
 
     if isinstance(arg, fx.Node):
         inputs.append(places[arg])
         return HOLE
-    if depth > _DEEPEST:
-        return "..."
     if isinstance(arg, tuple):
         return f"({inside(arg)}{',' if len(arg) == 1 else ''})"
     if isinstance(arg, list):
         return f"[{inside(arg)}]"
     if isinstance(arg, dict):
-        pairs = (f"{_constant(key)}: {_render(part, places, inputs, depth + 1)}" for key, part in arg.items())
+        pairs = (f"{_constant(key)}: {_render(part, places, inputs)}" for key, part in arg.items())
         return "{" + ", ".join(pairs) + "}"
     if isinstance(arg, slice):
         return f"slice({inside((arg.start, arg.stop, arg.step))})"
     return _constant(arg)
+
+
+def _path(target: str) -> str:
+    """A module's or attribute's path as Python: ``self.layers[0].out``."""
+    parts = target.split(".")
+    return "self" + "".join(f".{p}" if p.isidentifier() else f"[{p}]" if p.isdecimal() else f"[{p!r}]" for p in parts)
 
 
 def _subscript(text: str) -> str:

@@ -7,7 +7,7 @@ Who listens is a context variable, so nothing is recorded, and nothing costs tim
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -62,8 +62,8 @@ class GraphLog:
     def add(self, stage: Stage) -> None:
         """Append a stage that differs from the last one; what is captured is one stage, in its last form."""
         if self.stages and self.stages[-1].name == stage.name == CAPTURED:
-            self.stages[-1] = stage
-        elif not self.stages or self.stages[-1].graph.nodes != stage.graph.nodes:
+            self.stages.pop()
+        if not self.stages or self.stages[-1].graph.nodes != stage.graph.nodes:
             self.stages.append(stage)
 
     @property
@@ -93,7 +93,8 @@ class Log:
 
     graphs: list[GraphLog] = field(default_factory=list)
     every: bool = False
-    _open: dict[Any, tuple[fx.GraphModule, GraphLog]] = field(default_factory=dict, repr=False)
+    _open: dict[Any, GraphLog] = field(default_factory=dict, repr=False)
+    _seen: list[tuple[fx.GraphModule, GraphLog]] = field(default_factory=list, repr=False)
 
     @property
     def report(self) -> Report:
@@ -107,17 +108,16 @@ class Log:
         """
         compiled = compat.compile_id()
         key = (compiled or id(gm), body)
-        known = self._open.get(key)
-        if known is None or (rewrites and any(stage.name == LOWERED for stage in known[1].stages)):
+        graph = self._open.get(key)
+        if graph is None or (rewrites and any(stage.name == LOWERED for stage in graph.stages)):
             name = f"graph {compiled}" if compiled else type(gm).__name__
-            same = sum(graph.name.partition(" #")[0] == name for graph in self.graphs)
+            same = sum(other.name.partition(" #")[0] == name for other in self.graphs)
             name = f"{name} #{same + 1}" if same and not body else name
             function = compat.compiled_function() if compiled else ""
             graph = GraphLog(f"{name}: {body}" if body else name, function, compat.recompile_reason())
-            self._open[key] = gm, graph  # gm is kept, so that no other graph gets its id
+            self._open[key] = graph
             self.graphs.append(graph)
-        graph = self._open[key][1]
-        graph.ends = graph.ends or compat.break_reason(gm)
+        self._seen.append((gm, graph))  # kept, so that no other graph gets its id
         return graph
 
     def run(self, change: Callable[[fx.GraphModule], Any], gm: fx.GraphModule) -> Any:
@@ -137,12 +137,14 @@ class Log:
         """Forget everything."""
         self.graphs.clear()
         self._open.clear()
+        self._seen.clear()
 
     def close(self) -> None:
         """Let go of the graphs; Dynamo has by now said where they end."""
-        for gm, graph in self._open.values():
+        for gm, graph in self._seen:
             graph.ends = graph.ends or compat.break_reason(gm)
         self._open.clear()
+        self._seen.clear()
 
     def __str__(self) -> str:
         lines: list[str] = []
@@ -183,7 +185,8 @@ def observe() -> Iterator[Log]:
     (``gm.recompile()``). To see the graph as it was before a pass changed it, it must have been made
     inside the block, too; else use ``log.run(pass, gm)``.
 
-    Not seen: what runs in another thread (the backward graph that autograd compiles when it is first needed).
+    Not seen: what runs in another thread (the backward graph that autograd compiles when it is first
+    needed). One thread at a time can observe.
     """
     log = Log(every=True)
 
@@ -196,7 +199,8 @@ def observe() -> Iterator[Log]:
                 else:
                     graph.add(Stage(CAPTURED, snapshot(gm)))
 
-    with listening(log), compat.watch_graphs(seen):
+    watched = any(listener.every for listener in _LOGS.get())  # by an observer around this one
+    with listening(log), nullcontext() if watched else compat.watch_graphs(seen):
         yield log
 
 
@@ -217,7 +221,9 @@ class Recorder:
         if self.graphs:
             stage = Stage(name, snapshot(gm))
             for graph in self.graphs:
-                graph.add(stage) if name == CAPTURED else graph.stages.append(stage)
+                if graph.stages and graph.stages[-1].name == name == CAPTURED:
+                    graph.stages.pop()  # seen before it was complete
+                graph.stages.append(stage)
 
     def decided(self, gm: fx.GraphModule, sites: Sequence[SiteReport], nodes: Sequence[str]) -> None:
         """Sites (and the nodes they are), masks, decisions: three stages of a graph that does not change yet."""

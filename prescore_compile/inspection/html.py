@@ -17,7 +17,8 @@ from ..passes.dump import described
 from ..passes.report import SiteReport
 from ..passes.rules import RULES
 from ..passes.snapshot import Snapshot
-from ..passes.stages import GraphLog, Log
+from ..passes.sources import Source
+from ..passes.stages import GraphLog
 
 if TYPE_CHECKING:
     from .inspection import Inspection
@@ -37,18 +38,6 @@ class _Strings:
 
 def page(inspection: Inspection, tab: str = "diff") -> str:
     """The page of an inspection, opened at "diff", "decisions" or "kernels"."""
-    kernels = [
-        {"name": s.name, "language": s.language, "text": s.text, "users": described(s)} for s in inspection.sources
-    ]
-    return _page(inspection.title, inspection.log, kernels, tab)
-
-
-def log_page(log: Log, title: str = "observed graphs") -> str:
-    """The page of what ``observe`` recorded."""
-    return _page(title, log, [], "diff")
-
-
-def _page(title: str, log: Log, kernels: list[dict[str, Any]], tab: str) -> str:
     strings = _Strings()
     graphs: list[dict[str, Any]] = []
     views: list[dict[str, Any]] = []
@@ -60,7 +49,7 @@ def _page(title: str, log: Log, kernels: list[dict[str, Any]], tab: str) -> str:
             graphs.append(_graph(graph, strings))
         return numbers[id(graph)]
 
-    for at, graph in enumerate(log.graphs):
+    for at, graph in enumerate(inspection.log.graphs):
         for name, difference in _views(graph):
             views.append(
                 {
@@ -74,12 +63,14 @@ def _page(title: str, log: Log, kernels: list[dict[str, Any]], tab: str) -> str:
                 }
             )  # fmt: skip
     data = {
-        "title": title,
+        "title": inspection.title,
         "tab": tab,
-        "logs": [{"title": graph.title, "sites": [*map(_site, graph.sites, graph.nodes)]} for graph in log.graphs],
+        "logs": [
+            {"title": graph.title, "sites": [*map(_site, graph.sites, graph.nodes)]} for graph in inspection.log.graphs
+        ],
         "graphs": graphs,
         "views": views,
-        "kernels": _shared(kernels),
+        "kernels": _kernels(inspection.sources),
         "reasons": REASONS,
         "rules": RULES,
         "strings": list(strings.numbers),
@@ -133,10 +124,10 @@ def _site(site: SiteReport, node: str) -> dict[str, Any]:
     return site.data() | {"plan": plan, "node": node}
 
 
-def _shared(kernels: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _kernels(sources: Iterable[Source]) -> list[dict[str, Any]]:
     """A text once, with everybody that runs it."""
     found: dict[tuple[str, str], dict[str, Any]] = {}
-    for kernel in kernels:
-        one = found.setdefault((kernel["name"], kernel["text"]), kernel | {"users": []})
-        one["users"].append(kernel["users"])
+    for s in sources:
+        kernel = {"name": s.name, "language": s.language, "text": s.text, "users": []}
+        found.setdefault((s.name, s.text), kernel)["users"].append(described(s))
     return list(found.values())

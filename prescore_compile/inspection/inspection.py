@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,7 +17,7 @@ from . import text
 
 @dataclass(frozen=True)
 class Inspection:
-    """The graphs of a call, before and after.
+    """The graphs of a call, or of what ``observe`` recorded: ``Inspection("my passes", log)``.
 
     Attributes:
         title: what was looked at. log: every graph with its stages.
@@ -34,6 +35,12 @@ class Inspection:
     def diffs(self) -> list[GraphDiff]:
         """For each graph of the log: what changed from the first to the last stage."""
         return [graph.diff for graph in self.log.graphs]
+
+    def json(self) -> str:
+        """Sites, graphs and their differences."""
+        from . import data
+
+        return json.dumps(data.diff(self), indent=2)
 
     @cached_property
     def sources(self) -> list[Source]:
