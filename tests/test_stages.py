@@ -136,7 +136,7 @@ def test_any_fx_pass_is_observed() -> None:
         "doubled_to_added",
     ] and graph.stages[1].made_by.startswith(f"doubled_to_added ({__file__}:")
     assert [stage.name for stage in graph.stages[2:]] == STAGES
-    assert [d.summary() for d in graph.diffs][0].startswith("1 removed, 1 added")
+    assert next(d.summary() for d in graph.diffs).startswith("1 removed, 1 added")
     assert len(graph.stages) == 8 and "doubled_to_added: 1 removed, 1 added" in str(log)
 
 

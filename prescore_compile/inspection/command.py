@@ -106,7 +106,7 @@ def _write(arguments: argparse.Namespace, inspection: Any) -> None:
     if arguments.out is not None:
         arguments.out.write_text(found + "\n", encoding="utf-8")
         return
-    if arguments.format == "text" and _colour(arguments.color):
+    if arguments.format == "text" and wants_colour(arguments.color):
         from .text import coloured
 
         found = coloured(found)
@@ -127,7 +127,8 @@ def _formatted(arguments: argparse.Namespace, inspection: Any) -> str:
     return dot.dot(inspection) if arguments.format == "dot" else texts[command](inspection)
 
 
-def _colour(choice: str) -> bool:
+def wants_colour(choice: str) -> bool:
+    """Whether text is coloured: ``auto`` is on a terminal, unless NO_COLOR is set (no-color.org)."""
     if choice != "auto":
         return choice == "always"
     return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"

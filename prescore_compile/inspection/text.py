@@ -17,11 +17,17 @@ if TYPE_CHECKING:
 
 Key = TypeVar("Key")
 Value = TypeVar("Value")
+NOTHING = (
+    "no graph was captured: torch.compile runs this call without compiling it, as it does where a graph break is "
+    "inside a loop (TORCH_LOGS=graph_breaks says where)"
+)
 _COLOURS = {"-": "31", "+": "32", "~": "33", ">": "36", "#": "2", "@": "36;1"}
 
 
 def explain(inspection: Inspection) -> str:
     """The report's table, then for each kind of decision the rule or the first condition that failed."""
+    if not inspection.log.graphs:
+        return NOTHING
     report = inspection.report
     lines = [*_titles(inspection), str(report)]
     for heading, groups in (("rewritten", _rules(report.rewritten)), ("kept exact", _misses(report.kept))):
@@ -69,7 +75,7 @@ def diff(inspection: Inspection) -> str:
     lines: list[str] = []
     for graph, difference in zip(inspection.log.graphs, inspection.diffs, strict=True):
         lines += [graph.title, difference.summary(), *_regions(difference), "", *unified(difference), ""]
-    return "\n".join(lines).rstrip() or "no graph was captured"
+    return "\n".join(lines).rstrip() or NOTHING
 
 
 def _regions(difference: GraphDiff) -> list[str]:

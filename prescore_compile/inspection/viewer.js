@@ -444,7 +444,7 @@
   function chips() {
     const counts = new Map();
     sites.forEach((site) => counts.set(site.code_of_reason, (counts.get(site.code_of_reason) || 0) + 1));
-    const chip = (label, count, pressed, toggle, title) => el("button", {class: "chip", "aria-pressed": String(pressed), title: title || "", onclick: () => { toggle(); chips(); table(); }}, label, el("b", {}, String(count)));
+    const chip = (label, count, pressed, toggle, title) => el("button", {class: "chip", "aria-pressed": String(pressed), title: title || "", onclick: () => { toggle(); chips(); table(); }}, label + " ", el("b", {}, String(count)));
     $("chips").replaceChildren(chip("all", sites.length, !chosen.size, () => chosen.clear()),
       ...[...counts].sort((a, b) => b[1] - a[1]).map(([code, count]) => chip(code, count, chosen.has(code),
         () => { if (!chosen.delete(code)) chosen.add(code); }, data.reasons[code])));
