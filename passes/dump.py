@@ -64,7 +64,8 @@ def _kernels(home: Path, sources: Sequence[Source]) -> list[Path]:
 def described(source: Source) -> list[str]:
     """Who runs a kernel, and with what."""
     geometry = " ".join(f"{key}={value}" for key, value in source.geometry.items())
-    return [f"{len(source.sites)} sites: {in_short(source.sites)}", f"  {geometry}"]
+    count = f"{len(source.sites)} site{'' if len(source.sites) == 1 else 's'}"
+    return [f"{count}: {in_short(source.sites)}", f"  {geometry}"]
 
 
 def _fresh(root: Path, name: str) -> Path:

@@ -132,7 +132,9 @@ def snapshot(graph: Graph) -> Snapshot:
         raise TypeError(f"got {name}; allowed: torch.fx.GraphModule, torch.fx.Graph or passes.Snapshot")
     places: dict[fx.Node, int] = {}
     nodes: list[Node] = []
+    # Nodes of one line share a stack trace, nodes of one module a path: each is read once.
     sources = _cached(source_line, lambda node: node.meta.get("stack_trace"))
+    modules = _cached(module_path, _innermost)
     for at, node in enumerate(graph.nodes):
         inputs: list[int] = []
         template = ""
@@ -149,7 +151,7 @@ def snapshot(graph: Graph) -> Snapshot:
                 template,
                 tuple(inputs),
                 value_text(value_of(node)),
-                module_path(node),
+                modules(node),
                 source,
                 code,
                 origins(node),
@@ -160,7 +162,6 @@ def snapshot(graph: Graph) -> Snapshot:
 
 
 def _cached(function: Callable[[fx.Node], Any], key: Callable[[fx.Node], Any]) -> Callable[[fx.Node], Any]:
-    """Nodes of one line share one stack trace: read it once."""
     known: dict[Any, Any] = {}
 
     def found(node: fx.Node) -> Any:
@@ -170,6 +171,11 @@ def _cached(function: Callable[[fx.Node], Any], key: Callable[[fx.Node], Any]) -
         return known[at]
 
     return found
+
+
+def _innermost(node: fx.Node) -> Any:
+    stack = node.meta.get("nn_module_stack")
+    return next(reversed(stack.values()))[0] if stack else None
 
 
 def target_text(node: fx.Node) -> str:
@@ -238,6 +244,8 @@ def _subscript(text: str) -> str:
 
 def _constant(value: Any) -> str:
     """A constant without its address; a hole in it would be taken for an input."""
+    if value is None or isinstance(value, (int, float)):
+        return repr(value)
     if isinstance(value, type) or (callable(value) and hasattr(value, "__qualname__")):
         return f"{value.__module__}.{value.__qualname__}"
     try:

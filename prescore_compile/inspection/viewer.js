@@ -117,7 +117,7 @@
           continue;
         }
         const [graph, at] = this.node(r);
-        const from = graph.source[at] ? graph.source[at] * 65536 + graph.module[at] : -1;
+        const from = graph.source[at] ? [graph.source[at], graph.module[at], graph.code[at]].join() : -1;
         if (from !== last && from !== -1) this.items.push({kind: "from", row: r});
         last = from;
         this.places[r] = this.items.length;
@@ -333,7 +333,7 @@
       ["rule", `${site.rule}: ${data.rules[site.rule] || ""}`, true],
       ["mask", maths(site.mask)],
       ["shape", Object.entries(site.shape).map(([key, value]) => `${key} ${value}`).join(", ")],
-      ["cost", [costs(site.exact_cost), costs(site.prescored_cost)].filter(Boolean).join(" exact → ") + (site.prescored_cost === null ? "" : " prescored")],
+      ["cost", [[site.exact_cost, "exact"], [site.prescored_cost, "prescored"]].filter(([cost]) => cost !== null).map(([cost, name]) => `${costs(cost)} ${name}`).join(" → ")],
       ["density", percent(site.density)],
     ]));
   }
@@ -458,7 +458,7 @@
     if (name === "source") return el("td", {class: kind, title: text}, short(text), el("span", {class: "quiet"}, site.code));
     if (name === "decision") return el("td", {}, el("span", {class: `badge ${site.decision}`, style: "margin:0"}, site.decision));
     if (name === "reason") return el("td", {title: meaning(site)}, text || "—", site.failed ? el("span", {class: "quiet"}, `at ${short(site.failed)}`) : "");
-    if (name === "rule") return el("td", {title: data.rules[text] || ""}, text);
+    if (name === "rule") return el("td", {class: "whole", title: data.rules[text] || ""}, text);
     if (name === "mask") return el("td", {}, maths(text));
     if (name === "density") return el("td", {class: kind}, text === null ? "—" : [el("span", {class: "gauge"}, el("i", {style: `width:${Math.min(100, 100 * text).toFixed(1)}%`})), percent(text)]);
     if (name === "exact" || name === "prescored") return el("td", {class: kind}, costs(text) || "—");
