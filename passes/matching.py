@@ -27,10 +27,9 @@ def matching(before: Snapshot, after: Snapshot) -> Pairs:
 
     Swapping the graphs gives the inverse: both ways the same one is taken first.
     """
-    mine, theirs = (tuple((n.label, n.inputs) for n in graph.nodes) for graph in (before, after))
-    if mine == theirs:
-        return {at: at for at in range(len(mine))}
-    if mine > theirs:
+    if before.same(after):
+        return {at: at for at in range(len(before.nodes))}
+    if before.shape > after.shape:
         return dict(sorted((b, a) for a, b in _Matching(after, before).run().items()))
     return dict(sorted(_Matching(before, after).run().items()))
 

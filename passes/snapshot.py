@@ -102,6 +102,15 @@ class Snapshot:
                 found[source].append((at, slot))
         return tuple(tuple(users) for users in found)
 
+    def same(self, other: Snapshot) -> bool:
+        """Whether the graphs are equal but for names, node by node."""
+        return self.shape == other.shape
+
+    @cached_property
+    def shape(self) -> tuple[tuple[tuple[str, str, str], tuple[int, ...]], ...]:
+        """Each node's label and inputs: all that a comparison looks at."""
+        return tuple((node.label, node.inputs) for node in self.nodes)
+
     def dag(self) -> networkx.MultiDiGraph:
         """The dataflow: nodes are places in the graph (with the ``Node`` as "node"), edges have a "slot"."""
         graph = networkx.MultiDiGraph()

@@ -60,10 +60,13 @@ class GraphLog:
     nodes: list[str] = field(default_factory=list)
 
     def add(self, stage: Stage) -> None:
-        """Append a stage that differs from the last one; what is captured is one stage, in its last form."""
+        """Append a stage that is not just the last one with other names.
+
+        What is captured is one stage, in its last form.
+        """
         if self.stages and self.stages[-1].name == stage.name == CAPTURED:
             self.stages.pop()
-        if not self.stages or self.stages[-1].graph.nodes != stage.graph.nodes:
+        if not self.stages or not self.stages[-1].graph.same(stage.graph):
             self.stages.append(stage)
 
     @property
@@ -193,11 +196,11 @@ def observe() -> Iterator[Log]:
     def seen(gm: fx.GraphModule, made_by: str) -> None:
         for listener in _LOGS.get():
             if listener.every:
-                graph = listener.graph(gm)
-                if made_by:
-                    graph.add(Stage(made_by.partition(" (")[0], snapshot(gm), made_by=made_by))
-                else:
-                    graph.add(Stage(CAPTURED, snapshot(gm)))
+                graph, now = listener.graph(gm), snapshot(gm)
+                name = made_by.partition(" (")[0] or CAPTURED
+                # While it compiles a graph, a backend traces others, which have no line of the user's: its patterns.
+                if not graph.stages or not compat.compile_id() or any(node.source for node in now.nodes):
+                    graph.add(Stage(name, now, made_by=made_by))
 
     watched = any(listener.every for listener in _LOGS.get())  # by an observer around this one
     with listening(log), nullcontext() if watched else compat.watch_graphs(seen):

@@ -95,7 +95,7 @@ def _views(graph: GraphLog) -> Iterable[tuple[str, GraphDiff]]:
         return
     first, last = graph.stages[0], graph.stages[-1]
     yield f"{first.name} → {last.name}", graph.diff
-    pairs = [(a, b) for a, b in zip(graph.stages, graph.stages[1:], strict=False) if a.graph.nodes != b.graph.nodes]
+    pairs = [(a, b) for a, b in zip(graph.stages, graph.stages[1:], strict=False) if not a.graph.same(b.graph)]
     if len(pairs) > 1:
         yield from ((f"{a.name} → {b.name}", diff(a.graph, b.graph)) for a, b in pairs)
 
