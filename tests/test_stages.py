@@ -84,6 +84,17 @@ def test_rules_and_near_misses_name_the_users_line(log: Log) -> None:
     assert all(region.source == rewritten.source and region.removed for region in made)
 
 
+def test_a_near_miss_of_hand_written_attention_names_the_operators_line() -> None:
+    def model(x: torch.Tensor) -> torch.Tensor:
+        logits = x @ x.mT * 0.3
+        logits = torch.sin(logits)  # what is not understood
+        return logits.softmax(-1) @ x
+
+    (site,) = graph_diff(model, torch.randn(1, 2, 40, 8), config=Config(**OPTIONS)).report.sites
+    assert site.reason == "unsupported_logits: sin" and site.rule == "softmax_between_products"
+    assert site.failed.startswith(f"{__file__}:{line_of('# what is not understood')}: logits = torch.sin(logits)")
+
+
 def test_the_dump_tells_graphs_apart_and_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PRESCORE_DUMP", str(tmp_path / "all"))
     compiled = torch.compile(broken, backend="prescore", options=OPTIONS)
