@@ -174,7 +174,8 @@ class _Matching:
                 if node.op == "placeholder":
                     key = self._seed(side, at)
                 else:
-                    key = ("down", self.labels[side][at], *map(keys.__getitem__, node.inputs))
+                    # Half-way through a pass, a graph may read what comes later.
+                    key = ("down", self.labels[side][at], *(keys[i] if i < at else -1 for i in node.inputs))
                 keys.append(self._id(key))
             found.append(keys)
         return found

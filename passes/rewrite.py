@@ -21,7 +21,7 @@ from .find import add_missing_shapes, find
 from .report import Report
 from .sdpa import fused_call
 from .site import Coordinates
-from .stages import CAPTURED, INSERTED, LOWERED, Recorder, recording
+from .stages import CAPTURED, INSERTED, Recorder, recording
 
 _SUMMARY_OUTPUTS = ("order", "mean", "spread", "bias", "row_index", "row_owner", "row_key", "row_value", "row_bias")
 
@@ -78,7 +78,7 @@ def _rewrite(
             restore(gm.graph, expansion)
     gm.graph.lint()
     gm.recompile()
-    recorder.stage(LOWERED, gm)
+    recorder.done(gm)
     return gm, report
 
 

@@ -139,12 +139,12 @@ def snapshot(graph: Graph) -> Snapshot:
         graph = graph.graph
     if not isinstance(graph, fx.Graph):
         raise TypeError(f"got {name}; allowed: torch.fx.GraphModule, torch.fx.Graph or passes.Snapshot")
-    places: dict[fx.Node, int] = {}
+    places = {node: at for at, node in enumerate(graph.nodes)}
     nodes: list[Node] = []
     # Nodes of one line share a stack trace, nodes of one module a path: each is read once.
     sources = _cached(source_line, lambda node: node.meta.get("stack_trace"))
     modules = _cached(module_path, _innermost)
-    for at, node in enumerate(graph.nodes):
+    for node in places:
         inputs: list[int] = []
         template = ""
         if node.op != "placeholder":
@@ -166,7 +166,6 @@ def snapshot(graph: Graph) -> Snapshot:
                 origins(node),
             )
         )
-        places[node] = at
     return Snapshot(name, tuple(nodes))
 
 
@@ -220,6 +219,8 @@ def _render(arg: Any, places: dict[fx.Node, int], inputs: list[int]) -> str:
         return ", ".join(_render(part, places, inputs) for part in parts)
 
     if isinstance(arg, fx.Node):
+        if arg not in places:
+            return f"<{arg.name} of another graph>"
         inputs.append(places[arg])
         return HOLE
     if isinstance(arg, tuple):
@@ -256,7 +257,7 @@ def _constant(value: Any) -> str:
     if value is None or isinstance(value, (int, float)):
         return repr(value)
     if isinstance(value, type) or (callable(value) and hasattr(value, "__qualname__")):
-        return f"{value.__module__}.{value.__qualname__}"
+        return f"{getattr(value, '__module__', None) or 'builtins'}.{value.__qualname__}"
     try:
         text = repr(value)
     except Exception as error:

@@ -131,10 +131,22 @@ class Log:
         """
         graph = self.graph(gm)
         graph.add(Stage("before", snapshot(gm)))
-        result = change(gm)
+        every, self.every = self.every, False  # what happens inside is one step
+        try:
+            result = change(gm)
+        finally:
+            self.every = every
         after = result if isinstance(result, (fx.GraphModule, fx.Graph)) else gm
+        if isinstance(after, fx.GraphModule):
+            self.follow(after, graph)
         graph.add(Stage(getattr(change, "__name__", type(change).__name__), snapshot(after)))
         return result
+
+    def follow(self, gm: fx.GraphModule, graph: GraphLog) -> None:
+        """What happens to ``gm`` from now on has happened to ``graph``, which it was made from."""
+        if not compat.compile_id():
+            self._open[id(gm), ""] = graph
+            self._seen.append((gm, graph))
 
     def clear(self) -> None:
         """Forget everything."""
@@ -227,6 +239,12 @@ class Recorder:
                 if graph.stages and graph.stages[-1].name == name == CAPTURED:
                     graph.stages.pop()  # seen before it was complete
                 graph.stages.append(stage)
+
+    def done(self, gm: fx.GraphModule) -> None:
+        """The last stage; ``gm`` is what became of the graph."""
+        self.stage(LOWERED, gm)
+        for log, graph in zip(self.logs, self.graphs, strict=True):
+            log.follow(gm, graph)
 
     def decided(self, gm: fx.GraphModule, sites: Sequence[SiteReport], nodes: Sequence[str]) -> None:
         """Sites (and the nodes they are), masks, decisions: three stages of a graph that does not change yet."""

@@ -187,6 +187,15 @@ def test_arguments_of_every_kind() -> None:
     assert not diff(graph, copied(graph))
 
 
+def test_a_graph_in_the_middle_of_a_pass() -> None:
+    """It reads what comes later, and a node of another graph."""
+    graph = layers(2)
+    nodes = list(graph.nodes)
+    nodes[1].args = (nodes[4], linear(lambda g, x, y: x).output_node().args[0])
+    difference = diff(graph, layers(2))
+    assert "<x of another graph>" in str(difference) and diff(layers(2), graph).added == difference.removed
+
+
 def test_what_is_not_a_graph() -> None:
     with pytest.raises(TypeError, match=r"got Linear; allowed: torch\.fx\.GraphModule"):
         diff(torch.nn.Linear(2, 2), fx.Graph())  # type: ignore[arg-type]

@@ -155,8 +155,12 @@ def test_a_pass_on_a_graph_that_was_there_before() -> None:
     gm = fx.symbolic_trace(lambda x: x * 2)
     with observe() as log:
         assert log.run(doubled_to_added, gm) is None
+        new = log.run(lambda gm: fx.Transformer(gm).transform(), gm)
+        new.graph.find_nodes(op="call_function", target=operator.add)[0].target = operator.sub
+        new.recompile()
     (graph,) = log.graphs
-    assert [stage.name for stage in graph.stages] == ["before", "doubled_to_added"] and graph.diff
+    names = [stage.name for stage in graph.stages]
+    assert names == ["before", "doubled_to_added", "test_a_pass_on_a_graph_that_was_there_before"] and graph.diff
 
 
 def test_any_backend_is_observed_and_everything_is_put_back() -> None:
