@@ -35,7 +35,7 @@ def dump(log: Log, folder: str | Path) -> list[Path]:
         home = _fresh(root, _file_name(graph.name))
         for at, stage in enumerate(graph.stages):
             written.append(home / f"{at}_{_file_name(stage.name)}.py")
-            written[-1].write_text(printed(graph, stage), encoding="utf-8")
+            written[-1].write_text(printed(graph, stage), encoding="utf-8", errors="backslashreplace")
         sources = sources_of(Report(graph.sites))
         if sources:
             written += _kernels(home / f"{len(graph.stages)}_{_file_name(GENERATED)}", sources)

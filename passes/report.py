@@ -80,7 +80,7 @@ class Report:
 def _row(site: SiteReport) -> dict[str, Any]:
     shape = site.shape
     return {
-        "module": site.module or "-",
+        "module": _tail(site.module) or "-",
         "source": "/".join(site.source.rsplit("/", 2)[-2:]),
         "decision": site.decision,
         "reason": site.reason or "-",
@@ -91,6 +91,12 @@ def _row(site: SiteReport) -> dict[str, Any]:
         "prescored": _giga(site.prescored_cost),
         "density": "-" if site.density is None else f"{100 * site.density:.1f}%",
     }
+
+
+def _tail(path: str) -> str:
+    """A path of any length as one cell of a table."""
+    line = " ".join(path.split())
+    return line if len(line) <= 80 else "..." + line[-77:]
 
 
 def _giga(cost: int | None) -> str:

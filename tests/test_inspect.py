@@ -53,6 +53,10 @@ def broken():
     raise KeyError("no weights")
 
 
+def stops():
+    raise SystemExit(7)
+
+
 def wrong():
     return 3
 
@@ -159,6 +163,7 @@ WRONG = {
 }
 FAILED = {
     "{file}:broken": "broken() raised KeyError: 'no weights' at {file}:",
+    "{file}:stops": "stops() raised SystemExit: 7",
     "{file}:raises": "the model raised ValueError: only for squares at {file}:",
     "{bad}:make": "importing it raised SyntaxError",
 }

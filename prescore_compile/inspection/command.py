@@ -80,7 +80,7 @@ def _inspect(arguments: argparse.Namespace) -> Any:
     target = load(arguments.target, arguments.seq_len)
     try:
         log = stages(target.model, target.args, target.kwargs, config, arguments.dynamic or None)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise TargetFailed(f"{arguments.target}: the model raised {told(error)}") from error
     return Inspection(target.title, log)
 
@@ -104,7 +104,7 @@ def _write(arguments: argparse.Namespace, inspection: Any) -> None:
         return
     found = _formatted(arguments, inspection)
     if arguments.out is not None:
-        arguments.out.write_text(found + "\n", encoding="utf-8")
+        arguments.out.write_text(found + "\n", encoding="utf-8", errors="backslashreplace")
         return
     if arguments.format == "text" and wants_colour(arguments.color):
         from .text import coloured

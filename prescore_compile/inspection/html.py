@@ -39,36 +39,31 @@ class _Strings:
 def page(inspection: Inspection, tab: str = "diff") -> str:
     """The page of an inspection, opened at "diff", "decisions" or "kernels"."""
     strings = _Strings()
-    graphs: list[dict[str, Any]] = []
-    views: list[dict[str, Any]] = []
-    numbers: dict[int, int] = {}
+    graphs: dict[int, tuple[int, dict[str, Any]]] = {}  # by identity: steps share their graphs
 
     def number(graph: Snapshot) -> int:
-        if id(graph) not in numbers:
-            numbers[id(graph)] = len(graphs)
-            graphs.append(_graph(graph, strings))
-        return numbers[id(graph)]
+        if id(graph) not in graphs:
+            graphs[id(graph)] = len(graphs), _graph(graph, strings)
+        return graphs[id(graph)][0]
 
-    for at, graph in enumerate(inspection.log.graphs):
-        for name, difference in _views(graph):
-            views.append(
-                {
-                    "graph": at,
-                    "name": name,
-                    "summary": difference.summary(),
-                    "before": number(difference.before),
-                    "after": number(difference.after),
-                    "rows": [x for row in difference.rows for x in (_place(row.before), _place(row.after),
-                                                                    _CHANGES.index(row.change))],
-                }
-            )  # fmt: skip
+    logs = inspection.log.graphs
+    views = [
+        {
+            "graph": at,
+            "name": name,
+            "summary": difference.summary(),
+            "before": number(difference.before),
+            "after": number(difference.after),
+            "rows": list(_rows(difference)),
+        }
+        for at, (graph, whole) in enumerate(zip(logs, inspection.diffs, strict=True))
+        for name, difference in _views(graph, whole)
+    ]
     data = {
         "title": inspection.title,
         "tab": tab,
-        "logs": [
-            {"title": graph.title, "sites": [*map(_site, graph.sites, graph.nodes)]} for graph in inspection.log.graphs
-        ],
-        "graphs": graphs,
+        "logs": [{"title": graph.title, "sites": [*map(_site, graph.sites, graph.nodes)]} for graph in logs],
+        "graphs": [columns for _, columns in graphs.values()],
         "views": views,
         "kernels": _kernels(inspection.sources),
         "reasons": REASONS,
@@ -89,19 +84,20 @@ def _filled(data: str) -> str:
     return head + data + tail
 
 
-def _views(graph: GraphLog) -> Iterable[tuple[str, GraphDiff]]:
+def _views(graph: GraphLog, whole: GraphDiff) -> Iterable[tuple[str, GraphDiff]]:
     """The whole, then each step that changed something, where there are several."""
-    if not graph.stages:
-        return
-    first, last = graph.stages[0], graph.stages[-1]
-    yield f"{first.name} → {last.name}", graph.diff
+    yield f"{graph.stages[0].name} → {graph.stages[-1].name}", whole
     pairs = [(a, b) for a, b in zip(graph.stages, graph.stages[1:], strict=False) if not a.graph.same(b.graph)]
     if len(pairs) > 1:
         yield from ((f"{a.name} → {b.name}", diff(a.graph, b.graph)) for a, b in pairs)
 
 
-def _place(at: int | None) -> int:
-    return -1 if at is None else at
+def _rows(difference: GraphDiff) -> Iterable[int]:
+    """Place before, place after, change; -1 for no place."""
+    for row in difference.rows:
+        yield -1 if row.before is None else row.before
+        yield -1 if row.after is None else row.after
+        yield _CHANGES.index(row.change)
 
 
 def _graph(graph: Snapshot, strings: _Strings) -> dict[str, Any]:

@@ -55,7 +55,7 @@ def load(text: str, seq_len: int) -> Target:
     function = _function(path, name)
     try:
         returned = function()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise TargetFailed(f"{text}: {name}() raised {told(error)}") from error
     return _target(text, returned)
 
