@@ -67,7 +67,7 @@
         const site = this.site(r);
         if (site) this.siteRows.set(site.node, r);
       }
-      this.folds = this.findFolds();
+      this.folds = this.changes.length || this.siteRows.size ? this.findFolds() : [];
       this.lay();
     }
     left(r) { return this.rows[3 * r]; }
@@ -376,6 +376,9 @@
     view = viewOf(at);
     $("view").value = String(at);
     $("summary").textContent = view.summary;
+    const title = data.logs[view.graph].title;
+    $("graph").textContent = title;
+    $("graph").hidden = data.logs.length < 2 && !title.includes("; ");
     $("left").textContent = `${view.name.split(" → ")[0]}, ${view.before.length} nodes`;
     $("right").textContent = `${view.name.split(" → ")[1]}, ${view.after.length} nodes`;
     selected = -1;
@@ -455,6 +458,7 @@
   }
   function shownCell(site, [name, value, kind]) {
     const text = value(site);
+    if (name === "module") return el("td", {class: kind}, el("div", {class: "clip", title: text}, text));
     if (name === "source") return el("td", {class: kind, title: text}, short(text), el("span", {class: "quiet"}, site.code));
     if (name === "decision") return el("td", {}, el("span", {class: `badge ${site.decision}`, style: "margin:0"}, site.decision));
     if (name === "reason") return el("td", {title: meaning(site)}, text || "—", site.failed ? el("span", {class: "quiet"}, `at ${short(site.failed)}`) : "");
@@ -481,7 +485,7 @@
     $("body").replaceChildren(...rows.slice(0, MOST).map((site) => el("tr", {tabindex: "0", onclick: () => go(site), onkeydown: (e) => { if (e.key === "Enter") go(site); }},
       COLUMNS.map((column) => shownCell(site, column)))),
       ...(rows.length > MOST ? [el("tr", {}, el("td", {colspan: COLUMNS.length, class: "empty"}, `and ${rows.length - MOST} more: narrow the search`))] : []),
-      ...(rows.length ? [] : [el("tr", {}, el("td", {colspan: COLUMNS.length, class: "empty"}, sites.length ? "No site is like that." : "No attention was found."))]));
+      ...(rows.length ? [] : [el("tr", {}, el("td", {colspan: COLUMNS.length, class: "empty"}, sites.length ? "No site is like that." : "No attention was found, or none was asked for."))]));
   }
 
   // Kernels.
@@ -574,7 +578,8 @@
   head();
   table();
   document.documentElement.dataset.theme = matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light";
-  if (data.views.length) choose(0);
+  const first = data.views.findIndex((raw) => !/^0 removed, 0 added, 0 rewired/.test(raw.summary));
+  if (data.views.length) choose(Math.max(0, first));
   else $("scroller").append(el("p", {class: "empty"}, "No graph was captured."));
   tab(TABS.includes(location.hash.slice(1)) ? location.hash.slice(1) : data.tab);
   new ResizeObserver(() => { if (view && !$("diff").hidden) { drawMap(); draw(); } }).observe(scroller);
