@@ -463,7 +463,7 @@
     if (name === "decision") return el("td", {}, el("span", {class: `badge ${site.decision}`, style: "margin:0"}, site.decision));
     if (name === "reason") return el("td", {title: meaning(site)}, text || "—", site.failed ? el("span", {class: "quiet"}, `at ${short(site.failed)}`) : "");
     if (name === "rule") return el("td", {class: "whole", title: data.rules[text] || ""}, text);
-    if (name === "mask") return el("td", {}, maths(text));
+    if (name === "mask") return el("td", {class: text.length < 40 ? "whole" : ""}, maths(text));
     if (name === "density") return el("td", {class: kind}, text === null ? "—" : [el("span", {class: "gauge"}, el("i", {style: `width:${Math.min(100, 100 * text).toFixed(1)}%`})), percent(text)]);
     if (name === "exact" || name === "prescored") return el("td", {class: kind}, costs(text) || "—");
     return el("td", {class: kind}, String(text));
