@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from torch import fx
 from torch._dynamo import lookup_backend
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from .kernels.plan import OptionError
 from .passes import Config, Report, rewrite
@@ -113,7 +114,7 @@ def stages(
             torch.compile(call, backend=capture, dynamic=dynamic, fullgraph=True)(model, args, kwargs)
         except _Captured:
             pass
-        except torch._dynamo.exc.TorchDynamoException:
+        except (torch._dynamo.exc.TorchDynamoException, GuardOnDataDependentSymNode):
             log.clear()
             with many_recompiles():
                 torch.compile(call, backend=capture_and_run, dynamic=dynamic)(model, args, kwargs)
