@@ -1,10 +1,25 @@
 """Graph work: find sites, lift masks, decide, insert. Usable alone on any GraphModule."""
 
 from .config import Config
+from .diff import GraphDiff, diff
 from .find import find
 from .reasons import REASONS
 from .report import Report, SiteReport
 from .rewrite import rewrite
 from .site import Attention, Site
+from .snapshot import Snapshot, snapshot
 
-__all__ = ["REASONS", "Attention", "Config", "Report", "Site", "SiteReport", "find", "rewrite"]
+__all__ = [
+    "REASONS",
+    "Attention",
+    "Config",
+    "GraphDiff",
+    "Report",
+    "Site",
+    "SiteReport",
+    "Snapshot",
+    "diff",
+    "find",
+    "rewrite",
+    "snapshot",
+]

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 import sympy
 import torch
 from torch import fx
-from torch._guards import detect_fake_mode
+from torch._dynamo.utils import get_metrics_context
+from torch._guards import CompileContext, TracingContext, detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+from torch.fx.traceback import NodeSource, NodeSourceAction
 
 OUTSIDE = "prescore_outside"
 """Key of ``node.meta``: what a placeholder of a body is called with, a node of the graph around it."""
@@ -121,3 +127,100 @@ def source_line(node: fx.Node) -> tuple[str, str]:
         return "", ""
     file, line, code = frames[-1]
     return f"{file}:{line}", code.strip()
+
+
+def origins(node: fx.Node) -> tuple[str, ...]:
+    """What a node was made from, nearest first: ``name (by rule)``, from FX's ``from_node``."""
+    found: list[str] = []
+    sources = node.meta.get("from_node") or []
+    while sources and len(found) < 8:
+        source = sources[-1]
+        by = f" (by {source.pass_name})" if source.pass_name else ""
+        found.append(f"{source.name}{by}")
+        sources = source.from_node
+    return tuple(found)
+
+
+def made_from(node: fx.Node, origin: fx.Node, rule: str) -> None:
+    """Note that ``rule`` made ``node`` from ``origin``, as FX's own passes do."""
+    node.meta["from_node"] = [NodeSource(origin, rule, NodeSourceAction.CREATE)]
+
+
+def compile_id() -> str:
+    """Which compile of Dynamo is under way: ``frame/recompile`` as in its logs; "" outside of one."""
+    found = CompileContext.current_compile_id()
+    return "" if found is None else str(found)
+
+
+def compiled_function() -> str:
+    """``name (file:line)`` of the function that Dynamo compiles; "" outside of a compile."""
+    codes = TracingContext.get_traced_code() if TracingContext.try_get() else None
+    return f"{codes[0].co_name} ({codes[0].co_filename}:{codes[0].co_firstlineno})" if codes else ""
+
+
+def recompile_reason() -> str:
+    """The guard that failed, where the compile under way is a recompile; else ""."""
+    metrics = getattr(get_metrics_context(), "_metrics", {}) if compile_id() else {}
+    return str(metrics.get("recompile_reason") or "")
+
+
+def break_reason(gm: fx.GraphModule) -> str:
+    """Why Dynamo ended the graph here, and the user's line; "" where it is the last one."""
+    reason = getattr(gm, "compile_subgraph_reason", None)
+    if reason is None or not getattr(reason, "graph_break", False):
+        return ""
+    frames = [f"{frame.filename}:{frame.lineno}" for frame in reason.user_stack]
+    first = reason.reason.strip().splitlines()
+    return f"{first[0] if first else 'graph break'}{f' at {frames[-1]}' if frames else ''}"
+
+
+@contextmanager
+def watch_graphs(seen: Callable[[fx.GraphModule, str], None]) -> Iterator[None]:
+    """Call ``seen(gm, made_by)`` whenever a graph's code is asked for, as a pass must do after it changed
+    a graph, and as happens to every new graph. ``made_by``: ``function (file:line)``; "" for Dynamo's capture.
+    """
+    eager, lazy = fx.GraphModule.recompile, _LazyGraphModule.__dict__["recompile"]
+
+    def recompile(self: fx.GraphModule) -> Any:
+        code = eager(self)
+        if not isinstance(self, _LazyGraphModule):  # one of these is made when it is needed, and was seen before
+            seen(self, _maker())
+        return code
+
+    def recompile_lazily(self: fx.GraphModule) -> None:
+        lazy.__func__(type(self))
+        seen(self, _maker())
+
+    try:
+        fx.GraphModule.recompile = recompile  # type: ignore[method-assign]
+        _LazyGraphModule.recompile = recompile_lazily  # type: ignore[method-assign,assignment]
+        yield
+    finally:
+        fx.GraphModule.recompile = eager  # type: ignore[method-assign]
+        _LazyGraphModule.recompile = lazy  # type: ignore[method-assign]
+
+
+_PLUMBING = (
+    "torch.fx",
+    "torch.nn",
+    "torch._dynamo.eval_frame",
+    "torch._compile",
+    "torch.utils",
+    "contextlib",
+    __name__,
+)
+
+
+def _maker() -> str:
+    """The function outside of torch's plumbing that asked for a graph's code."""
+    frame = sys._getframe(2)
+    while frame.f_back is not None and _is_plumbing(frame):
+        frame = frame.f_back
+    if frame.f_globals.get("__name__") == "torch._dynamo.output_graph":
+        return ""
+    return f"{frame.f_code.co_name} ({frame.f_code.co_filename}:{frame.f_lineno})"
+
+
+def _is_plumbing(frame: FrameType) -> bool:
+    module = str(frame.f_globals.get("__name__", ""))
+    return module.startswith(_PLUMBING) or frame.f_code.co_name in ("<lambda>", "inner", "wrapper")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
@@ -25,6 +26,7 @@ class Config(Plan):
         include: globs over module paths; a site whose path matches none runs exact.
         exclude: globs over module paths; a site whose path matches one runs exact.
         only_if_faster: keep sites exact where the cost model expects no gain.
+        dump: folder to write every stage of every graph to, as Python; also ``PRESCORE_DUMP=folder``.
 
     Raises:
         OptionError: naming the setting, what was got and what is allowed.
@@ -35,6 +37,7 @@ class Config(Plan):
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
     only_if_faster: bool = True
+    dump: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -43,6 +46,10 @@ class Config(Plan):
             raise OptionError("inner", self.inner, "one of " + ", ".join(INNER) + ", or a callable")
         if not isinstance(self.only_if_faster, bool):
             raise OptionError("only_if_faster", self.only_if_faster, "a bool")
+        if isinstance(self.dump, os.PathLike):
+            object.__setattr__(self, "dump", os.fspath(self.dump))
+        if self.dump is not None and (not isinstance(self.dump, str) or not self.dump):
+            raise OptionError("dump", self.dump, "a folder's path, or None")
         for key in ("include", "exclude"):
             value = getattr(self, key)
             if not isinstance(value, (list, tuple)) or not all(isinstance(glob, str) for glob in value):

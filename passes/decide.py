@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from .compat import hint, known_equal, value_of
 from .config import Config
 from .masks import Mask, lift
 from .report import SiteReport
+from .rules import failed_at, rule_of
 from .site import Attention, Site
 
 MAX_HEAD_DIM = 256
@@ -114,6 +116,16 @@ def _shape(attention: Attention, causal: bool) -> cost.Shape:
     )
 
 
+@functools.cache
+def _costs(shape: cost.Shape, plan: Plan | None, length: int) -> tuple[int, int | None, float | None]:
+    """Exact and prescored multiply-adds, and the density: the same for all layers of a model."""
+    exact = round(cost.at(cost.exact_cost(shape), length))
+    if plan is None:
+        return exact, None, None
+    prescored = round(cost.at(cost.prescored_cost(shape, plan), length))
+    return exact, prescored, cost.at(cost.density(plan, shape.causal), length)
+
+
 def describe(decision: Decision, kind: str) -> SiteReport:
     """The decision as data, with its costs at the sizes compiled for."""
     site, plan, attention = decision.site, decision.plan, decision.site.attention
@@ -127,10 +139,7 @@ def describe(decision: Decision, kind: str) -> SiteReport:
         named["head_dim"] = (a.d,)
         sizes = {name: str(a.size(*coordinates)) for name, coordinates in named.items()}
         shape, length = _shape(a, decision.mask.causal), hint(a.size(a.k))
-        exact = round(cost.at(cost.exact_cost(shape), length))
-        if plan is not None and length:
-            prescored = round(cost.at(cost.prescored_cost(shape, plan), length))
-            share = cost.at(cost.density(plan, shape.causal), length)
+        exact, prescored, share = _costs(shape, plan if length else None, length)
     return SiteReport(
         module=site.module,
         source=site.source,
@@ -144,4 +153,6 @@ def describe(decision: Decision, kind: str) -> SiteReport:
         exact_cost=exact,
         prescored_cost=prescored,
         density=share,
+        rule=rule_of(site, kind),
+        failed="" if decision.rewrite else failed_at(site, decision.reason),
     )

@@ -27,6 +27,8 @@ class SiteReport:
         exact_cost, prescored_cost: multiply-adds at the sizes compiled for; the latter includes
             scoring and routing, and is None where no plan applies.
         density: attended pairs, routing counted in / exact pairs; None where kept.
+        rule: how it was recognised (rules.RULES). failed: ``file:line: code`` of the first condition that
+            failed, where kept: the mask's line for a mask.
     """
 
     module: str
@@ -41,6 +43,12 @@ class SiteReport:
     exact_cost: int | None
     prescored_cost: int | None
     density: float | None
+    rule: str = ""
+    failed: str = ""
+
+    def data(self) -> dict[str, Any]:
+        """The fields as JSON takes them."""
+        return vars(self) | {"plan": self.plan and self.plan.settings()}
 
 
 @dataclass
@@ -59,8 +67,7 @@ class Report:
 
     def to_json(self) -> str:
         """The report as a JSON object: ``{"sites": [...]}``."""
-        sites = [vars(site) | {"plan": site.plan and site.plan.settings()} for site in self.sites]
-        return json.dumps({"sites": sites}, indent=2)
+        return json.dumps({"sites": [site.data() for site in self.sites]}, indent=2)
 
     def __str__(self) -> str:
         if not self.sites:
@@ -73,7 +80,7 @@ class Report:
 def _row(site: SiteReport) -> dict[str, Any]:
     shape = site.shape
     return {
-        "module": site.module or "-",
+        "module": _tail(site.module) or "-",
         "source": "/".join(site.source.rsplit("/", 2)[-2:]),
         "decision": site.decision,
         "reason": site.reason or "-",
@@ -84,6 +91,12 @@ def _row(site: SiteReport) -> dict[str, Any]:
         "prescored": _giga(site.prescored_cost),
         "density": "-" if site.density is None else f"{100 * site.density:.1f}%",
     }
+
+
+def _tail(path: str) -> str:
+    """A path of any length as one cell of a table."""
+    line = " ".join(path.split())
+    return line if len(line) <= 80 else "..." + line[-77:]
 
 
 def _giga(cost: int | None) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import fx
 
 from ..kernels import ops as _registers_the_operators  # noqa: F401
 from .calls import ASSERTS, PURE, call_of, is_dead
-from .compat import connect, value_of
+from .compat import connect, made_from, value_of
 from .config import Config
 from .decide import Decision, decide, describe
 from .emit import Sizes, canonical, laid_out_as, original
@@ -21,6 +21,7 @@ from .find import add_missing_shapes, bodies, find_here
 from .report import Report
 from .sdpa import fused_call
 from .site import Coordinates
+from .stages import CAPTURED, INSERTED, Recorder, recording
 
 _SUMMARY_OUTPUTS = ("order", "mean", "spread", "bias", "row_index", "row_owner", "row_key", "row_value", "row_bias")
 
@@ -34,25 +35,38 @@ def rewrite(gm: fx.GraphModule, config: Config | None = None, *inputs: Any) -> t
         *inputs: example inputs, needed where the graph's nodes carry no shapes; see ``find``.
 
     Returns:
-        The new graph (the same weights) and what was decided for each site.
+        The new graph (the same weights) and what was decided for each site. Who listens (``observe``) is
+        told each stage.
     """
+    with recording(gm) as recorder:
+        return _rewrite(gm, config or Config(), inputs, recorder)
+
+
+def _rewrite(
+    gm: fx.GraphModule, config: Config, inputs: Sequence[Any], recorder: Recorder
+) -> tuple[fx.GraphModule, Report]:
+    recorder.stage(CAPTURED, gm)
     gm = fx.GraphModule(gm, copy.deepcopy(gm.graph), gm.__class__.__name__)
     inner = Report()
     # The bodies of higher-order operators (activation checkpoints, branches) are graphs of their own.
     for name, child in bodies(gm):
         child = fx.GraphModule(child, copy.deepcopy(child.graph), child.__class__.__name__)
         connect(gm, name, child)
-        body, found = rewrite(child, config)
+        body, found = _rewrite(child, config, (), recorder.body(child, name))
         setattr(gm, name, body)
         inner.sites.extend(found.sites)
     add_missing_shapes(gm, inputs)
     expansions = expand(gm)
     origin = {node: expansion for expansion in expansions for node in expansion.nodes}
-    decisions = [decide(site, config or Config()) for site in find_here(gm)]
-    report = Report([describe(decision, _composite(origin, decision)) for decision in decisions] + inner.sites)
+    decisions = [decide(site, config) for site in find_here(gm)]
+    own = [describe(decision, _composite(origin, decision)) for decision in decisions]
+    report = Report(own + inner.sites)
+    recorder.decided(gm, own, [_captured(origin, decision).name for decision in decisions])
     rewritten = [decision for decision in decisions if decision.rewrite]
-    for decision in rewritten:
-        _insert(gm.graph, decision)
+    for decision, site in zip(decisions, own, strict=True):
+        if decision.rewrite:
+            _insert(gm.graph, decision, site.rule)
+    recorder.stage(INSERTED, gm)
     producers = {node for decision in rewritten for node in decision.mask.producers}
     _drop_dead(gm.graph, [decision.site.output for decision in rewritten], producers)
     used = {id(origin[decision.site.output]) for decision in rewritten if decision.site.output in origin}
@@ -63,6 +77,7 @@ def rewrite(gm: fx.GraphModule, config: Config | None = None, *inputs: Any) -> t
             restore(gm.graph, expansion)
     gm.graph.lint()
     gm.recompile()
+    recorder.done(gm)
     return gm, report
 
 
@@ -71,13 +86,19 @@ def _composite(origin: dict[fx.Node, Expansion], decision: Decision) -> str:
     return composite(found.call) if found else decision.site.kind
 
 
+def _captured(origin: dict[fx.Node, Expansion], decision: Decision) -> fx.Node:
+    """What the site was in the captured graph: its output, or the call that it is inside."""
+    found = origin.get(decision.site.output)
+    return found.call if found else decision.site.output
+
+
 def _drop_call(graph: fx.Graph, expansion: Expansion) -> None:
     for node in (*list(expansion.call.users), expansion.call):
         if not node.users and node.op != "output":
             graph.erase_node(node)
 
 
-def _insert(graph: fx.Graph, decision: Decision) -> None:
+def _insert(graph: fx.Graph, decision: Decision, rule: str) -> None:
     site, plan, attention = decision.site, decision.plan, decision.site.attention
     assert plan is not None and attention is not None
     a, causal, settings = attention, decision.mask.causal, plan.text
@@ -127,6 +148,7 @@ def _insert(graph: fx.Graph, decision: Decision) -> None:
         for kind in ("stack_trace", "nn_module_stack", "source_fn_stack"):
             if kind in site.output.meta:
                 node.meta[kind] = site.output.meta[kind]
+        made_from(node, site.output, rule)
         node = node.next
     for kind in ("example_value", "val", "tensor_meta"):
         if kind in site.output.meta:

@@ -11,7 +11,20 @@ if (_ROOT / "kernels" / "attend.cpp").is_file() and not (_Path(__file__).parent 
 
 from .attention import attention  # noqa: E402
 from .backend import explain, prescore  # noqa: E402
+from .inspection import Inspection, graph_diff  # noqa: E402
 from .passes import Config, Report, SiteReport  # noqa: E402
+from .passes.stages import observe  # noqa: E402
 
 __version__ = "0.1.0"
-__all__ = ["Config", "Report", "SiteReport", "__version__", "attention", "explain", "prescore"]
+__all__ = [
+    "Config",
+    "Inspection",
+    "Report",
+    "SiteReport",
+    "__version__",
+    "attention",
+    "explain",
+    "graph_diff",
+    "observe",
+    "prescore",
+]

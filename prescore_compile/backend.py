@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from types import FunctionType
 from typing import Any, cast
@@ -9,10 +10,13 @@ from typing import Any, cast
 import torch
 from torch import fx
 from torch._dynamo import lookup_backend
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from .kernels.plan import OptionError
 from .passes import Config, Report, rewrite
 from .passes.compat import many_recompiles
+from .passes.dump import dump
+from .passes.stages import Log, listening
 
 Compiled = Callable[..., Any]
 
@@ -34,7 +38,14 @@ def prescore(
         OptionError: an option that does not exist or has a wrong type or value.
     """
     config = Config.from_options(options)
-    gm, _ = rewrite(gm, config)
+    folder = config.dump or os.environ.get("PRESCORE_DUMP")
+    if folder:
+        log = Log()
+        with listening(log):
+            gm, _ = rewrite(gm, config)
+        dump(log, folder)
+    else:
+        gm, _ = rewrite(gm, config)
     return compile_inner(gm, example_inputs, config, mode)
 
 
@@ -60,7 +71,7 @@ class _Captured(Exception):
 def explain(
     model: Callable[..., Any], *args: Any, config: Config | None = None, dynamic: bool | None = None, **kwargs: Any
 ) -> Report:
-    """What ``backend="prescore"`` does to a call ``model(*args, **kwargs)``.
+    """What ``backend="prescore"`` does to a call ``model(*args, **kwargs)``: which sites are rewritten, and why.
 
     A model that is one graph is only captured. One with graph breaks runs (exact, uncompiled), so
     that every graph is seen (what the model changes in itself, it changes), and Dynamo's caches are cleared afterwards.
@@ -72,10 +83,21 @@ def explain(
     Returns:
         The report; ``print`` it for a table, ``.sites`` for the data, ``.to_json()``.
     """
-    reports: list[Report] = []
+    return stages(model, args, kwargs, config, dynamic).report
+
+
+def stages(
+    model: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    config: Config | None = None,
+    dynamic: bool | None = None,
+) -> Log:
+    """The stages of every graph of a call, captured as ``explain`` says; each ends with the rewritten graph."""
+    log = Log()
 
     def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Compiled:
-        reports.append(rewrite(gm, config)[1])
+        rewrite(gm, config)
 
         def stop(*_: Any) -> Any:
             raise _Captured
@@ -83,21 +105,25 @@ def explain(
         return stop
 
     def capture_and_run(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Compiled:
-        reports.append(rewrite(gm, config)[1])
+        rewrite(gm, config)
         return gm.forward
 
     call = _fresh()
-    try:
-        torch.compile(call, backend=capture, dynamic=dynamic, fullgraph=True)(model, args, kwargs)
-    except _Captured:
-        pass
-    except torch._dynamo.exc.TorchDynamoException:
-        reports.clear()
-        with many_recompiles():
-            torch.compile(call, backend=capture_and_run, dynamic=dynamic)(model, args, kwargs)
-        # The model's own code objects were compiled: give their recompiles back.
-        torch._dynamo.reset()
-    return Report([site for report in reports for site in report.sites])
+    with listening(log):
+        try:
+            torch.compile(call, backend=capture, dynamic=dynamic, fullgraph=True)(model, args, kwargs)
+        except _Captured:
+            pass
+        except (torch._dynamo.exc.TorchDynamoException, GuardOnDataDependentSymNode):
+            log.clear()
+            with many_recompiles():
+                torch.compile(call, backend=capture_and_run, dynamic=dynamic)(model, args, kwargs)
+            # The model's own code objects were compiled: give their recompiles back.
+            torch._dynamo.reset()
+    for graph in log.graphs:
+        if graph.function.startswith(f"{_call.__name__} ("):
+            graph.function = ""  # ours, which says nothing
+    return log
 
 
 def _call(self: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:

@@ -8,11 +8,18 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from .inspection import command
+
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code (0 done, 2 wrong usage or missing package)."""
+    """Run the command line.
+
+    Returns:
+        The exit code: 0 done; 2 wrong usage, no such TARGET or a missing package; 3 TARGET's own code raised.
+    """
     parser = argparse.ArgumentParser(prog="prescore", description="Prescored attention for unmodified models.")
     commands = parser.add_subparsers(dest="command", required=True)
+    command.add_to(commands)
     demo = commands.add_parser(
         "demo",
         help="SmolLM2-135M on real text, exact and prescored side by side",
@@ -22,7 +29,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     demo.add_argument("--seq-len", type=int, default=8192, metavar="N", help="tokens of text (default: 8192)")
     demo.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to FILE")
     arguments = parser.parse_args(argv)
-    return _demo(arguments.seq_len, arguments.json)
+    if arguments.command == "demo":
+        return _demo(arguments.seq_len, arguments.json)
+    return command.run(arguments)
 
 
 def _demo(seq_len: int, json_file: Path | None) -> int:

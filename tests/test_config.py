@@ -20,6 +20,7 @@ BAD = {
     "include": ("*attn*", "list or tuple"),
     "exclude": ([1], "list or tuple"),
     "only_if_faster": (1, "a bool"),
+    "dump": (3, "a folder's path"),
 }
 
 
@@ -40,7 +41,7 @@ def test_unknown_options_are_errors() -> None:
 def test_every_field_can_be_set_and_is_frozen() -> None:
     options = dict(
         method="kmeans", chunk=64, window=32, sinks=4, keep=8, centroids=2, cluster=32, routes=0, min_seq_len=1,
-        seed=3, inner="eager", include=["a.*"], exclude=["a.b"], only_if_faster=False,
+        seed=3, inner="eager", include=["a.*"], exclude=["a.b"], only_if_faster=False, dump="stages",
     )  # fmt: skip
     config = Config.from_options(options)
     assert {key: getattr(config, key) for key in options} == options | {"include": ("a.*",), "exclude": ("a.b",)}

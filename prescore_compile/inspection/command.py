@@ -1,0 +1,134 @@
+"""The commands ``prescore explain``, ``diff`` and ``kernels``."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..passes import Config
+
+DONE, WRONG_USAGE, TARGET_FAILED = 0, 2, 3
+FORMATS = {
+    "explain": ("text", "json", "html", "dot", "model-explorer"),
+    "diff": ("text", "json", "html", "dot", "model-explorer"),
+    "kernels": ("text", "json", "html"),
+}
+_HELP = {
+    "explain": "which attentions of a model are rewritten, and why the others are not",
+    "diff": "what is changed in the graph, node by node",
+    "kernels": "the source of the kernels that run",
+}
+_CODES = "exit codes: 0 done; 2 wrong usage or TARGET is not there; 3 TARGET's own code raised"
+
+
+def add_to(commands: Any) -> None:
+    """Add the three commands to an ``argparse`` sub-parser action."""
+    from .target import FORMS
+
+    for name, told in _HELP.items():
+        parser = commands.add_parser(name, help=told, description=f"Print {told}.", epilog=_CODES)
+        parser.add_argument("target", metavar="TARGET", help=FORMS)
+        parser.add_argument("--format", choices=FORMATS[name], default="text", help="default: text")
+        parser.add_argument("--out", type=Path, metavar="PATH", help="write there, not to standard output; "
+                            "model-explorer writes a folder and needs it")  # fmt: skip
+        parser.add_argument("--seq-len", type=int, default=4096, metavar="N",
+                            help="tokens, for a Hugging Face config (default: 4096)")  # fmt: skip
+        parser.add_argument("--set", action="append", default=[], metavar="OPTION=VALUE", dest="options",
+                            help="an option of the backend, as in --set min_seq_len=0; can be repeated")  # fmt: skip
+        parser.add_argument("--dynamic", action="store_true", help="capture with dynamic shapes")
+        parser.add_argument("--color", choices=("auto", "always", "never"), default="auto",
+                            help="colour in text: on a terminal, unless NO_COLOR is set (default: auto)")  # fmt: skip
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run one of the commands; returns the exit code."""
+    from .target import TargetError, TargetFailed
+
+    try:
+        # What the target prints must not end up inside JSON.
+        with contextlib.redirect_stdout(sys.stderr):
+            inspection = _inspect(arguments)
+        _write(arguments, inspection)
+    except BrokenPipeError:  # `prescore diff ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (TargetError, ValueError, OSError) as error:
+        print(f"prescore {arguments.command}: {error}", file=sys.stderr)
+        return WRONG_USAGE
+    except TargetFailed as error:
+        print(f"prescore {arguments.command}: {error}", file=sys.stderr)
+        return TARGET_FAILED
+    return DONE
+
+
+def _inspect(arguments: argparse.Namespace) -> Any:
+    from ..backend import stages
+    from .inspection import Inspection
+    from .target import TargetFailed, load, told
+
+    if arguments.format == "model-explorer" and arguments.out is None:
+        raise ValueError("--format model-explorer: got no --out; allowed: a folder, for two graphs and their mapping")
+    if arguments.seq_len < 1:
+        raise ValueError(f"--seq-len: got {arguments.seq_len}; allowed: 1 or more")
+    config = Config.from_options(dict(_option(text) for text in arguments.options))
+    target = load(arguments.target, arguments.seq_len)
+    try:
+        log = stages(target.model, target.args, target.kwargs, config, arguments.dynamic or None)
+    except (Exception, SystemExit) as error:
+        raise TargetFailed(f"{arguments.target}: the model raised {told(error)}") from error
+    return Inspection(target.title, log)
+
+
+def _option(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise ValueError(f"--set: got {text!r}; allowed: OPTION=VALUE, as in min_seq_len=0")
+    try:
+        return key, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return key, value
+
+
+def _write(arguments: argparse.Namespace, inspection: Any) -> None:
+    if arguments.format == "model-explorer":
+        from . import explorer
+
+        for path in explorer.write(inspection, arguments.out):
+            print(path)
+        return
+    found = _formatted(arguments, inspection)
+    if arguments.out is not None:
+        arguments.out.write_text(found + "\n", encoding="utf-8", errors="backslashreplace")
+        return
+    if arguments.format == "text" and wants_colour(arguments.color):
+        from .text import coloured
+
+        found = coloured(found)
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    print(found, flush=True)
+
+
+def _formatted(arguments: argparse.Namespace, inspection: Any) -> str:
+    from . import data, dot, html, text
+
+    command = arguments.command
+    texts: dict[str, Callable[[Any], str]] = {"explain": text.explain, "diff": text.diff, "kernels": text.kernels}
+    datas: dict[str, Callable[[Any], Any]] = {"explain": data.explain, "diff": data.diff, "kernels": data.kernels}
+    if arguments.format == "json":
+        return json.dumps(datas[command](inspection), indent=2)
+    if arguments.format == "html":
+        return html.page(inspection, {"explain": "decisions"}.get(command, command))
+    return dot.dot(inspection) if arguments.format == "dot" else texts[command](inspection)
+
+
+def wants_colour(choice: str) -> bool:
+    """Whether text is coloured: ``auto`` is on a terminal, unless NO_COLOR is set (no-color.org)."""
+    if choice != "auto":
+        return choice == "always"
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
