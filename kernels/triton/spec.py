@@ -30,6 +30,9 @@ class Lifted:
     loads: tuple[tuple[str, int], ...] = ()
 
 
+NOTHING = Lifted()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Tile:
     """How one program is cut: the kernel options of the table in ``options``.
@@ -69,7 +72,7 @@ class Spec:
     causal: bool
     valid: bool
     routes: bool
-    lifted: Lifted = Lifted()
+    lifted: Lifted = NOTHING
     softcap: float = 0.0
     splits: int = 1
     tile: Tile
