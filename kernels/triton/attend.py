@@ -130,7 +130,7 @@ def attend(
         values |= dict(out_s=parts.stride(0), sums_s=part_sums.stride(0), log_sums=part_sums)
     else:
         values["log_sums"] = sums
-    values |= dict(out=parts) | strides("out", parts[0] if spec.splits > 1 else parts)
+    values |= dict(out=parts) | strides("out", parts.select(0, 0) if spec.splits > 1 else parts)
     tile = spec.tile
     launch(load(attend_source(spec), "attend"), (grid, spec.splits), values, warps=tile.warps, stages=tile.stages)
     if spec.splits > 1:
@@ -250,13 +250,19 @@ def operands(
 
 
 def copies(summary: Summary, plan: Plan, k_len: Any) -> torch.Tensor:
-    """In which segments each key was selected: ``[B, Hkv, Nk]`` int32, bit l for the one of 2^l chunks."""
-    index = summary.row_index[:, :, plan.sinks :].unflatten(2, (-1, plan.rows_per_segment))[..., : plan.keep]
+    """In which segments each key was selected: ``[B, Hkv, Nk + 1]`` int32, bit l for the one of 2^l chunks.
+
+    The last column is where rows without a key go.
+    """
+    # Indexing with [...] would need the device itself, which a fake tensor's machine may not have.
+    rows = summary.row_index
+    index = rows.narrow(2, plan.sinks, rows.shape[2] - plan.sinks).unflatten(2, (-1, plan.rows_per_segment))
+    index = index.narrow(3, 0, plan.keep)
     place = index.long().where(index >= 0, k_len)
     name = torch.arange(1, index.shape[2] + 1, dtype=torch.int32, device=index.device)
-    bit = (name & -name)[:, None].expand_as(index)
+    bit = (name & -name).unsqueeze(1).expand_as(index)
     table = index.new_zeros(*index.shape[:2], k_len + 1)
-    return table.scatter_add(2, place.flatten(2), bit.flatten(2))[..., :k_len].contiguous()
+    return table.scatter_add(2, place.flatten(2), bit.flatten(2))
 
 
 def strides(name: str, tensor: torch.Tensor) -> dict[str, Any]:

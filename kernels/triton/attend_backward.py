@@ -216,7 +216,7 @@ key_tile = tl.load(key_head + at.to(tl.int64)[None, :] * key_n + feature[:, None
 value_tile = tl.load(
     value_head + at.to(tl.int64)[:, None] * value_n + value_feature[None, :], mask=$value_mask, other=0.0
 )
-stands = tl.load(copies + pair * k_len + at, mask=seen, other=0)  #? copies
+stands = tl.load(copies + pair * (k_len + 1) + at, mask=seen, other=0)  #? copies
 first = tl.load(chosen_from + pair * (clusters + 1) + cluster)
 stop = tl.load(chosen_from + pair * (clusters + 1) + cluster + 1)
 """
@@ -362,9 +362,10 @@ def inverse(routes: torch.Tensor, kv_heads: Any, clusters: Any) -> dict[str, Any
     batch, heads, q_len, count = routes.shape
     named = routes.reshape(batch, kv_heads, heads // kv_heads * q_len * count)
     named, by = named.where(named >= 0, clusters).sort(dim=2, stable=True)
-    edges = torch.arange(clusters + 1, dtype=torch.int32, device=routes.device).expand(batch, kv_heads, -1)
-    begins = torch.searchsorted(named, edges.contiguous(), out_int32=True)
-    return dict(chosen_by=(by // max(count, 1)).int(), chosen_from=begins, chosen_total=named.shape[2])
+    edges = named.new_zeros(batch, kv_heads, 1) + torch.arange(clusters + 1, dtype=torch.int32, device=routes.device)
+    begins = torch.searchsorted(named, edges, out_int32=True)
+    chosen = (by // torch.sym_max(count, 1)).to(torch.int32)
+    return dict(chosen_by=chosen, chosen_from=begins, chosen_total=named.shape[2])
 
 
 def d_query_source(spec: Spec) -> str:

@@ -255,7 +255,7 @@ for begin in range($first, count, $routes_step):
     # A key that was selected in the segment that covers it stands in a row.  #? copies
     level = (tl.maximum(at, 0) // CHUNK) ^ finished  #? copies
     $highest
-    stands = tl.load(copies + pair * k_len + at, mask=seen, other=0)  #? copies
+    stands = tl.load(copies + pair * (k_len + 1) + at, mask=seen, other=0)  #? copies
     seen = seen & ((stands & level) == 0)  #? copies
     $words
     $body
