@@ -6,8 +6,8 @@ keys again in the order that the level before left: the chunk comes from memory 
 first-level cache after that, where moving rows between lanes would cost a pass through shared memory
 too. A part's covariance is never made: a step of the power iteration is the two products
 ``centred^T (centred direction)`` of a matrix and a vector, 4 L D flops a level where the covariance
-alone would be 2 L D^2; there is nothing in it for a tensor core. Ranks come from counting: who is
-smaller, or equal and earlier, L^2 comparisons that need no exchange.
+alone would be 2 L D^2; there is nothing in it for a tensor core. A part is ordered by a sorting network on
+numbers of 64 bits: the coordinate, then the place (so that equal keys keep their order), then the key.
 
 A chunk of more than ``CHUNK`` keys, or of more than ``NUMBERS`` numbers, does not fit on chip: it
 takes ``summary.clusters``, whose torch operations are linear in n as well.
@@ -25,15 +25,13 @@ from ..clusters import POWER_ITERATIONS
 from ..layout import chunk_count
 from ..plan import Plan
 from .cache import launch, load
+from .network import NETWORK
 from .render import arguments, fill, source
 from .spec import power_of_two
 
 CHUNK = 256
 NUMBERS = 32768
 """The largest chunk: its keys, and its keys times their features (128 KiB of float32)."""
-NUMBERS_A_WARP = 2048
-"""64 registers a lane for each copy of the chunk, two or three of which are alive at once."""
-
 KERNEL = """
 def cluster(
     $arguments
@@ -111,11 +109,9 @@ along = tl.where(along == 0.0, 0.0, along)
 bits = tl.where(here, along, float("inf")).to(tl.int32, bitcast=True)
 bits = tl.where(bits < 0, bits ^ 2147483647, bits)
 bits = tl.where(here & (along != along), 2147483647, bits)
-smaller = bits[:, None, :] < bits[:, :, None]
-earlier = (bits[:, None, :] == bits[:, :, None]) & (place[None, None, :] < place[None, :, None])
-rank = tl.sum((smaller | earlier).to(tl.int32), 2)
-moved = tl.where(rank[:, :, None] == place[None, None, :], at[:, :, None], 0)
-order = tl.reshape(tl.sum(moved, 1), [CHUNK])
+number = (bits.to(tl.int64) << 32) | (place[None, :] * CHUNK + at % CHUNK)
+number = rising(tl.reshape(number, [$parts] + [2] * $log), $log)
+order = chunk * CHUNK + tl.reshape((number & (CHUNK - 1)).to(tl.int32), [CHUNK])
 """
 
 
@@ -134,9 +130,8 @@ class ClusterSpec:
 
     @property
     def warps(self) -> int:
-        """Of the launch: so many that the chunk fits in their registers."""
-        numbers = self.settings.chunk * tile_of(max(self.dim, self.value_dim))
-        return min(16, max(4, numbers // NUMBERS_A_WARP))
+        """Of the launch: 64 registers a lane for each copy of the largest default chunk, 128 keys of 128 features."""
+        return 8 if self.settings.chunk * tile_of(max(self.dim, self.value_dim)) <= 16384 else 16
 
 
 def fits(plan: Plan, dim: int, value_dim: int) -> bool:
@@ -160,7 +155,7 @@ def cluster_source(spec: ClusterSpec) -> str:
         value_dim=spec.value_dim,
         dim_tile=tile_of(spec.dim),
         value_tile=tile_of(spec.value_dim),
-        chunk=plan.chunk,
+        chunk=plan.chunk,  # a power of two: a cluster is 16, 32 or 64 keys
         cluster=plan.cluster,
         clusters=plan.chunk // plan.cluster,
         sinks=plan.sinks,
@@ -170,11 +165,11 @@ def cluster_source(spec: ClusterSpec) -> str:
     parts["points"] = fill(POINTS, parts)
     levels, part = [], plan.chunk
     while part > plan.cluster:
-        levels.append(fill(LEVEL, parts | {"part": part, "parts": plan.chunk // part}))
+        levels.append(fill(LEVEL, parts | {"part": part, "parts": plan.chunk // part, "log": part.bit_length() - 1}))
         part //= 2
     parts["levels"] = "\n\n".join(levels)
     about = {"plan": spec.plan, "stage": "summarize, the clusters of a chunk"}
-    return source("cluster", about, fill(KERNEL, parts))
+    return source("cluster", about, NETWORK + fill(KERNEL, parts))
 
 
 def clusters(

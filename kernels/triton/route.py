@@ -28,6 +28,7 @@ from ..plan import Plan
 from ..summary import Summary
 from .cache import launch, load
 from .loops import names, precision, tile
+from .network import NETWORK
 from .render import arguments, fill, source
 from .spec import DTYPES, Spec, Tile, power_of_two
 from .union import union
@@ -38,39 +39,6 @@ WARPS = 4
 STAGES = 2
 SORTED = 64
 """The most routes whose scores are kept on chip."""
-
-# Network: places are an axis of twos, so that a step orders all pairs along one of them.
-NETWORK = """
-def exchange(scores, axis: tl.constexpr, turn: tl.constexpr, up: tl.constexpr):
-    # The larger first; the smaller first where `up`, or at the second places along `turn`.
-    axes: tl.constexpr = len(scores.shape)
-    second = tl.reshape(tl.arange(0, 2), [1] * axis + [2] + [1] * (axes - 1 - axis))
-    if turn > 0:
-        second = second ^ tl.reshape(tl.arange(0, 2), [1] * turn + [2] + [1] * (axes - 1 - turn))
-    most = tl.max(scores, axis, keep_dims=True)
-    least = tl.min(scores, axis, keep_dims=True)
-    return tl.where(second == up, most, least)
-
-
-@triton.jit
-def merge(scores, log: tl.constexpr, turn: tl.constexpr, up: tl.constexpr):
-    # Sort runs of 2^log that rise and fall (bitonic).
-    axes: tl.constexpr = len(scores.shape)
-    for i in tl.static_range(log):
-        scores = exchange(scores, axes - log + i, turn, up)
-    return scores
-
-
-@triton.jit
-def rising(scores, log: tl.constexpr):
-    # Sort rows of 2^log, the smallest first.
-    for i in tl.static_range(1, log):
-        scores = merge(scores, i, log - i, 0)
-    return merge(scores, log, 0, 1)
-
-
-@triton.jit
-"""
 
 KERNEL = """
 def route(
@@ -239,7 +207,7 @@ def route_source(spec: Spec, per_chunk: int, listed: bool) -> str:
     sort = plan.routes <= SORTED
     parts["threshold"] = fill(BY_SORTING if sort else BY_BISECTION, parts)
     about = {"plan": spec.plan, "stage": "route, " + ("of listed chunks" if listed else "all of a level")}
-    return source("route", about, (NETWORK if sort else "").lstrip("\n") + fill(KERNEL, parts))
+    return source("route", about, (NETWORK if sort else "") + fill(KERNEL, parts))
 
 
 def route(

@@ -14,7 +14,7 @@ from prescore_compile.kernels.summary import Summary
 from prescore_compile.kernels.triton import clusters as kernel
 
 CASES = {
-    "three levels": (100, Plan(chunk=128, sinks=3), 20),
+    "two levels": (60, Plan(chunk=64, sinks=3), 20),
     "no level": (40, Plan(chunk=16, sinks=0), 8),
     "wide": (150, Plan(chunk=64, sinks=16, cluster=32), 33),
 }
