@@ -180,9 +180,10 @@ logits = tl.where($allowed, logits, float("-inf"))  #? allowed
 # A value that is not finite must not reach the queries that do not attend it, and 0 * NaN is NaN:
 # it becomes a logit that is NaN, which is masked as any other.
 TAINT = """
-finite = tl.abs(value_tile.to(tl.float32)) < float("inf")
+wide_value = value_tile.to(tl.float32)
+finite = tl.abs(wide_value) < float("inf")
 logits = tl.where((tl.min(finite.to(tl.int32), 1) == 0)[None, :], float("nan"), logits)
-value_tile = tl.where(finite, value_tile, 0.0).to(value_tile.dtype)
+value_tile = tl.where(finite, wide_value, 0.0).to(value_tile.dtype)
 """
 
 STEP = """
