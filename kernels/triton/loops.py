@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import Any
 
 from .render import arguments, fill
-from .spec import Spec, power_of_two
+from .spec import Spec, parameter, power_of_two
 
 
 def names(spec: Spec) -> dict[str, Any]:
@@ -89,10 +89,10 @@ def parameters(spec: Spec, *own: str) -> str:
         found += ["row_key", "row_value", "row_index", *["row_bias"] * bool(spec.settings.centroids)]
     if spec.routes:
         found += ["order", "listed", "listed_rows", "listed_count", *["copies"] * copies(spec)]
-    found += [name for name, _ in spec.lifted.loads]
+    found += [parameter(name) for name, _ in spec.lifted.loads]
     found += [f"{name}_{axis}" for name in ("query", "key", "value") for axis in ("b", "h", "n")]
     found += ["valid_b", "valid_n"] * (spec.valid and has_window(spec))
-    found += [f"{name}_{axis}" for name, axes in spec.lifted.loads for axis in range(axes)]
+    found += [f"{parameter(name)}_{axis}" for name, axes in spec.lifted.loads for axis in range(axes)]
     found += ["kv_heads", "q_len", "k_len", *["first_block"] * spec.aligned]
     found += ["row_count"] * has_rows(spec) + ["places", "list_size"] * spec.routes
     return arguments([*found, "tiles", "scale"])

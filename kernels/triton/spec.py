@@ -33,6 +33,11 @@ class Lifted:
 NOTHING = Lifted()
 
 
+def parameter(name: str) -> str:
+    """What a kernel calls a tensor that a lifted mask reads."""
+    return f"mask_{name}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Tile:
     """How one program is cut: the kernel options of the table in ``options``.
