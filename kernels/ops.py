@@ -57,17 +57,54 @@ def _constant_backward(ctx: Any, grad: Tensor | None) -> tuple[None, ...]:
 score.register_autograd(_constant_backward, setup_context=_constant_setup)
 
 
-@torch.library.custom_op("prescore::summarize", mutates_args=())
+@torch.library.triton_op("prescore::summarize", mutates_args=())
 def summarize(
     key: Tensor, value: Tensor, valid: Tensor | None, scores: Tensor | None, plan: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The fields of ``kernels.summary.Summary``; row_key and row_value are differentiable."""
+    settings = Plan.parse(plan)
+    if not (settings.routes and _generated(key)):
+        return summarize_eager(key, value, valid, scores, plan)
+    from .triton import clusters as generated
+
+    if not generated.fits(settings, key.shape[3], value.shape[3]):
+        return summarize_eager(key, value, valid, scores, plan)
+    member = None if valid is None else generated.members(valid, settings.sinks)
+    clusters = generated.clusters(key, value, member, settings)
+    return (*clusters, *rows(key, value, valid, scores, plan))
+
+
+@torch.library.custom_op("prescore::summarize_eager", mutates_args=())
+def summarize_eager(
+    key: Tensor, value: Tensor, valid: Tensor | None, scores: Tensor | None, plan: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``summarize`` by the compiled CPU kernel or the reference."""
     cluster = cpu.clusters if _compiled(key) else summaries.clusters
     return tuple(summaries.summarize(key, value, valid, scores, Plan.parse(plan), cluster))  # type: ignore[return-value]
 
 
-@summarize.register_fake
+@torch.library.custom_op("prescore::rows", mutates_args=())
+def rows(
+    key: Tensor, value: Tensor, valid: Tensor | None, scores: Tensor | None, plan: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The last five fields of ``summarize``: rows without clusters, in torch operations linear in n."""
+    settings = Plan.parse(plan)
+    settings = Plan(**settings.settings() | {"routes": 0})
+    return tuple(summaries.summarize(key, value, valid, scores, settings)[4:])  # type: ignore[return-value]
+
+
+@rows.register_fake
 def _(key, value, valid, scores, plan):  # type: ignore[no-untyped-def]
+    return _empty_summary(key, value, plan)[4:]
+
+
+@summarize.register_fake
+@summarize_eager.register_fake
+def _(key, value, valid, scores, plan):  # type: ignore[no-untyped-def]
+    return _empty_summary(key, value, plan)
+
+
+def _empty_summary(key: Tensor, value: Tensor, plan: str) -> tuple[Tensor, ...]:
     settings = Plan.parse(plan)
     batch, heads, length, dim = key.shape
     chunks = (length + settings.chunk - 1) // settings.chunk
@@ -121,7 +158,7 @@ def _(grad, index, owner, length):  # type: ignore[no-untyped-def]
     return grad.new_empty((*grad.shape[:2], length, grad.shape[3]), dtype=_wide(grad.dtype))
 
 
-@torch.library.custom_op("prescore::route", mutates_args=())
+@torch.library.triton_op("prescore::route", mutates_args=())
 def route(
     query: Tensor,
     mean: Tensor,
@@ -133,13 +170,36 @@ def route(
     scale: float,
 ) -> Tensor:
     """Routes ``[B, H, Nq, min(routes, clusters)]`` int32; see ``kernels.reference.route``."""
-    none = mean.new_empty(0)
-    summary = Summary(none, mean, spread, bias, none, none, none, none, none)
+    if not _generated(query):
+        return route_eager(query, mean, spread, bias, plan, causal, k_len, scale)
+    from .triton import route as generated
+
+    return generated.route(query, _clusters(mean, spread, bias), Plan.parse(plan), causal, k_len, scale)
+
+
+@torch.library.custom_op("prescore::route_eager", mutates_args=())
+def route_eager(
+    query: Tensor,
+    mean: Tensor,
+    spread: Tensor,
+    bias: Tensor,
+    plan: str,
+    causal: bool,
+    k_len: int,
+    scale: float,
+) -> Tensor:
+    """``route`` by the compiled CPU kernel or the reference."""
     implementation = cpu.route if _compiled(query) else reference.route
-    return implementation(query, summary, Plan.parse(plan), causal, k_len, scale)
+    return implementation(query, _clusters(mean, spread, bias), Plan.parse(plan), causal, k_len, scale)
+
+
+def _clusters(mean: Tensor, spread: Tensor, bias: Tensor) -> Summary:
+    none = mean.new_empty(0)
+    return Summary(none, mean, spread, bias, none, none, none, none, none)
 
 
 @route.register_fake
+@route_eager.register_fake
 def _(query, mean, spread, bias, plan, causal, k_len, scale):  # type: ignore[no-untyped-def]
     count = torch.sym_min(Plan.parse(plan).routes, mean.shape[2])
     return query.new_empty((*query.shape[:3], count), dtype=torch.int32)
