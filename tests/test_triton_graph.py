@@ -7,14 +7,18 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import PLANS, operands, routes_of, summary_of
 from torch import fx
 from torch._functorch.aot_autograd import aot_function
 from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from prescore_compile.kernels import ops
 from prescore_compile.kernels.plan import Plan
+from prescore_compile.kernels.triton import device
+from prescore_compile.passes import rewrite
 
 pytest.importorskip("triton")
 
@@ -123,6 +127,26 @@ def test_autograd_and_dynamic_lengths(dynamic: bool, monkeypatch: pytest.MonkeyP
     assert list(kernels(graph)) == ["mark", "union", "attend"]
     sizes = [node for node in graph.nodes if isinstance(node.meta.get("val"), torch.SymInt)]
     assert bool(sizes) == dynamic
+
+
+def test_sites_on_a_gpu_are_rewritten(monkeypatch: pytest.MonkeyPatch) -> None:
+    gm = fx.symbolic_trace(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True))
+    with FakeTensorMode() as mode:
+        q = torch.empty(1, 4, 8192, 64, device="cuda", dtype=torch.bfloat16)
+    FakeTensorProp(gm, mode).propagate_dont_convert_inputs(q, q, q)
+    new, report = rewrite(gm)
+    assert [site.decision for site in report.sites] == ["rewrite"]
+    assert torch.ops.prescore.attend.default in [node.target for node in new.graph.nodes]
+    monkeypatch.setattr(device, "_installed", lambda: False)
+    _, report = rewrite(gm)
+    assert report.sites[0].reason == "unsupported_device: cuda, where Triton is not installed"
+
+
+def test_a_gpu_that_is_too_old_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert device.why_not(torch.device("cuda")) == "cuda of compute capability 7.5, below 8.0"
+    assert device.why_not(torch.device("meta")) == "meta"
 
 
 def test_on_a_cpu_the_compiled_kernel_stays() -> None:

@@ -152,8 +152,8 @@ def attend_source(spec: Spec) -> str:
         borders=loops.borders(spec),
         operands=loops.operands(spec),
         window=loops.window(spec, update, taint=True),
-        rows=loops.rows(spec, update),
-        routes=loops.routes(spec, update),
+        rows=loops.rows(spec, update, taint=True),
+        routes=loops.routes(spec, update, taint=True),
         nothing="-inf" if spec.splits > 1 else "inf",
         out_mask=loops._all("live[:, None]", value_mask),
     )

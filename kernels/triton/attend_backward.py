@@ -379,8 +379,8 @@ def d_query_source(spec: Spec) -> str:
         operands=loops.operands(spec),
         grad_tile=_grad_tile(spec),
         window=loops.window(spec, update, taint=False),
-        rows=loops.rows(spec, update),
-        routes=loops.routes(spec, update),
+        rows=loops.rows(spec, update, taint=False),
+        routes=loops.routes(spec, update, taint=False),
         query_mask=_mask(spec, "live[:, None]", "dim"),
     )
     return source("d_query", about(spec, "attend backward, gradient of the query"), fill(D_QUERY, parts))

@@ -372,8 +372,13 @@ def window(spec: Spec, update: str, taint: bool) -> str:
         """
         pairs = "seen[None, :]"
     seen = "seen" if spec.valid else ""
-    whole = step(spec, update, source="key", index="at", seen=seen, pairs=seen and "seen[None, :]")
-    own = step(spec, update, source="key", index="at", seen="seen", pairs=pairs, taint=taint and spec.causal)
+    pair_mask = bool(spec.lifted.allowed)
+    whole = step(
+        spec, update, source="key", index="at", seen=seen, pairs=seen and "seen[None, :]", taint=taint and pair_mask
+    )
+    own = step(
+        spec, update, source="key", index="at", seen="seen", pairs=pairs, taint=taint and (spec.causal or pair_mask)
+    )
     return "\n".join(
         [
             fill(ends, names(spec)),
@@ -383,7 +388,7 @@ def window(spec: Spec, update: str, taint: bool) -> str:
     )
 
 
-def rows(spec: Spec, update: str) -> str:
+def rows(spec: Spec, update: str, taint: bool) -> str:
     """The loops over sinks, selected keys and centroids."""
     if not has_rows(spec):
         return ""
@@ -391,7 +396,9 @@ def rows(spec: Spec, update: str) -> str:
     pairs = "seen[None, :]"
     if two_sided(spec):
         pairs += " & ((index[None, :] < low[:, None]) | (index[None, :] >= high[:, None]))"
-    body = step(spec, update, source="row", index="index", seen="seen", pairs=pairs)
+    # All queries of a tile attend the same rows, and whoever may attend a routed key that is not finite does.
+    taint = taint and bool(spec.lifted.allowed)
+    body = step(spec, update, source="row", index="index", seen="seen", pairs=pairs, taint=taint)
     sinks, size = row_keys(spec, plan.sinks), row_keys(spec, plan.rows_per_segment)
     split = spec.splits > 1
     parts = names(spec) | {
@@ -415,14 +422,15 @@ def row_keys(spec: Spec, count: int) -> int:
     return min(spec.tile.keys, max(16, power_of_two(count)))
 
 
-def routes(spec: Spec, update: str) -> str:
+def routes(spec: Spec, update: str, taint: bool) -> str:
     """The loop over the tile's clusters."""
     if not spec.routes:
         return ""
     lines, word = _words(spec)
     choose = fill(CHOSEN, {"word": word})
     pairs = "chosen & seen[None, :]"
-    body = step(spec, update, source="key", index="at", seen="seen", pairs=pairs, choose=choose)
+    taint = taint and bool(spec.lifted.allowed)
+    body = step(spec, update, source="key", index="at", seen="seen", pairs=pairs, choose=choose, taint=taint)
     pack = spec.tile.keys // spec.settings.cluster
     parts = names(spec) | {
         "first": f"split * {pack}" if spec.splits > 1 else "0",

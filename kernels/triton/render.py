@@ -47,8 +47,10 @@ def source(name: str, about: Mapping[str, object], kernel: str) -> str:
     """A module of one kernel: a comment that says where it comes from, the imports, the function.
 
     Args:
-        name: of the kernel. about: what to say of it, a line each. kernel: its ``def``.
+        name: of the kernel. about: what to say of it, a line each.
+        kernel: its ``def``; a parameter that it does not use is dropped.
     """
+    kernel = _used(name, kernel)
     said = [f"# {name}: written by prescore_compile.kernels.triton; do not edit."]
     for what, text in about.items():
         wrapped = textwrap.wrap(f"{what}: {text}", WIDTH - 4, break_long_words=False)
@@ -60,6 +62,14 @@ def source(name: str, about: Mapping[str, object], kernel: str) -> str:
 def arguments(names: list[str]) -> str:
     """Parameter names, as many a line as fit: the block for ``$arguments``."""
     return textwrap.fill(", ".join(names) + ",", WIDTH - 4, break_long_words=False)
+
+
+def _used(name: str, kernel: str) -> str:
+    start = kernel.index(f"def {name}(\n") + len(f"def {name}(\n")
+    end = kernel.index("\n):\n", start)
+    body = set(re.findall(r"\w+", kernel[end:]))
+    kept = [given for given in re.findall(r"\w+", kernel[start:end]) if given in body]
+    return kernel[:start] + textwrap.indent(arguments(kept), " " * 4) + kernel[end:]
 
 
 def _holds(condition: str, names: Mapping[str, object]) -> bool:
