@@ -25,7 +25,7 @@ from ..clusters import POWER_ITERATIONS
 from ..layout import chunk_count
 from ..plan import Plan
 from .cache import launch, load
-from .network import NETWORK
+from .network import EXCHANGE, rising
 from .render import arguments, fill, source
 from .spec import power_of_two
 
@@ -110,7 +110,8 @@ bits = tl.where(here, along, float("inf")).to(tl.int32, bitcast=True)
 bits = tl.where(bits < 0, bits ^ 2147483647, bits)
 bits = tl.where(here & (along != along), 2147483647, bits)
 number = (bits.to(tl.int64) << 32) | (place[None, :] * CHUNK + at % CHUNK)
-number = rising(tl.reshape(number, [$parts] + [2] * $log), $log)
+number = tl.reshape(number, [$parts] + [2] * $log)
+$rising
 order = chunk * CHUNK + tl.reshape((number & (CHUNK - 1)).to(tl.int32), [CHUNK])
 """
 
@@ -147,10 +148,10 @@ def tile_of(dim: int) -> int:
 def cluster_source(spec: ClusterSpec) -> str:
     """Source of ``cluster``."""
     plan = spec.settings
-    own = ["key", "value", *["member"] * spec.valid, "order_out", "mean", "spread", "bias"]
-    own += ["key_b", "key_h", "key_n", "value_b", "value_h", "value_n", "kv_heads", "k_len", "chunks"]
+    names = ["key", "value", *["member"] * spec.valid, "order_out", "mean", "spread", "bias"]
+    names += ["key_b", "key_h", "key_n", "value_b", "value_h", "value_n", "kv_heads", "k_len", "chunks"]
     parts: dict[str, Any] = dict(
-        arguments=arguments(own),
+        arguments=arguments(names),
         dim=spec.dim,
         value_dim=spec.value_dim,
         dim_tile=tile_of(spec.dim),
@@ -165,11 +166,13 @@ def cluster_source(spec: ClusterSpec) -> str:
     parts["points"] = fill(POINTS, parts)
     levels, part = [], plan.chunk
     while part > plan.cluster:
-        levels.append(fill(LEVEL, parts | {"part": part, "parts": plan.chunk // part, "log": part.bit_length() - 1}))
+        log = part.bit_length() - 1
+        own = {"part": part, "parts": plan.chunk // part, "log": log, "rising": rising("number", range(log))}
+        levels.append(fill(LEVEL, parts | own))
         part //= 2
     parts["levels"] = "\n\n".join(levels)
     about = {"plan": spec.plan, "stage": "summarize, the clusters of a chunk"}
-    return source("cluster", about, NETWORK + fill(KERNEL, parts))
+    return source("cluster", about, EXCHANGE + fill(KERNEL, parts))
 
 
 def clusters(

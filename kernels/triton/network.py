@@ -1,14 +1,20 @@
-"""A sorting network on chip, as text that stands before a kernel.
+"""A sorting network on chip, as text.
 
-Bitonic (Batcher 1968): places are axes of two, so that one step orders all pairs along one axis. An
-exchange is a minimum and a maximum and moves nothing but the values; what must travel with a value
-is packed into its low bits. ``tl.sort`` does the same with an exchange that the interpreter takes
-minutes for.
+Bitonic (Batcher 1968): the places of a row are axes of two, so that one step orders all pairs along
+one axis. An exchange is a minimum and a maximum and moves nothing but the values; what must travel
+with a value is packed into its low bits. ``tl.sort`` does the same with an exchange that Triton's
+interpreter takes minutes for.
+
+Which axis stands for which bit of a place is free: ``bits[b]`` is the bit of the place in memory that
+the network takes for its bit b. Its low bits take part in the most steps, so they should be those
+that lie in the registers of one lane, where an exchange needs no shuffle.
 """
 
 from __future__ import annotations
 
-NETWORK = """def exchange(values, axis: tl.constexpr, turn: tl.constexpr, up: tl.constexpr):
+from collections.abc import Sequence
+
+EXCHANGE = """def exchange(values, axis: tl.constexpr, turn: tl.constexpr, up: tl.constexpr):
     # The larger first; the smaller first where `up`, or at the second places along `turn`.
     axes: tl.constexpr = len(values.shape)
     second = tl.reshape(tl.arange(0, 2), [1] * axis + [2] + [1] * (axes - 1 - axis))
@@ -20,21 +26,28 @@ NETWORK = """def exchange(values, axis: tl.constexpr, turn: tl.constexpr, up: tl
 
 
 @triton.jit
-def merge(values, log: tl.constexpr, turn: tl.constexpr, up: tl.constexpr):
-    # Sort runs of 2^log that rise and fall.
-    axes: tl.constexpr = len(values.shape)
-    for i in tl.static_range(log):
-        values = exchange(values, axes - log + i, turn, up)
-    return values
-
-
-@triton.jit
-def rising(values, log: tl.constexpr):
-    # Sort rows of 2^log, the smallest first.
-    for i in tl.static_range(1, log):
-        values = merge(values, i, log - i, 0)
-    return merge(values, log, 0, 1)
-
-
-@triton.jit
 """
+"""Stands before a kernel that sorts."""
+
+
+def rising(name: str, bits: Sequence[int]) -> str:
+    """Lines that sort the rows of ``name`` ``[M, 2, 2, ...]``, the smallest first."""
+    log = len(bits)
+    return "\n".join(_runs(name, bits, size, size < log, size == log) for size in range(1, log + 1))
+
+
+def falling(name: str, bits: Sequence[int]) -> str:
+    """Lines that sort rows that rise and then fall, the largest first."""
+    return _runs(name, bits, len(bits), False, False)
+
+
+def rank(place: str, bits: Sequence[int]) -> str:
+    """The rank in a sorted row of what lies at ``place``."""
+    return " | ".join(f"((({place}) >> {bit}) & 1) << {at}" for at, bit in enumerate(bits))
+
+
+def _runs(name: str, bits: Sequence[int], size: int, turns: bool, up: bool) -> str:
+    """Sort runs of 2^size, every second one the other way where it ``turns``."""
+    axis = [len(bits) - bit for bit in bits]
+    turn = axis[size] if turns else 0
+    return "\n".join(f"{name} = exchange({name}, {axis[bit]}, {turn}, {int(up)})" for bit in reversed(range(size)))

@@ -28,7 +28,7 @@ from ..plan import Plan
 from ..summary import Summary
 from .cache import launch, load
 from .loops import names, precision, tile
-from .network import NETWORK
+from .network import EXCHANGE, falling, rank, rising
 from .render import arguments, fill, source
 from .spec import DTYPES, Spec, Tile, power_of_two
 from .union import union
@@ -131,10 +131,13 @@ BY_SORTING = """
 best = tl.full([ROWS] + [2] * $log, float("-inf"), tl.float32)
 for begin in range(0, stop, COLUMNS):
     $score
-    rise = rising(tl.reshape(score, [ROWS] + [2] * $log), $log)
-    best = merge(tl.maximum(best, rise), $log, 0, 0)
+    rise = tl.reshape(score, [ROWS] + [2] * $log)
+    $rising
+    best = tl.maximum(best, rise)
+    $falling
 best = tl.reshape(best, [ROWS, COLUMNS])
-rank = tl.arange(0, COLUMNS)[None, :]
+place = tl.arange(0, COLUMNS)
+rank = ($rank)[None, :]
 threshold = tl.sum(tl.where(rank == route_count - 1, best, 0.0), 1)
 above_count = tl.sum(((best > threshold[:, None]) & (rank < route_count)).to(tl.int32), 1)
 equal_count = route_count - above_count
@@ -182,6 +185,12 @@ def columns(plan: Plan) -> int:
     return max(COLUMNS, power_of_two(plan.routes)) if plan.routes <= SORTED else COLUMNS
 
 
+def order_of_bits(wide: int) -> tuple[int, ...]:
+    """Bits of a column, those first that a lane holds of a product on NVIDIA's tensor cores: all but 1 and 2."""
+    bits = range(wide.bit_length() - 1)
+    return tuple(sorted(bits, key=lambda bit: bit in (1, 2)))
+
+
 def route_source(spec: Spec, per_chunk: int, listed: bool) -> str:
     """Source of ``route``: over ``per_chunk`` representatives a chunk, all or those of listed chunks."""
     plan = spec.settings
@@ -205,9 +214,11 @@ def route_source(spec: Spec, per_chunk: int, listed: bool) -> str:
     )
     parts["score"] = fill(SCORE, parts)
     sort = plan.routes <= SORTED
+    bits = order_of_bits(wide)
+    parts |= dict(rising=rising("rise", bits), falling=falling("best", bits), rank=rank("place", bits))
     parts["threshold"] = fill(BY_SORTING if sort else BY_BISECTION, parts)
     about = {"plan": spec.plan, "stage": "route, " + ("of listed chunks" if listed else "all of a level")}
-    return source("route", about, (NETWORK if sort else "") + fill(KERNEL, parts))
+    return source("route", about, (EXCHANGE if sort else "") + fill(KERNEL, parts))
 
 
 def route(
