@@ -284,7 +284,8 @@ def attend_backward(
     if 0 in (batch, heads, q_len, k_len, value.shape[3]):
         return d_query.zero_(), d_key.zero_(), d_value.zero_(), d_row_key, d_row_value
     spec = replace(spec_of(site, routes, plan, lifted, float(more.pop("softcap", 0.0))), splits=1)
-    spec = replace(spec, tile=options.backward(spec.target, spec.dtype, spec.dim, spec.value_dim))
+    cluster = plan.cluster if spec.routes else 0
+    spec = replace(spec, tile=options.backward(spec.target, spec.dtype, spec.dim, spec.value_dim, cluster))
     if grad.stride(3) != 1:
         grad = grad.contiguous()
     values, programs = operands(spec, site, summary, routes, more)

@@ -46,13 +46,14 @@ def spec(
         lifted=lifted,
         softcap=softcap,
         splits=splits,
-        tile=options.forward(target, dtype, dim, value_dim, bool(plan.routes)),
+        tile=options.forward(target, dtype, dim, value_dim, plan.cluster if plan.routes else 0),
     )
 
 
 def backward_spec(forward: Spec) -> Spec:
     """The spec of the backward kernels of a forward kernel."""
-    tile = options.backward(forward.target, forward.dtype, forward.dim, forward.value_dim)
+    cluster = forward.settings.cluster if forward.routes else 0
+    tile = options.backward(forward.target, forward.dtype, forward.dim, forward.value_dim, cluster)
     return replace(forward, splits=1, tile=tile)
 
 

@@ -65,11 +65,12 @@ def arguments(names: list[str]) -> str:
 
 
 def _used(name: str, kernel: str) -> str:
-    start = kernel.index(f"def {name}(\n") + len(f"def {name}(\n")
-    end = kernel.index("\n):\n", start)
-    body = set(re.findall(r"\w+", kernel[end:]))
-    kept = [given for given in re.findall(r"\w+", kernel[start:end]) if given in body]
-    return kernel[:start] + textwrap.indent(arguments(kept), " " * 4) + kernel[end:]
+    head = re.search(rf"def {name}\(([\w\s,]*)\):\n", kernel)
+    assert head is not None, f"{name} is not defined"
+    body = set(re.findall(r"\w+", kernel[head.end() :]))
+    kept = arguments([given for given in re.findall(r"\w+", head[1]) if given in body])
+    parameters = textwrap.indent(kept, " " * 4)
+    return f"{kernel[: head.start()]}def {name}(\n{parameters}\n):\n{kernel[head.end() :]}"
 
 
 def _holds(condition: str, names: Mapping[str, object]) -> bool:

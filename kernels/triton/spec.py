@@ -14,6 +14,8 @@ TARGETS = ("cuda", "hip")
 
 DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
 
+MOST_FEATURES = 256
+
 
 @dataclass(frozen=True)
 class Lifted:
@@ -83,13 +85,7 @@ class Spec:
     tile: Tile
 
     def __post_init__(self) -> None:
-        if self.target not in TARGETS:
-            raise ValueError(f"target: got {self.target!r}; allowed: one of {', '.join(TARGETS)}")
-        if self.dtype not in DTYPES.values():
-            raise ValueError(f"dtype: got {self.dtype!r}; allowed: one of {', '.join(DTYPES.values())}")
-        for name in ("dim", "value_dim"):
-            if not 1 <= getattr(self, name) <= 256:
-                raise ValueError(f"{name}: got {getattr(self, name)}; allowed: 1 to 256")
+        check(self.target, self.dtype, self.dim, self.value_dim)
 
     @property
     def settings(self) -> Plan:
@@ -138,6 +134,17 @@ class Spec:
             return cdiv(q_len, self.queries)
         last = (k_len - 1 - (self.settings.window or 0)) // self.settings.chunk
         return (last - self.first_block(q_len, k_len) + 1) * self.tiles_a_chunk
+
+
+def check(target: str, dtype: str, dim: int, value_dim: int) -> None:
+    """Raise ``ValueError`` unless kernels are written for these, naming what was got and what is allowed."""
+    if target not in TARGETS:
+        raise ValueError(f"target: got {target!r}; allowed: one of {', '.join(TARGETS)}")
+    if dtype not in DTYPES.values():
+        raise ValueError(f"dtype: got {dtype!r}; allowed: one of {', '.join(DTYPES.values())}")
+    for name, size in (("dim", dim), ("value_dim", value_dim)):
+        if not 1 <= size <= MOST_FEATURES:
+            raise ValueError(f"{name}: got {size}; allowed: 1 to {MOST_FEATURES}")
 
 
 def cdiv(a: Any, b: int) -> Any:

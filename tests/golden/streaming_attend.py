@@ -20,8 +20,8 @@ def attend(
     DIM_TILE: tl.constexpr = 128
     VALUE_TILE: tl.constexpr = 64
     GROUP: tl.constexpr = 3
-    QUERIES: tl.constexpr = 21
-    ROWS: tl.constexpr = 64
+    QUERIES: tl.constexpr = 5
+    ROWS: tl.constexpr = 16
     KEYS: tl.constexpr = 32
     CHUNK: tl.constexpr = 16
     WINDOW: tl.constexpr = 40
