@@ -7,7 +7,8 @@
 The launches are those that the operators make: they run on tensors without memory (fake ones, on a
 "cuda" device) and each launch is compiled where it would have run. Registers and stack are read from
 the binaries (NVIDIA's by `cuobjdump`, which Triton brings; AMD's from the notes in its assembly).
-What spills lies on the stack. Takes about four minutes on one core.
+What spills lies on the stack. The whole set takes ten minutes on an idle core and more.
+With `--only` the other variants' figures stay as they were.
 """
 
 from __future__ import annotations

@@ -46,8 +46,8 @@ UNION = 3.0
 """Clusters that a tile of 64 rows walks over, for each route of one of its rows; assumed, it depends on the input."""
 BACKWARD = 2.5
 """Products of a backward, for each of its forward: five of them, not two."""
-ROUTE_PAIR = 190
-"""Instructions of a lane for one pair of row and representative in both walks; counted in the PTX of sm_90."""
+ROUTE_PAIR = 106
+"""Instructions of a lane for one pair of row and representative: 54 and 52 in the two loops of sm_90's binary."""
 NUMBER_BYTES = 2
 
 

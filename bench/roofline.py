@@ -23,7 +23,7 @@ from prescore_compile.kernels.plan import Plan
 from prescore_compile.passes import cost
 
 TWO_LEVELS_FROM = 32768
-CHUNKS = 64
+CHUNKS = 32
 
 
 def table(
