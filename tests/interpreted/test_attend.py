@@ -14,7 +14,7 @@ from prescore_compile.kernels.plan import Plan
 from prescore_compile.kernels.reference import Operands
 from prescore_compile.kernels.summary import Summary
 from prescore_compile.kernels.triton import attend_backward as backward
-from prescore_compile.kernels.triton import union
+from prescore_compile.kernels.triton import options, union
 from prescore_compile.kernels.triton.attend import attend
 
 SOME = PLANS["keep and routes"]
@@ -35,6 +35,8 @@ def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
     monkeypatch.setattr(union, "SORTED_ON_CHIP", 0)
     monkeypatch.setattr(backward, "SINK_SPLITS", 2)
+    for table in (options.FORWARD, options.BACKWARD):  # large tiles: few programs
+        monkeypatch.setitem(table, ("cuda", True, 64), (64, 64, 4, 1))
 
 
 def parts(site: Operands, plan: Plan) -> tuple[Summary, torch.Tensor]:
@@ -72,7 +74,7 @@ def check_gradients(site: Operands, plan: Plan) -> None:
 @pytest.mark.parametrize(("causal", "padded"), [(True, False), (True, True), (False, True)])
 @pytest.mark.parametrize("name", PLANS)
 def test_forward(name: str, causal: bool, padded: bool) -> None:
-    check(operands(120, causal=causal, padded=padded, dim=24, value_dim=40, batch=1 + padded), PLANS[name])
+    check(operands(110, causal=causal, padded=padded, dim=24, value_dim=40, batch=1 + padded), PLANS[name])
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -175,7 +177,7 @@ def test_the_order_of_routes_does_not_matter() -> None:
 def test_perturbing_the_future_leaves_the_past_bit_equal(name: str) -> None:
     plan, site = PLANS[name], operands(120, batch=1)
     base = attend(site, *parts(site, plan), plan)[0]
-    for cut in (47, 64, 119):
+    for cut in (47, 64):
         for change in (torch.randn, lambda size: torch.full(size, math.nan)):
             moved = site._replace(query=site.query.clone(), key=site.key.clone(), value=site.value.clone())
             for tensor in moved[:3]:

@@ -15,7 +15,7 @@ from prescore_compile.kernels.layout import spans
 from prescore_compile.kernels.plan import Plan
 from prescore_compile.kernels.reference import Operands
 from prescore_compile.kernels.triton import attend_backward as backward
-from prescore_compile.kernels.triton import union
+from prescore_compile.kernels.triton import options, union
 from prescore_compile.kernels.triton.attend import attend
 from prescore_compile.kernels.triton.maths import lifted, triton_text
 
@@ -96,6 +96,8 @@ def by_definition(
 def _fast(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(union, "SORTED_ON_CHIP", 0)
     monkeypatch.setattr(backward, "SINK_SPLITS", 2)
+    for table in (options.FORWARD, options.BACKWARD):  # large tiles: few programs
+        monkeypatch.setitem(table, ("cuda", True, 64), (64, 64, 4, 1))
 
 
 @pytest.mark.parametrize(
