@@ -2,6 +2,7 @@
 
     python -m bench.attention                   # a few minutes; a table and bench/results/attention-cpu.json
     python -m bench.attention --tiles           # query-major (1) to cluster-major (large) tiles
+    python -m bench.attention --device cuda     # under ten minutes; see bench/gpu.py
 
 Exact is SDPA's flash kernel with ``is_causal``, its fastest CPU form. All ways run in turn and the
 median is told. Inputs are smooth along the sequence, as real queries and keys are; on noise every
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,9 +137,26 @@ def tiles(case: Case, plan: Plan, rounds: int) -> dict[str, Any]:
     }
 
 
+def on_gpu(arguments: argparse.Namespace) -> int:
+    """Measure on a GPU; the exit status: 0, 1 where a result was wrong, 2 without a GPU."""
+    from bench import gpu, gpu_run
+
+    if arguments.dry_run:
+        return gpu_run.dry_run(arguments.out)
+    if not torch.cuda.is_available():
+        print("No GPU: torch.cuda.is_available() is false. --dry-run shows what would be run.")
+        return 2
+    lengths = tuple(arguments.lengths or gpu.LENGTHS)
+    out = arguments.out or RESULTS / "attention-cuda.json"
+    return gpu_run.run(gpu.cases(lengths), Config().plan, gpu.Machine("cuda"), out, 60 * arguments.minutes)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096, 8192, 16384])
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--dry-run", action="store_true", help="the cuda path, tiny, in Triton's interpreter")
+    parser.add_argument("--minutes", type=float, default=9, help="of --device cuda: what begins later is left out")
+    parser.add_argument("--lengths", type=int, nargs="+")
     parser.add_argument("--heads", type=int, default=9)
     parser.add_argument("--groups", type=int, nargs="+", default=[3, 1])
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
@@ -145,9 +164,11 @@ def main() -> None:
     parser.add_argument("--tiles", action="store_true", help="compare tile sizes of attend instead")
     parser.add_argument("--out", type=Path, help="JSON file (default: in bench/results)")
     arguments = parser.parse_args()
+    if arguments.device == "cuda":
+        sys.exit(on_gpu(arguments))
     plan, rows = Config().plan, []
     for group in arguments.groups:
-        for length in arguments.lengths:
+        for length in arguments.lengths or [1024, 2048, 4096, 8192, 16384]:
             case = Case(length, arguments.heads, group, True, getattr(torch, arguments.dtype))
             rows.append((tiles if arguments.tiles else measure)(case, plan, arguments.rounds))
             print(f"n={length} heads={rows[-1]['heads']} done", flush=True)

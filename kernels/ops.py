@@ -2,7 +2,9 @@
 
 Registered with ``torch.library`` under ``prescore::``, with fake implementations (shapes only) and
 gradients, so that Inductor, AOTAutograd and ``torch.export`` see them. A plan travels as
-its text. The compiled CPU kernels run where they can; anything else runs the reference.
+its text. On a GPU the generated Triton kernels run: an operator made of them is a ``triton_op``, which
+a compiler takes apart into their launches, so that Inductor and CUDA graphs have them. On a CPU the
+compiled kernels run where they can; anything else runs the reference.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from . import summary as summaries
 from .plan import Plan
 from .reference import Operands
 from .summary import Summary
+from .triton import device
 
 
 def prescored(site: Operands, plan: Plan) -> Tensor:
@@ -54,17 +57,54 @@ def _constant_backward(ctx: Any, grad: Tensor | None) -> tuple[None, ...]:
 score.register_autograd(_constant_backward, setup_context=_constant_setup)
 
 
-@torch.library.custom_op("prescore::summarize", mutates_args=())
+@torch.library.triton_op("prescore::summarize", mutates_args=())
 def summarize(
     key: Tensor, value: Tensor, valid: Tensor | None, scores: Tensor | None, plan: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The fields of ``kernels.summary.Summary``; row_key and row_value are differentiable."""
+    settings = Plan.parse(plan)
+    if not (settings.routes and _generated(key)):
+        return summarize_eager(key, value, valid, scores, plan)
+    from .triton import clusters as generated
+
+    if not generated.fits(settings, key.shape[3], value.shape[3]):
+        return summarize_eager(key, value, valid, scores, plan)
+    member = None if valid is None else generated.members(valid, settings.sinks)
+    clusters = generated.clusters(key, value, member, settings)
+    return (*clusters, *rows(key, value, valid, scores, plan))
+
+
+@torch.library.custom_op("prescore::summarize_eager", mutates_args=())
+def summarize_eager(
+    key: Tensor, value: Tensor, valid: Tensor | None, scores: Tensor | None, plan: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``summarize`` by the compiled CPU kernel or the reference."""
     cluster = cpu.clusters if _compiled(key) else summaries.clusters
     return tuple(summaries.summarize(key, value, valid, scores, Plan.parse(plan), cluster))  # type: ignore[return-value]
 
 
-@summarize.register_fake
+@torch.library.custom_op("prescore::rows", mutates_args=())
+def rows(
+    key: Tensor, value: Tensor, valid: Tensor | None, scores: Tensor | None, plan: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The last five fields of ``summarize``: rows without clusters, in torch operations linear in n."""
+    settings = Plan.parse(plan)
+    settings = Plan(**settings.settings() | {"routes": 0})
+    return tuple(summaries.summarize(key, value, valid, scores, settings)[4:])  # type: ignore[return-value]
+
+
+@rows.register_fake
 def _(key, value, valid, scores, plan):  # type: ignore[no-untyped-def]
+    return _empty_summary(key, value, plan)[4:]
+
+
+@summarize.register_fake
+@summarize_eager.register_fake
+def _(key, value, valid, scores, plan):  # type: ignore[no-untyped-def]
+    return _empty_summary(key, value, plan)
+
+
+def _empty_summary(key: Tensor, value: Tensor, plan: str) -> tuple[Tensor, ...]:
     settings = Plan.parse(plan)
     batch, heads, length, dim = key.shape
     chunks = (length + settings.chunk - 1) // settings.chunk
@@ -118,7 +158,7 @@ def _(grad, index, owner, length):  # type: ignore[no-untyped-def]
     return grad.new_empty((*grad.shape[:2], length, grad.shape[3]), dtype=_wide(grad.dtype))
 
 
-@torch.library.custom_op("prescore::route", mutates_args=())
+@torch.library.triton_op("prescore::route", mutates_args=())
 def route(
     query: Tensor,
     mean: Tensor,
@@ -130,13 +170,36 @@ def route(
     scale: float,
 ) -> Tensor:
     """Routes ``[B, H, Nq, min(routes, clusters)]`` int32; see ``kernels.reference.route``."""
-    none = mean.new_empty(0)
-    summary = Summary(none, mean, spread, bias, none, none, none, none, none)
+    if not _generated(query):
+        return route_eager(query, mean, spread, bias, plan, causal, k_len, scale)
+    from .triton import route as generated
+
+    return generated.route(query, _clusters(mean, spread, bias), Plan.parse(plan), causal, k_len, scale)
+
+
+@torch.library.custom_op("prescore::route_eager", mutates_args=())
+def route_eager(
+    query: Tensor,
+    mean: Tensor,
+    spread: Tensor,
+    bias: Tensor,
+    plan: str,
+    causal: bool,
+    k_len: int,
+    scale: float,
+) -> Tensor:
+    """``route`` by the compiled CPU kernel or the reference."""
     implementation = cpu.route if _compiled(query) else reference.route
-    return implementation(query, summary, Plan.parse(plan), causal, k_len, scale)
+    return implementation(query, _clusters(mean, spread, bias), Plan.parse(plan), causal, k_len, scale)
+
+
+def _clusters(mean: Tensor, spread: Tensor, bias: Tensor) -> Summary:
+    none = mean.new_empty(0)
+    return Summary(none, mean, spread, bias, none, none, none, none, none)
 
 
 @route.register_fake
+@route_eager.register_fake
 def _(query, mean, spread, bias, plan, causal, k_len, scale):  # type: ignore[no-untyped-def]
     count = torch.sym_min(Plan.parse(plan).routes, mean.shape[2])
     return query.new_empty((*query.shape[:3], count), dtype=torch.int32)
@@ -145,7 +208,6 @@ def _(query, mean, spread, bias, plan, causal, k_len, scale):  # type: ignore[no
 route.register_autograd(_constant_backward, setup_context=_constant_setup)
 
 
-@torch.library.custom_op("prescore::attend", mutates_args=())
 def attend(
     query: Tensor,
     key: Tensor,
@@ -164,8 +226,75 @@ def attend(
 ) -> Tensor:
     """One softmax over window, rows and routes; see ``kernels.reference``.
 
-    Laid out ``[B, Nq, H, Dv]`` in memory. Differentiable in query, key, value and the rows.
+    Laid out ``[B, Nq, H, Dv]`` in memory. Differentiable in query, key, value and the rows. It is
+    ``attend_forward`` without the sums, which compilers see in its place.
     """
+    rows = (row_index, row_owner, row_key, row_value, row_bias)
+    return attend_forward(query, key, value, valid, order, routes, *rows, plan, causal, scale)[0]
+
+
+torch.library.define("prescore::attend", torch.library.infer_schema(attend, mutates_args=()))
+torch.library.impl("prescore::attend", "CompositeImplicitAutograd", attend)
+attend = torch.ops.prescore.attend.default
+
+
+@torch.library.triton_op("prescore::attend_forward", mutates_args=())
+def attend_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    valid: Tensor | None,
+    order: Tensor,
+    routes: Tensor | None,
+    row_index: Tensor,
+    row_owner: Tensor,
+    row_key: Tensor,
+    row_value: Tensor,
+    row_bias: Tensor,
+    plan: str,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """``attend``, and the logarithms of its softmax's sums that the backward needs.
+
+    The sums are ``[B, H, Nq]`` float32, +inf for a query without keys; where no generated kernel runs, ``[0]``.
+    """
+    rows = (row_index, row_owner, row_key, row_value, row_bias)
+    if not _generated(query):
+        out = attend_eager(query, key, value, valid, order, routes, *rows, plan, causal, scale)
+        return out, query.new_empty(0, dtype=torch.float32)
+    from .triton import attend as generated
+
+    site = Operands(query, key, value, valid, causal, scale)
+    return generated.attend(site, _rows_and_order(order, *rows), _or_no_routes(routes, query), Plan.parse(plan))
+
+
+@attend_forward.register_fake
+def _(query, key, value, *args):  # type: ignore[no-untyped-def]
+    batch, heads, length, _ = query.shape
+    sums = (batch, heads, length) if _generated(query) else (0,)
+    out = query.new_empty(batch, length, heads, value.shape[3]).transpose(1, 2)
+    return out, query.new_empty(sums, dtype=torch.float32)
+
+
+@torch.library.custom_op("prescore::attend_eager", mutates_args=())
+def attend_eager(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    valid: Tensor | None,
+    order: Tensor,
+    routes: Tensor | None,
+    row_index: Tensor,
+    row_owner: Tensor,
+    row_key: Tensor,
+    row_value: Tensor,
+    row_bias: Tensor,
+    plan: str,
+    causal: bool,
+    scale: float,
+) -> Tensor:
+    """``attend`` by the compiled CPU kernel or the reference."""
     site = Operands(query, key, value, valid, causal, scale)
     summary = _rows_and_order(order, row_index, row_owner, row_key, row_value, row_bias)
     routes = _or_no_routes(routes, query)
@@ -175,30 +304,75 @@ def attend(
     return out.transpose(1, 2).contiguous().transpose(1, 2)
 
 
-@attend.register_fake
+@attend_eager.register_fake
 def _(query, key, value, *args):  # type: ignore[no-untyped-def]
     batch, heads, length, _ = query.shape
     return query.new_empty(batch, length, heads, value.shape[3]).transpose(1, 2)
 
 
-def _attend_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _attend_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     *tensors, ctx.plan, ctx.causal, ctx.scale = inputs
     ctx.has = [t is not None for t in tensors]
-    ctx.save_for_backward(*(t for t in tensors if t is not None))
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*output, *(t for t in tensors if t is not None))
 
 
-def _attend_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    saved = iter(ctx.saved_tensors)
+def _attend_backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    out, sums, *found = ctx.saved_tensors
+    saved = iter(found)
     tensors = [next(saved) if has else None for has in ctx.has]
-    d_query, d_key, d_value, d_row_key, d_row_value = attend_backward(grad, *tensors, ctx.plan, ctx.causal, ctx.scale)
+    grads = attend_backward(grad, out, sums, *tensors, ctx.plan, ctx.causal, ctx.scale)
+    d_query, d_key, d_value, d_row_key, d_row_value = grads
     return d_query, d_key, d_value, None, None, None, None, None, d_row_key, d_row_value, *[None] * 4
 
 
-attend.register_autograd(_attend_backward, setup_context=_attend_setup)
+attend_forward.register_autograd(_attend_backward, setup_context=_attend_setup)
 
 
-@torch.library.custom_op("prescore::attend_backward", mutates_args=())
+@torch.library.triton_op("prescore::attend_backward", mutates_args=())
 def attend_backward(
+    grad: Tensor,
+    out: Tensor,
+    sums: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    valid: Tensor | None,
+    order: Tensor,
+    routes: Tensor | None,
+    row_index: Tensor,
+    row_owner: Tensor,
+    row_key: Tensor,
+    row_value: Tensor,
+    row_bias: Tensor,
+    plan: str,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients in query, key, value, row_key and row_value, each in its tensor's dtype.
+
+    ``out`` and ``sums`` are what ``attend_forward`` returned.
+    """
+    rows = (row_index, row_owner, row_key, row_value, row_bias)
+    if not _generated(query):
+        return attend_backward_eager(grad, query, key, value, valid, order, routes, *rows, plan, causal, scale)
+    from .triton import attend_backward as generated
+
+    site = Operands(query, key, value, valid, causal, scale)
+    routed = _or_no_routes(routes, query)
+    summary = _rows_and_order(order, *rows)
+    grads = generated.attend_backward(grad, out, sums, site, summary, routed, Plan.parse(plan))
+    wanted = (query, key, value, row_key, row_value)
+    return tuple(g.to(t.dtype) for g, t in zip(grads, wanted, strict=True))  # type: ignore[return-value]
+
+
+@attend_backward.register_fake
+def _(grad, out, sums, query, key, value, valid, order, routes, row_index, row_owner, row_key, row_value, *rest):  # type: ignore[no-untyped-def]
+    return tuple(t.new_empty(t.shape) for t in (query, key, value, row_key, row_value))
+
+
+@torch.library.custom_op("prescore::attend_backward_eager", mutates_args=())
+def attend_backward_eager(
     grad: Tensor,
     query: Tensor,
     key: Tensor,
@@ -215,7 +389,7 @@ def attend_backward(
     causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients in query, key, value, row_key and row_value, each in its tensor's dtype."""
+    """``attend_backward`` by the reference."""
     site = Operands(query, key, value, valid, causal, scale)
     summary = _rows_and_order(order, row_index, row_owner, row_key, row_value, row_bias)
     grads = reference.attend_backward(grad, site, summary, _or_no_routes(routes, query), Plan.parse(plan))
@@ -223,7 +397,7 @@ def attend_backward(
     return tuple(g.to(t.dtype).contiguous() for g, t in zip(grads, wanted, strict=True))  # type: ignore[return-value]
 
 
-@attend_backward.register_fake
+@attend_backward_eager.register_fake
 def _(grad, query, key, value, valid, order, routes, row_index, row_owner, row_key, row_value, *rest):  # type: ignore[no-untyped-def]
     return tuple(t.new_empty(t.shape) for t in (query, key, value, row_key, row_value))
 
@@ -241,6 +415,11 @@ def _or_no_routes(routes: Tensor | None, query: Tensor) -> Tensor:
 
 def _compiled(query: Tensor) -> bool:
     return query.device.type == "cpu" and query.dtype in cpu.DTYPES and cpu.available()
+
+
+def _generated(query: Tensor) -> bool:
+    """Whether the generated kernels run: on a GPU that they are written for."""
+    return query.dtype in cpu.DTYPES and not device.why_not(query.device)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

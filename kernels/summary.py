@@ -164,8 +164,7 @@ def scatter_rows(grad_row: torch.Tensor, index: torch.Tensor, owner: torch.Tenso
     """The transpose of ``gather_rows`` for one of key and value: ``[B, Hkv, length, D]`` float32."""
     rows = grad_row.to(torch.promote_types(grad_row.dtype, torch.float32))
     grad = rows.new_zeros(*rows.shape[:2], length + 1, rows.shape[3])
-    place = index.long().where(index >= 0, length).unsqueeze(3).expand_as(rows)
-    grad = grad.scatter_add(2, place, rows)[:, :, :length]
+    grad = _add_at(grad, index.long().where(index >= 0, length), rows)[:, :, :length]
     if owner.shape[0]:
         ones = rows.new_ones(*rows.shape[:2], length, 1)
         size = _add_members(ones, owner, index).clamp(min=1)
@@ -230,22 +229,26 @@ def _rows(
     total = chunk_count(length, plan.chunk)
     sinks = sink.unsqueeze(1).expand(batch, heads, plan.sinks)
     table = torch.full((batch, heads, total, plan.rows_per_segment), -1, device=key.device)
+    best: tuple[torch.Tensor, torch.Tensor] | None = None
     owners = []
     size = 1
     while plan.rows_per_segment and size <= total:
+        named = slice(size - 1, total, 2 * size)
         begin, inside = _of_size(member, size, plan.chunk)
-        names = torch.arange(size - 1, total, 2 * size, device=key.device)
         chosen = inside.new_zeros((*inside.shape[:3], 0), dtype=torch.long)
         if plan.keep:
             assert scores is not None
-            chosen = _top(_of_size(_pad_places(scores, plan.chunk), size, plan.chunk)[1], inside, plan.keep)
-            table[:, :, names, : plan.keep] = chosen.where(chosen < 0, chosen + begin[:, None])
+            best = _merged(best, plan.keep) if best else _best_of_chunks(scores, member, plan)
+            place, score = (tensor[:, :, ::2] for tensor in best)
+            chosen = place.where(score > NEG_INF, -1)
+            table[:, :, named, : plan.keep] = chosen
+            chosen = chosen.where(chosen < 0, chosen - begin[:, None])
         if plan.centroids:
             rest = _without(inside, chosen)
-            owner = _residual(key, value, rest, begin, plan)
-            row = plan.sinks + names * plan.rows_per_segment + plan.keep
+            owner = _residual(key, value, rest, plan)
+            row = plan.sinks + torch.arange(total, device=key.device)[named] * plan.rows_per_segment + plan.keep
             owner = owner.where(owner < 0, owner + row[:, None])
-            owners.append(_place_back(owner, begin, member.shape[2])[..., :length])
+            owners.append(_place_back(owner, member.shape[2])[..., :length])
         size *= 2
     index = torch.cat([sinks, table.flatten(2)], 2).int()
     levels = LEVELS if plan.centroids else 0
@@ -260,20 +263,32 @@ def _levels_used(owner: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return owner[: index.shape[2].bit_length()]
 
 
-def _top(scores: torch.Tensor, inside: torch.Tensor, keep: int) -> torch.Tensor:
-    """Positions of the ``keep`` best members, ascending; -1 where there are fewer. Ties: first."""
-    ranked = scores.masked_fill(~inside, NEG_INF).argsort(dim=3, descending=True, stable=True)[..., :keep]
-    ranked = ranked.sort(3).values
-    return pad(ranked.where(inside.gather(3, ranked), -1), (0, keep - ranked.shape[3]), value=-1)
+def _best_of_chunks(scores: torch.Tensor, member: torch.Tensor, plan: Plan) -> tuple[torch.Tensor, torch.Tensor]:
+    """Places ``[B, Hkv, C, keep]`` of each chunk's ``keep`` best members, ascending, and their scores.
+
+    Ties go to the first; a place that is no member scores -inf, any member more.
+    """
+    lowest = torch.finfo(scores.dtype).min
+    ranked = _pad_places(scores, plan.chunk).nan_to_num(nan=math.inf, posinf=math.inf, neginf=lowest)
+    ranked = ranked.masked_fill(~member, NEG_INF).unflatten(2, (-1, plan.chunk))
+    best = ranked.argsort(dim=3, descending=True, stable=True)[..., : plan.keep].sort(3).values
+    first = torch.arange(0, member.shape[2], plan.chunk, device=scores.device)
+    return best + first[:, None], ranked.gather(3, best)
 
 
-def _residual(
-    key: torch.Tensor, value: torch.Tensor, rest: torch.Tensor, begin: torch.Tensor, plan: Plan
-) -> torch.Tensor:
+def _merged(best: tuple[torch.Tensor, torch.Tensor], keep: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The ``keep`` best of each two neighbours: the best of a segment are among those of its halves."""
+    halves = best[0].shape[2] // 2
+    place, score = (tensor[:, :, : 2 * halves].unflatten(2, (halves, 2)).flatten(3) for tensor in best)
+    kept = score.argsort(dim=3, descending=True, stable=True)[..., :keep].sort(3).values
+    return place.gather(3, kept), score.gather(3, kept)
+
+
+def _residual(key: torch.Tensor, value: torch.Tensor, rest: torch.Tensor, plan: Plan) -> torch.Tensor:
     """Centroid of each unselected key, by k-means on [key, value rescaled to the key's spread]."""
-    width = rest.shape[3]
-    keys = _segments_of(key.float(), begin, width)
-    values = _segments_of(value.float(), begin, width)
+    count, width = rest.shape[2:]
+    keys = _segments(key.float(), count, width).flatten(0, 2)
+    values = _segments(value.float(), count, width).flatten(0, 2)
     live = rest.flatten(0, 2)
     keys = keys.where(live.unsqueeze(2), 0)
     values = values.where(live.unsqueeze(2), 0)
@@ -296,21 +311,24 @@ def _of_size(places: torch.Tensor, size: int, chunk: int) -> tuple[torch.Tensor,
     A segment of ``size`` chunks begins at an even multiple of ``size`` (see ``layout.segments``).
     """
     width = size * chunk
-    count = (places.shape[2] // chunk // size + 1) // 2
-    begin = torch.arange(count, device=places.device) * 2 * width
-    return begin, torch.stack([places[:, :, b : b + width] for b in begin.tolist()], 2)
+    count = (places.shape[2] // width + 1) // 2
+    return torch.arange(count, device=places.device) * 2 * width, _segments(places.unsqueeze(3), count, width).squeeze(
+        4
+    )
 
 
-def _segments_of(tensor: torch.Tensor, begin: torch.Tensor, width: int) -> torch.Tensor:
-    padded = pad(tensor, (0, 0, 0, max(0, int(begin[-1]) + width - tensor.shape[2])))
-    return torch.stack([padded[:, :, b : b + width] for b in begin.tolist()], 2).flatten(0, 2)
+def _segments(tensor: torch.Tensor, count: int, width: int) -> torch.Tensor:
+    """``[B, H, N, D]`` -> ``[B, H, count, width, D]``: every second run of ``width``, zero-padded at the end."""
+    places = 2 * count * width
+    padded = pad(tensor, (0, 0, 0, max(0, places - tensor.shape[2])))[:, :, :places]
+    return padded.unflatten(2, (count, 2 * width))[:, :, :, :width]
 
 
-def _place_back(owner: torch.Tensor, begin: torch.Tensor, places: int) -> torch.Tensor:
-    full = owner.new_full((*owner.shape[:2], places), -1)
-    for segment, b in enumerate(begin.tolist()):
-        full[:, :, b : b + owner.shape[3]] = owner[:, :, segment]
-    return full
+def _place_back(owner: torch.Tensor, places: int) -> torch.Tensor:
+    """The transpose of ``_segments``, -1 between them: ``[B, H, S, width]`` -> ``[B, H, places]``."""
+    width = owner.shape[3]
+    full = pad(owner, (0, width), value=-1).flatten(2)
+    return pad(full, (0, max(0, places - full.shape[2])), value=-1)[:, :, :places]
 
 
 def _chunks(tensor: torch.Tensor, chunk: int) -> torch.Tensor:
@@ -353,6 +371,16 @@ def _add_members(tensor: torch.Tensor, owner: torch.Tensor, index: torch.Tensor)
     rows = index.shape[2]
     total = tensor.new_zeros(*index.shape[:2], rows + 1, tensor.shape[3])
     for level in _levels_used(owner, index):
-        place = level.long().where(level >= 0, rows).unsqueeze(3).expand_as(tensor)
-        total = total.scatter_add(2, place, tensor)
+        total = _add_at(total, level.long().where(level >= 0, rows), tensor)
     return total[:, :, :rows]
+
+
+def _add_at(total: torch.Tensor, place: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    """``total[b, h, place[b, h, n]] += tensor[b, h, n]``, in the same order of summation each time."""
+    if total.device.type == "cpu":
+        return total.scatter_add(2, place.unsqueeze(3).expand_as(tensor), tensor)
+    # A scatter adds with atomics on a GPU; an accumulating index_put sorts its places first.
+    batch, heads = (
+        torch.arange(size, device=total.device).view(-1, *[1] * (2 - at)) for at, size in enumerate(place.shape[:2])
+    )
+    return total.index_put((batch, heads, place), tensor, accumulate=True)

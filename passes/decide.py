@@ -8,6 +8,7 @@ from typing import Any
 
 from ..kernels import cpu
 from ..kernels.plan import Plan
+from ..kernels.triton import device
 from . import cost
 from .compat import hint, known_equal, value_of
 from .config import Config
@@ -61,8 +62,9 @@ def _unsupported(site: Site) -> str:
         return f"unsupported_dtype: {', '.join(str(t) for t in dtypes)} to {value_of(site.output).dtype}"
     if any(isinstance(size, int) and size == 0 for t in tensors for size in t.shape):
         return "empty"
-    if tensors[0].device.type != "cpu":
-        return f"unsupported_device: {tensors[0].device.type}"
+    on_cpu = tensors[0].device.type == "cpu"
+    if not on_cpu and device.why_not(tensors[0].device):
+        return f"unsupported_device: {device.why_not(tensors[0].device)}"
     # Heads and head dims are a model's structure: where Dynamo made them dynamic, a guard fixes them.
     heads, kv_heads = int(attention.size(*attention.heads)), int(attention.size(*attention.kv_heads))
     dims = int(attention.size(attention.d)), int(attention.size(attention.e))
@@ -72,7 +74,7 @@ def _unsupported(site: Site) -> str:
         return f"unsupported_heads: {heads}, {kv_heads}"
     if attention.softcap is not None:
         return f"softcap: {attention.softcap:g}"
-    return "" if cpu.available() else "no_compiler"
+    return "no_compiler" if on_cpu and not cpu.available() else ""
 
 
 def _transformed(site: Site) -> bool:

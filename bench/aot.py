@@ -1,0 +1,271 @@
+"""Every generated kernel of a fixed set, compiled for GPUs that this machine need not have.
+
+    python -m bench.aot            # compile all of them, write bench/results/triton-aot.json
+    python -m bench.aot --check    # compile all of them, compare with that file
+    python -m bench.aot --only "default 64" --targets sm_90
+
+The launches are those that the operators make: they run on tensors without memory (fake ones, on a
+"cuda" device) and each launch is compiled where it would have run. Registers and stack are read from
+the binaries (NVIDIA's by `cuobjdump`, which Triton brings; AMD's from the notes in its assembly).
+What spills lies on the stack. The whole set takes ten minutes on an idle core and more.
+With `--only` the other variants' figures stay as they were.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from prescore_compile.kernels.ops import _empty_summary
+from prescore_compile.kernels.plan import Plan
+from prescore_compile.kernels.reference import Operands
+from prescore_compile.kernels.summary import Summary
+from prescore_compile.kernels.triton import attend, attend_backward, clusters, route, union
+
+RESULTS = Path(__file__).parent / "results" / "triton-aot.json"
+MODULES = (attend, attend_backward, clusters, route, union)
+
+SHARED = {"sm_80": 166912, "sm_90": 232448, "gfx942": 65536}
+"""Bytes of shared memory that one program may have."""
+PRODUCTS = {"sm_80": r"\bmma\.sync", "sm_90": r"\bwgmma\.mma_async|\bmma\.sync", "gfx942": r"\bv_mfma"}
+"""Tensor-core instructions in the assembly."""
+TYPES = {
+    torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16",
+    torch.int32: "i32", torch.int64: "i64", torch.bool: "i1",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """One site whose kernels are compiled; ``default``: nothing may spill."""
+
+    plan: Plan = field(default_factory=Plan)
+    dim: int = 64
+    group: int = 1
+    dtype: torch.dtype = torch.bfloat16
+    causal: bool = True
+    padded: bool = False
+    queries: int = 4096
+    chunks: int = 0
+    backward: bool = True
+    default: bool = False
+
+
+VARIANTS = {
+    "default 64": Variant(default=True),
+    "default 128": Variant(dim=128, group=4, default=True),
+    "two-sided 64": Variant(causal=False, padded=True),
+    "float32 64": Variant(dtype=torch.float32),
+    "float16 128": Variant(dtype=torch.float16, dim=128, backward=False, default=True),
+    "256": Variant(dim=256, backward=False),
+    "keep 64": Variant(plan=Plan(keep=32, routes=0)),
+    "keep and routes 64": Variant(plan=Plan(keep=32), group=4, backward=False),
+    "centroids 64": Variant(plan=Plan(keep=24, centroids=8, routes=0, window=0), causal=False),
+    "few queries 128": Variant(dim=128, queries=1, backward=False),
+    "two levels 128": Variant(dim=128, group=4, chunks=32, backward=False),
+    "64 routes": Variant(plan=Plan(routes=64), backward=False),
+    "many routes": Variant(plan=Plan(routes=200, cluster=32), backward=False),
+}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel and what it was given."""
+
+    kernel: Any
+    values: dict[str, Any]
+    warps: int
+    stages: int
+
+    @property
+    def name(self) -> str:
+        return str(self.kernel.fn.__name__)
+
+
+def launches(variant: Variant, target: str) -> list[Launch]:
+    """What the operators launch for a site of 4096 keys."""
+    found: list[Launch] = []
+
+    def keep(kernel: Any, grid: Any, values: dict[str, Any], *, warps: int, stages: int) -> None:
+        found.append(Launch(kernel, {name: values[name] for name in kernel.arg_names}, warps, stages))
+
+    with contextlib.ExitStack() as patches:
+        for module in MODULES:
+            patches.enter_context(mock.patch.object(module, "launch", keep))
+        patches.enter_context(mock.patch.object(torch.version, "hip", "6" if target.startswith("gfx") else None))
+        patches.enter_context(FakeTensorMode())
+        _run(variant)
+    return found
+
+
+def _run(variant: Variant) -> None:
+    plan, scale = variant.plan, variant.dim**-0.5
+    heads, length = 8, 4096
+
+    def tensor(*shape: int, dtype: torch.dtype = variant.dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="cuda")
+
+    key = tensor(2, heads, length, variant.dim)
+    valid = tensor(2, length, dtype=torch.bool) if variant.padded else None
+    query = tensor(2, heads * variant.group, variant.queries, variant.dim)
+    site = Operands(query, key, tensor(*key.shape), valid, variant.causal, scale)
+    summary = Summary(*_empty_summary(key, site.value, plan.text))
+    routes = query.new_empty((*query.shape[:3], 0), dtype=torch.int32)
+    if plan.routes:
+        if variant.queries > 1:
+            clusters.any_clusters(key, site.value, valid, plan)
+        routes = route.route(query, summary, plan, variant.causal, length, scale, variant.chunks)
+    if variant.chunks:
+        return
+    out, sums = attend.attend(site, summary, routes, plan)
+    if variant.backward:
+        attend_backward.attend_backward(out, out, sums, site, summary, routes, plan)
+
+
+def compiled(launch: Launch, target: str) -> Any:
+    """What ``triton.compile`` makes of a launch, types and alignments as a GPU would see them."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature, constants, attributes = {}, {}, {}
+    for at, (name, value) in enumerate(launch.values.items()):
+        aligned = True
+        if isinstance(value, torch.Tensor):
+            signature[name] = "*" + TYPES[value.dtype]
+        elif isinstance(value, float):
+            signature[name], aligned = "fp32", False
+        elif value is None or value == 1:
+            signature[name], aligned = "constexpr", False
+            constants[(at,)] = value
+        else:
+            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            aligned = value % 16 == 0
+        if aligned:
+            attributes[(at,)] = [["tt.divisibility", 16]]
+    gpu = GPUTarget("hip", target, 64) if target.startswith("gfx") else GPUTarget("cuda", int(target[3:]), 32)
+    options = {"num_warps": launch.warps, "num_stages": launch.stages}
+    return triton.compile(ASTSource(launch.kernel, signature, constants, attributes), target=gpu, options=options)
+
+
+def figures(binary: Any, target: str) -> dict[str, int]:
+    """``registers`` a lane, ``stack`` bytes a lane, ``shared`` bytes a program, ``products`` on tensor cores."""
+    if target.startswith("gfx"):
+        assembly = binary.asm["amdgcn"]
+        registers, stack = _noted(assembly, r"\.vgpr_count"), _noted(assembly, r"\.private_segment_fixed_size")
+    else:
+        assembly = binary.asm["ptx"]
+        registers, stack = _resources(binary.asm["cubin"])
+    return {
+        "registers": registers,
+        "stack": stack,
+        "shared": int(binary.metadata.shared),
+        "products": len(re.findall(PRODUCTS[target], assembly)),
+    }
+
+
+def report(variant: Variant, target: str, only: str | None = None) -> dict[str, dict[str, int]]:
+    """Figures of each kernel of a variant (or of one); a kernel of two sources counts with its larger figures."""
+    found: dict[str, dict[str, int]] = {}
+    seen = set()
+    for launch in launches(variant, target):
+        known = (launch.name, launch.kernel.src)
+        if known in seen or only not in (None, launch.name):
+            continue
+        seen.add(known)
+        new = figures(compiled(launch, target), target)
+        old = found.get(launch.name, new)
+        found[launch.name] = {name: max(new[name], old[name]) for name in new}
+    return found
+
+
+def broken(name: str, target: str, kernels: dict[str, dict[str, int]]) -> list[str]:
+    """What is out of bounds."""
+    found = []
+    for kernel, got in kernels.items():
+        where = f"{name}, {kernel}, {target}"
+        if got["shared"] > SHARED[target]:
+            found.append(f"{where}: {got['shared']} bytes of shared memory, {SHARED[target]} fit")
+        if VARIANTS[name].default and got["stack"]:
+            found.append(f"{where}: spills {got['stack']} bytes")
+        if not got["products"] and kernel not in WITHOUT_PRODUCTS:
+            found.append(f"{where}: no tensor-core instruction")
+    return found
+
+
+WITHOUT_PRODUCTS = ("cluster", "mark", "union", "merge")
+"""Kernels whose source has no product of matrices."""
+
+
+def _noted(assembly: str, key: str) -> int:
+    found = re.search(key + r":?\s+(\d+)", assembly)
+    assert found, f"{key} is not in the assembly"
+    return int(found[1])
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        said = subprocess.run([str(tool), "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", said)
+    assert found, said
+    return int(found[1]), int(found[2])
+
+
+@contextlib.contextmanager
+def fresh_cache() -> Iterator[None]:
+    """Triton's cache in an empty folder, so that everything is compiled."""
+    with tempfile.TemporaryDirectory() as folder, mock.patch.dict("os.environ", TRITON_CACHE_DIR=folder):
+        yield
+
+
+def main() -> None:
+    import triton
+
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--targets", nargs="+", choices=SHARED, default=list(SHARED))
+    parser.add_argument("--check", action="store_true", help="compare with the file instead of writing it")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    old = json.loads(arguments.out.read_text()) if arguments.out.exists() else {"figures": {}}
+    found: dict[str, Any] = old["figures"] if not arguments.check else {}
+    problems = []
+    with fresh_cache():
+        for name in arguments.only:
+            for target in arguments.targets:
+                kernels = report(VARIANTS[name], target)
+                problems += broken(name, target, kernels)
+                for kernel, got in kernels.items():
+                    print(
+                        f"{name:20} {target:7} {kernel:10} " + " ".join(f"{k} {v}" for k, v in got.items()), flush=True
+                    )
+                    known = old["figures"].get(name, {}).get(kernel, {}).get(target)
+                    if arguments.check and known != got:
+                        problems.append(f"{name}, {kernel}, {target}: was {known}")
+                    found.setdefault(name, {}).setdefault(kernel, {})[target] = got
+    if not arguments.check:
+        about = {"command": "python -m bench.aot", "triton": triton.__version__}
+        arguments.out.write_text(json.dumps({"about": about, "figures": found}, indent=1) + "\n")
+    sys.exit("\n".join(problems) or 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,321 @@
+"""Attention on a GPU, stage by stage, against every backend of SDPA and against FlexAttention.
+
+`python -m bench.attention --device cuda` runs it; `--dry-run` takes the same path on a CPU with
+Triton's interpreter and tiny sizes, and its times mean nothing. Each way's result is compared with a
+float32 reference on some queries before it is timed; a way that fails the check, or that the machine
+has not, gets no time and says why.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from bench import model
+from prescore_compile.kernels import ops, reference
+from prescore_compile.kernels.plan import Plan
+from prescore_compile.kernels.reference import Operands
+from prescore_compile.kernels.summary import Summary
+from prescore_compile.passes import cost
+
+CHECKED = 32
+"""Queries that are compared with the reference: the last of a causal site, the first of any other."""
+LIMIT = 3e-2
+"""The largest error of an output of unit variance in bfloat16, as on a CPU."""
+SECONDS = 0.3
+"""What one way is timed for, at least ``rounds`` times."""
+LENGTHS = (1024, 4096, 16384, 32768, 65536, 131072)
+BACKENDS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+MATH_UP_TO = 4096
+
+
+@dataclass(frozen=True)
+class Case:
+    """One measured shape, batch 1: ``heads`` query heads on ``heads / group`` KV heads."""
+
+    n: int
+    causal: bool
+    dim: int
+    group: int
+    heads: int = 16
+
+
+def cases(lengths: tuple[int, ...] = LENGTHS, heads: int = 16) -> list[Case]:
+    """The most telling first: where time runs out, the rest is left out and named."""
+    shapes = [(True, 128, 4), (True, 64, 1), (False, 64, 1), (False, 128, 4), (True, 64, 4), (True, 128, 1)]
+    shapes += [(False, 64, 4), (False, 128, 1)]
+    return [Case(n, causal, dim, group, heads) for causal, dim, group in shapes for n in lengths]
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where it runs and how it is timed."""
+
+    device: str
+    dtype: torch.dtype = torch.bfloat16
+    rounds: int = 3
+
+    def seconds(self, work: Callable[[], Any]) -> float:
+        """Median seconds of ``work``; its check was the run that warms up."""
+        found: list[float] = []
+        while len(found) < self.rounds or (self.rounds > 1 and sum(found) < SECONDS and len(found) < 50):
+            found.append(self._once(work))
+        return statistics.median(found)
+
+    def _once(self, work: Callable[[], Any]) -> float:
+        if self.device == "cpu":
+            begin = time.perf_counter()
+            work()
+            return time.perf_counter() - begin
+        begin_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        begin_event.record()
+        work()
+        end_event.record()
+        torch.cuda.synchronize()
+        return begin_event.elapsed_time(end_event) / 1e3
+
+    @property
+    def model(self) -> model.Device:
+        """The device of the cost table that this one is most like."""
+        name = torch.cuda.get_device_name() if self.device == "cuda" else ""
+        return next((found for key, found in model.DEVICES.items() if key in name), model.DEVICES["H100"])
+
+
+def inputs(case: Case, machine: Machine) -> Operands:
+    """Smooth along the sequence, as real queries and keys are; of unit variance."""
+    generator = torch.Generator(machine.device).manual_seed(0)
+
+    def smooth(heads: int) -> torch.Tensor:
+        def draw(length: int) -> torch.Tensor:
+            return torch.randn(1, heads, length, case.dim, generator=generator, device=machine.device)
+
+        steps = draw(case.n // 64 + 1).repeat_interleave(64, 2)[:, :, : case.n]
+        return (draw(case.n) * 0.5 + steps * 0.75**0.5).to(machine.dtype)
+
+    kv_heads = case.heads // case.group
+    return Operands(smooth(case.heads), smooth(kv_heads), smooth(kv_heads), None, case.causal, case.dim**-0.5)
+
+
+def some(tensor: torch.Tensor, causal: bool) -> torch.Tensor:
+    """The queries that are checked, of ``[B, H, Nq, D]``."""
+    return tensor[:, :, -CHECKED:] if causal else tensor[:, :, :CHECKED]
+
+
+def fewer(site: Operands) -> Operands:
+    """The site with only the queries that are checked, in float32."""
+    few = site._replace(query=some(site.query, site.causal))
+    return few._replace(query=few.query.float(), key=site.key.float(), value=site.value.float())
+
+
+def error(got: torch.Tensor, want: torch.Tensor) -> float:
+    """Largest difference, relative to 1 or to the largest expected number; NaN counts as infinite."""
+    difference = (got.float() - want).abs().max() / want.abs().max().clamp(min=1)
+    return float(difference.nan_to_num(nan=float("inf")))
+
+
+def check_routes(site: Operands, summary: Summary, routes: torch.Tensor, plan: Plan) -> float:
+    """How much score the chosen clusters lose against the best ones, of the largest total."""
+    query = some(site.query, site.causal)
+    scores = reference.routing_scores(query.float(), summary, site.scale)
+    best = reference.route(query, summary, plan, site.causal, site.key.shape[2], site.scale)
+    chosen = some(routes, site.causal)
+    if not torch.equal(chosen >= 0, best >= 0):
+        return float("inf")
+    got, want = (scores.gather(3, r.long().clamp(min=0)).masked_fill(r < 0, 0).sum(3) for r in (chosen, best))
+    return float(((want - got).abs() / want.abs().clamp(min=1)).max())
+
+
+class Ways:
+    """The functions that are timed for one case, and what each should give."""
+
+    def __init__(self, case: Case, plan: Plan, machine: Machine) -> None:
+        self.case, self.plan, self.machine = case, plan, machine
+        self.site = inputs(case, machine)
+        self.summary = self.summarize()
+        self.routes = self.route()
+        self.grad = torch.randn_like(self.site.query)
+
+    def summarize(self) -> Summary:
+        return Summary(*ops.summarize(self.site.key, self.site.value, None, None, self.plan.text))
+
+    def route(self) -> torch.Tensor:
+        s, site = self.summary, self.site
+        return ops.route(
+            site.query, s.mean, s.spread, s.bias, self.plan.text, site.causal, site.key.shape[2], site.scale
+        )
+
+    def attend(self) -> torch.Tensor:
+        s, site = self.summary, self.site
+        rows = (s.row_index, s.row_owner, s.row_key, s.row_value, s.row_bias)
+        return ops.attend(*site[:4], s.order, self.routes, *rows, self.plan.text, site.causal, site.scale)
+
+    def total(self) -> torch.Tensor:
+        return ops.prescored(self.site, self.plan)
+
+    def expanded(self) -> Operands:
+        """Keys and values once a query head, for backends that know no groups."""
+        site, group = self.site, self.case.group
+        return site._replace(key=site.key.repeat_interleave(group, 1), value=site.value.repeat_interleave(group, 1))
+
+    def sdpa(self, backend: SDPBackend, site: Operands) -> torch.Tensor:
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(*site[:3], is_causal=site.causal, scale=site.scale)
+
+    def flex(self) -> Callable[[], torch.Tensor]:
+        """Compiled FlexAttention with the window, the sinks and as many random blocks as routes have keys."""
+        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+        site, plan, n = self.site, self.plan, self.case.n
+        window = plan.window or 0
+        blocks = max(1, n // 128)
+        generator = torch.Generator(self.machine.device).manual_seed(1)
+        share = min(1.0, plan.routes * plan.cluster / 128 / blocks)
+        drawn = torch.rand(blocks, blocks, generator=generator, device=self.machine.device) < share
+
+        def mask(b: Any, h: Any, q: Any, k: Any) -> Any:
+            near = (q - k).abs() <= window + 128
+            kept = near | (k < plan.sinks) | drawn[q // 128, k // 128]
+            return kept & (q >= k) if site.causal else kept
+
+        block_mask = create_block_mask(mask, None, None, n, n, device=self.machine.device, _compile=True)
+        compiled = torch.compile(flex_attention)
+        return lambda: compiled(*site[:3], block_mask=block_mask, scale=site.scale, enable_gqa=self.case.group > 1)
+
+    def backward(self, forward: Callable[[Operands], torch.Tensor], site: Operands) -> Callable[[], Any]:
+        """Forward and backward of a function of a site."""
+        leaves = [t.detach().requires_grad_() for t in site[:3]]
+        given = site._replace(query=leaves[0], key=leaves[1], value=leaves[2])
+        return lambda: torch.autograd.grad(forward(given), leaves, self.grad)
+
+
+def measure(case: Case, plan: Plan, machine: Machine, flex: bool) -> dict[str, Any]:
+    """Times in seconds of every way that passed its check, and what there is to say of the others."""
+    ways = Ways(case, plan, machine)
+    site = ways.site
+    few = fewer(site)
+    exact = reference.exact(few)
+    part = some(ways.routes, site.causal)
+    wide = ways.summary._replace(row_key=ways.summary.row_key.float(), row_value=ways.summary.row_value.float())
+    attended = reference.attend(few, wide, part, plan)
+    failed: dict[str, str] = {}
+    times: dict[str, float] = {}
+
+    def time_of(name: str, work: Callable[[], Any], wrong: float, limit: float = LIMIT) -> None:
+        if not wrong <= limit:
+            failed[name] = f"wrong result: off by {wrong:.2g}, {limit:.2g} allowed"
+            return
+        times[name] = machine.seconds(work)
+
+    def checked(name: str, work: Callable[[], torch.Tensor], want: torch.Tensor) -> None:
+        with told(failed, name):
+            time_of(name, work, error(some(work(), site.causal), want))
+
+    def checked_backward(name: str, forward: Callable[[Operands], torch.Tensor], given: Operands, want: Any) -> None:
+        with told(failed, name):
+            work = ways.backward(forward, given)
+            time_of(name, work, error(some(work()[0], site.causal), want))
+
+    with told(failed, "stages"):
+        clusters = reference_clusters(ways)
+        time_of("summarize", ways.summarize, clusters)
+        time_of("route", ways.route, check_routes(site, ways.summary, ways.routes, plan), 1e-2)
+        checked("attend", ways.attend, attended)
+        if not failed:
+            checked("total", ways.total, attended)
+    d_exact = gradient(few, None, None, plan, ways.grad)
+    d_attended = gradient(few, wide, part, plan, ways.grad)
+    if "total" in times:
+        checked_backward("total, backward", lambda s: ops.prescored(s, plan), site, d_attended)
+    large = ways.expanded()
+    for name, backend in BACKENDS.items():
+        if name == "math" and case.n > MATH_UP_TO:
+            continue
+        work = functools.partial(ways.sdpa, backend, large)
+        checked(f"sdpa {name}", work, exact)
+        if f"sdpa {name}" in times:
+            checked_backward(f"sdpa {name}, backward", functools.partial(ways.sdpa, backend), large, d_exact)
+    if flex:
+        with told(failed, "flex"):
+            work = ways.flex()
+            work()
+            times["flex"] = machine.seconds(work)
+    return row(case, plan, machine, times, failed)
+
+
+def reference_clusters(ways: Ways) -> float:
+    """Largest error of a mean of a cluster of the last chunks, against the keys that stand in it."""
+    plan, site, summary = ways.plan, ways.site, ways.summary
+    if not plan.routes:
+        return 0.0
+    order = summary.order.unflatten(2, (-1, plan.cluster))[:, :, -64:].long()
+    held = (order >= 0).unsqueeze(4)
+    index = order.clamp(min=0).flatten(2).unsqueeze(3).expand(-1, -1, -1, site.key.shape[3])
+    keys = site.key.float().gather(2, index).unflatten(2, order.shape[2:]) * held
+    mean = keys.sum(3) / held.sum(3).clamp(min=1)
+    return error(summary.mean[:, :, -64:], mean)
+
+
+def gradient(few: Operands, summary: Summary | None, routes: Any, plan: Plan, grad: torch.Tensor) -> torch.Tensor:
+    """The gradient of the checked queries: that of the others does not reach it."""
+    given = some(grad, few.causal).float()
+    if summary is None:
+        plan = Plan(window=None, sinks=0, routes=0)
+        none = few.query.new_empty(*few.key.shape[:2], 0)
+        wide = none.unsqueeze(3).expand(-1, -1, -1, few.query.shape[3])
+        summary = Summary(none.int(), wide, wide, none, none.int(), none.int(), wide, wide, none)
+        routes = few.query.new_empty(*few.query.shape[:3], 0, dtype=torch.int32)
+    return reference.attend_backward(given, few, summary, routes, plan)[0]
+
+
+@contextlib.contextmanager
+def told(failed: dict[str, str], name: str) -> Iterator[None]:
+    """What a way raises is its reason for having no time: a backend that is missing, too little memory."""
+    try:
+        yield
+    except Exception as problem:
+        failed[name] = str(problem).strip().splitlines()[0][:200] if str(problem).strip() else type(problem).__name__
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def row(case: Case, plan: Plan, machine: Machine, times: dict[str, float], failed: dict[str, str]) -> dict[str, Any]:
+    """One case as data: times, rates on the pairs attended, shares, and the predicted times."""
+    shape = cost.Shape(1, case.heads, case.heads // case.group, case.dim, case.dim, case.causal)
+    flops = 4 * case.dim * case.heads
+    exact_flops = flops * cost.at(cost.exact_pairs(case.causal), case.n)
+    attended_flops = flops * cost.at(cost.attended_pairs(plan, case.causal), case.n)
+    backends = {name: times[f"sdpa {name}"] for name in BACKENDS if f"sdpa {name}" in times}
+    best = min(backends, key=backends.__getitem__) if backends else None
+    found: dict[str, Any] = asdict(case) | {"stages": times, "failed": failed}
+    found["predicted"] = model.stages(model.Site(shape, case.n, plan), machine.model)
+    if best is not None:
+        found["stages"] = times | {"exact": backends[best]}
+        found |= {"best": best, "exact_tflops": exact_flops / backends[best] / 1e12}
+    if "attend" in times:
+        found["attend_tflops"] = attended_flops / times["attend"] / 1e12
+        if best is not None:
+            found["attend_share_of_best"] = found["attend_tflops"] / found["exact_tflops"]
+    if "total" in times:
+        found["scoring_and_routing_share"] = (times["summarize"] + times["route"]) / times["total"]
+        if best is not None:
+            found["faster"] = backends[best] / times["total"]
+    backward = [times[f"sdpa {name}, backward"] for name in BACKENDS if f"sdpa {name}, backward" in times]
+    if backward and "total, backward" in times:
+        found["faster_backward"] = min(backward) / times["total, backward"]
+    found["off_the_prediction"] = model.parts(found["stages"], found["predicted"])
+    return found

@@ -1,0 +1,167 @@
+"""What a stage should cost on a GPU, from flops, instructions and bytes.
+
+A stage takes the longest of three times: its matrix products at the rate of the tensor cores, its
+other arithmetic at the rate of the lanes, its traffic at the rate of the memory; and its launches.
+Constants of devices are those of their makers' data sheets; those of kernels are counted, or, where
+marked so, assumed. What was measured on a GPU replaces them: see ``bench.roofline``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from prescore_compile.kernels.clusters import POWER_ITERATIONS
+from prescore_compile.kernels.plan import Plan
+from prescore_compile.passes import cost
+
+
+@dataclass(frozen=True)
+class Device:
+    """Rates a second: ``products`` flops of bf16 on tensor cores, ``lanes`` instructions, ``traffic`` bytes.
+
+    ``memory``: bytes.
+    """
+
+    name: str
+    products: float
+    lanes: float
+    traffic: float
+    memory: float
+
+
+DEVICES = {
+    "A100": Device("A100", 312e12, 108 * 64 * 1.41e9, 2.04e12, 80e9),
+    "H100": Device("H100", 989e12, 132 * 128 * 1.755e9, 3.35e12, 80e9),
+    "H200": Device("H200", 989e12, 132 * 128 * 1.755e9, 4.8e12, 141e9),
+    "MI300X": Device("MI300X", 1307e12, 304 * 64 * 2.1e9, 5.3e12, 192e9),
+}
+LAUNCH = 5e-6
+"""Seconds a kernel launch; assumed."""
+EXACT_SHARE = 0.6
+"""Of the tensor cores' rate that exact attention reaches on long inputs; FlashAttention-3 reports 0.5 to 0.75."""
+ATTEND_SHARE = 0.4
+"""The same of ``attend``; assumed."""
+UNION = 3.0
+"""Clusters that a tile of 64 rows walks over, for each route of one of its rows; assumed, it depends on the input."""
+BACKWARD = 2.5
+"""Products of a backward, for each of its forward: five of them, not two."""
+ROUTE_PAIR = 106
+"""Instructions of a lane for one pair of row and representative: 54 and 52 in the two loops of sm_90's binary."""
+NUMBER_BYTES = 2
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a stage does: flops, instructions, bytes and launches."""
+
+    products: float = 0.0
+    lanes: float = 0.0
+    traffic: float = 0.0
+    launches: int = 0
+    share: float = 1.0
+
+    def seconds(self, device: Device) -> float:
+        """The longest of the three times, and the launches."""
+        return self.launches * LAUNCH + max(
+            self.products / (device.products * self.share), self.lanes / device.lanes, self.traffic / device.traffic
+        )
+
+    def bound(self, device: Device) -> str:
+        """Which of the times is the longest."""
+        times = {
+            "products": self.products / (device.products * self.share),
+            "lanes": self.lanes / device.lanes,
+            "traffic": self.traffic / device.traffic,
+        }
+        longest = max(times, key=times.__getitem__)
+        return "launches" if self.launches * LAUNCH > times[longest] else longest
+
+
+@dataclass(frozen=True)
+class Site:
+    """One attention: ``chunks`` not 0 routes on two levels; ``union``: see ``UNION``."""
+
+    shape: cost.Shape
+    length: int
+    plan: Plan = field(default_factory=Plan)
+    chunks: int = 0
+    union: float = UNION
+
+    @property
+    def rows(self) -> int:
+        """Queries of all heads."""
+        return self.shape.batch * self.shape.heads * self.length
+
+    @property
+    def keys(self) -> int:
+        """Keys of all KV heads."""
+        return self.shape.batch * self.shape.kv_heads * self.length
+
+
+def exact(site: Site) -> Work:
+    """Exact attention."""
+    shape = site.shape
+    pairs = cost.at(cost.exact_pairs(shape.causal), site.length) * shape.batch * shape.heads
+    return Work(2 * pairs * _features(site), 0, _operands(site), 1, EXACT_SHARE)
+
+
+def summarize(site: Site) -> Work:
+    """Clusters of each chunk: a read of keys and values, and the power iterations of each level."""
+    plan, dim = site.plan, site.shape.head_dim
+    if not plan.routes:
+        return Work(traffic=site.keys * 1.0, launches=3)
+    levels = (plan.chunk // plan.cluster).bit_length() - 1
+    iterations = levels * (POWER_ITERATIONS + 1) * 4 * dim  # two products, each a multiplication and a sum
+    written = 4 + (8 * dim + 4) / plan.cluster
+    traffic = site.keys * (NUMBER_BYTES * _features(site) + written)
+    return Work(lanes=site.keys * iterations, traffic=traffic, launches=4)
+
+
+def route(site: Site) -> Work:
+    """Two walks over the representatives, of two products each; or over chunks, then over the chosen ones."""
+    plan, shape = site.plan, site.shape
+    if not plan.routes:
+        return Work()
+    pairs = cost.at(cost.exact_pairs(shape.causal), site.length) * shape.batch * shape.heads / plan.cluster
+    launches = 1
+    if site.chunks:
+        per_chunk = plan.chunk // plan.cluster
+        pairs = pairs / per_chunk + site.rows * site.chunks * per_chunk * site.union
+        launches = 12
+    traffic = site.rows * (NUMBER_BYTES * shape.head_dim + 4 * plan.routes)
+    return Work(8 * pairs * shape.head_dim, pairs * ROUTE_PAIR, traffic, launches)
+
+
+def attend(site: Site) -> Work:
+    """The attended pairs; a tile computes the union of its rows' routes for each of them."""
+    plan, shape = site.plan, site.shape
+    pairs = cost.at(cost.attended_pairs(plan, shape.causal), site.length) * shape.batch * shape.heads
+    routed = site.rows * plan.routes * plan.cluster
+    pairs += min(routed, pairs) * (site.union - 1)
+    # Sorting a tile's routes: each is read, written and read again.
+    lists = 12 * site.rows * plan.routes
+    return Work(2 * pairs * _features(site), 0, _operands(site) + lists, 1 + 2 * bool(plan.routes), ATTEND_SHARE)
+
+
+def stages(site: Site, device: Device) -> dict[str, float]:
+    """Predicted seconds of each stage of a forward, of all of them, and of exact attention."""
+    found = {name: work(site).seconds(device) for name, work in STAGES.items()}
+    return found | {"total": sum(found.values()), "exact": exact(site).seconds(device)}
+
+
+STAGES = {"summarize": summarize, "route": route, "attend": attend}
+
+
+def parts(measured: Mapping[str, float], predicted: Mapping[str, float], factor: float = 2.0) -> dict[str, float]:
+    """The stages whose measured time is more than ``factor`` times the predicted one, or less than its inverse."""
+    ratios = {name: measured[name] / predicted[name] for name in predicted if name in measured and predicted[name]}
+    return {name: ratio for name, ratio in ratios.items() if not 1 / factor <= ratio <= factor}
+
+
+def _features(site: Site) -> int:
+    return site.shape.head_dim + site.shape.value_dim
+
+
+def _operands(site: Site) -> float:
+    return NUMBER_BYTES * (site.rows + site.keys) * float(_features(site))

@@ -1,0 +1,78 @@
+"""Two levels: chunks are chosen first, by representatives of their own, then clusters inside them.
+
+Scoring every cluster for every query costs n^2 / cluster; scoring chunks costs n^2 / chunk, and the
+clusters of ``chunks`` chosen ones a constant a query. The chunks that are not chosen are out,
+so a cluster that stands out inside a dull chunk can be missed: this is another attention than
+``reference.route`` defines, used only where it is asked for.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from . import reference
+from .layout import spans
+from .plan import Plan
+from .summary import Summary
+
+
+def coarse(summary: Summary, plan: Plan) -> Summary:
+    """The summary with one representative a chunk: mean and spread ``[B, Hkv, C, D]``, bias ``[B, Hkv, C]``.
+
+    The mean and variance of all keys of its clusters, by the law of total variance; NaN where a
+    cluster of it is.
+    """
+    per_chunk = plan.chunk // plan.cluster
+
+    def by_chunk(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.unflatten(2, (tensor.shape[2] // size, size))
+
+    size = plan.cluster
+    count = by_chunk(summary.order >= 0).sum(3).float()
+    size = per_chunk
+    count, mean, spread, bias = (by_chunk(t) for t in (count, summary.mean, summary.spread, summary.bias))
+    total = count.sum(3)
+    share = (count / total.clamp(min=1).unsqueeze(3)).unsqueeze(4)
+    whole = (share * mean).sum(3)
+    # A cluster's spread is its variance times 2 ln(count); one key has none.
+    factor = (2 * count.clamp(min=1).log()).unsqueeze(4)
+    variance = torch.where(factor > 0, spread / factor.clamp(min=1e-6), 0)
+    off = mean - whole.unsqueeze(3)
+    variance = (share * (variance + off * off)).sum(3)
+    taint = bias.masked_fill(bias == float("-inf"), 0).sum(3)
+    bias = taint.masked_fill(total == 0, float("-inf"))
+    return summary._replace(mean=whole, spread=variance * (2 * total.clamp(min=1).log()).unsqueeze(3), bias=bias)
+
+
+def route(
+    query: torch.Tensor, summary: Summary, plan: Plan, causal: bool, k_len: int, scale: float, chunks: int
+) -> torch.Tensor:
+    """The clusters each query attends, of its ``chunks`` best chunks; shapes and ties as ``reference.route``."""
+    batch, heads, q_len, _ = query.shape
+    per_chunk, clusters = plan.chunk // plan.cluster, summary.mean.shape[2]
+    count = min(plan.routes, clusters)
+    routes = torch.full((batch, heads, q_len, count), -1, dtype=torch.int32, device=query.device)
+    level = coarse(summary, plan)
+    chunk = torch.arange(clusters // per_chunk, device=query.device)
+    for span in spans(plan, causal, q_len, k_len, reference.TILE):
+        tile = query[:, :, span.begin : span.end].float()
+        first = chunk * plan.chunk
+        eligible = (first < (span.low if causal else k_len)) & ~((first >= span.low) & (first < span.high))
+        best = _best(reference.routing_scores(tile, level, scale), level, eligible, chunks)
+        chosen = torch.zeros(*best.shape[:3], len(chunk) + 1, dtype=torch.bool, device=query.device)
+        chosen.scatter_(3, best, True)
+        inside = chosen[..., :-1].repeat_interleave(per_chunk, 3)
+        best = _best(reference.routing_scores(tile, summary, scale), summary, inside, count)
+        routes[:, :, span.begin : span.end] = best.where(best < clusters, -1)
+    return routes
+
+
+def _best(scores: torch.Tensor, summary: Summary, eligible: torch.Tensor, count: int) -> torch.Tensor:
+    """The ``count`` best of the last axis, ascending; where there are fewer, its length."""
+    scores = scores.nan_to_num(nan=math.inf, neginf=-math.inf, posinf=math.inf)
+    empty = summary.bias.repeat_interleave(scores.shape[1] // summary.bias.shape[1], 1).unsqueeze(2) == -math.inf
+    scores = scores.masked_fill(~eligible | empty, -math.inf)
+    best = scores.argsort(dim=3, descending=True, stable=True)[..., :count]
+    return best.where(scores.gather(3, best) > -math.inf, scores.shape[3]).sort(3).values

@@ -1,0 +1,518 @@
+"""The backward of attend: every sum has one owner, so that no atomics are needed and bits repeat.
+
+``d_query`` is summed by the program that owns a tile of queries, with the loops of the forward.
+The gradients of keys and values are summed by the programs that own them, each over the queries that
+attend them: for a window and for rows those are runs of positions (closed forms of ``layout``), for
+routes an inverse index, from each cluster to the queries that chose it, by a stable sort.
+
+With P the weights, dP = dO V^T and dS = P * (dP - rowsum(dO * O)), as in ``reference.attend_backward``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from ..layout import chunk_count
+from ..plan import Plan
+from ..reference import Operands
+from ..summary import Summary
+from . import loops, options
+from .attend import about, operands, spec_of, strides
+from .cache import launch, load
+from .render import fill, source
+from .spec import NOTHING, Lifted, Spec, cdiv
+
+SINK_SPLITS = 16
+"""Programs that share the queries of the sinks, which all queries attend."""
+
+D_QUERY = """
+def d_query(
+    $parameters
+):
+    $constants
+
+    $tile
+    $borders
+
+    $operands
+    $grad_tile
+    summed = tl.zeros([ROWS, DIM_TILE], tl.float32)
+
+    $window
+
+    $rows
+
+    $routes
+
+    to = d_query + batch * d_query_b + (head * d_query_h + query_at.to(tl.int64) * d_query_n)[:, None]
+    tl.store(to + feature[None, :], (summed * scale).to(d_query.dtype.element_ty), mask=$query_mask)
+"""
+
+GRAD_TILE = """
+grad_tile = tl.load(
+    grad + batch * grad_b + (head * grad_h + query_at.to(tl.int64) * grad_n)[:, None] + value_feature[None, :],
+    mask=$grad_mask,
+    other=0.0,
+)
+sum_at = (batch * kv_heads * GROUP + head) * q_len + query_at
+# A row that is no query has no weights.
+log_sum = tl.load(log_sums + sum_at, mask=live, other=float("inf")) * LOG2E
+inner = tl.load(inners + sum_at, mask=live, other=0.0)
+"""
+
+D_LOGITS = """
+weight = tl.exp2(logits - log_sum[:, None])
+d_weight = tl.dot(grad_tile, tl.trans(value_tile)$precision)
+d_logits = tl.where(weight == 0.0, 0.0, weight * (d_weight - inner[:, None]))
+d_logits *= 1.0 - capped * capped  #? softcap
+"""
+
+TO_QUERY = """
+$d_logits
+summed = tl.dot(d_logits.to(key_tile.dtype), tl.trans(key_tile), summed$precision)
+"""
+
+TO_KEYS = """
+$d_logits
+d_value_tile = tl.dot(tl.trans(weight.to(grad_tile.dtype)), grad_tile, d_value_tile$precision)
+d_key_tile = tl.dot(tl.trans(d_logits.to(query_tile.dtype)), query_tile, d_key_tile$precision)
+"""
+
+KEY_MAJOR = """
+def $name(
+    $parameters
+):
+    $constants
+    $owner
+    batch = pair // kv_heads
+    kv_head = pair % kv_heads
+    feature = tl.arange(0, DIM_TILE)
+    value_feature = tl.arange(0, VALUE_TILE)
+    $load_keys
+    d_key_tile = tl.zeros([KEYS, DIM_TILE], tl.float32)
+    d_value_tile = tl.zeros([KEYS, VALUE_TILE], tl.float32)
+    $over_queries
+        head = kv_head * GROUP + of_group
+        position = query_at + (k_len - q_len)  #? causal
+        b = batch  #? lifted
+        h = head[:, None]  #? lifted
+        q = tl.minimum(tl.maximum(query_at, 0), q_len - 1)[:, None]  #? lifted
+        query_tile = tl.load(
+            query + batch * query_b + (head * query_h + query_at.to(tl.int64) * query_n)[:, None] + feature[None, :],
+            mask=$query_mask,
+            other=0.0,
+        )
+        $grad_tile
+        $score
+        $mask
+        $update
+    d_key_tile *= scale
+    $store
+"""
+
+# Queries of positions [first, stop), the heads of the group side by side.
+RUN = """
+first = tl.maximum(first, 0)
+stop = tl.minimum(stop, q_len)
+for begin in range(first * GROUP$split_first, stop * GROUP, $run_step):
+    member = begin + tl.arange(0, ROWS)
+    query_at = member // GROUP
+    of_group = member % GROUP
+    live = query_at < stop
+"""
+
+WINDOW_OWNER = """
+pair = (tl.program_id(0) // blocks).to(tl.int64)  # of batch and KV head
+at = tl.program_id(0) % blocks * KEYS + tl.arange(0, KEYS)
+seen = at < k_len
+"""
+
+WINDOW_KEYS = """
+inside = at < k_len
+seen = inside
+seen = seen & (tl.load(valid + batch * valid_b + at * valid_n, mask=seen, other=0) != 0)  #? valid
+key_head = key + batch * key_b + kv_head * key_h
+value_head = value + batch * value_b + kv_head * value_h
+key_tile = tl.load(key_head + at.to(tl.int64)[None, :] * key_n + feature[:, None], mask=$key_mask, other=0.0)
+value_tile = tl.load(
+    value_head + at.to(tl.int64)[:, None] * value_n + value_feature[None, :], mask=$value_mask, other=0.0
+)
+# The queries that have any of these keys in their window.
+begin_key = tl.program_id(0) % blocks * KEYS
+end_key = tl.minimum(begin_key + KEYS, k_len)
+first = begin_key - (k_len - q_len)  #? causal
+stop = q_len  #? not windowed
+first = 0  #? not windowed and not causal
+stop = ((end_key - 1) // CHUNK + 1) * CHUNK + WINDOW - (k_len - q_len)  #? aligned
+first = begin_key // CHUNK * CHUNK - WINDOW  #? two_sided
+stop = ((end_key - 1) // CHUNK + 1) * CHUNK + WINDOW  #? two_sided
+"""
+
+STORE_WINDOW = """
+key_to = d_key + (pair * k_len + at)[:, None] * DIM + feature[None, :]
+value_to = d_value + (pair * k_len + at)[:, None] * VALUE_DIM + value_feature[None, :]
+tl.store(key_to, d_key_tile, mask=$d_key_mask)
+tl.store(value_to, d_value_tile, mask=$d_value_mask)
+"""
+
+ROWS_OWNER = """
+program = tl.program_id(0)
+pair = (program // $programs).to(tl.int64)  # of batch and KV head
+split = tl.program_id(1)  #? of_sinks
+begin_row = program % $programs * KEYS  #? of_sinks
+end_row = $sinks  #? of_sinks
+segment = program % $programs // $blocks  #? not of_sinks
+begin_row = $sinks + segment * $segment_rows + program % $blocks * KEYS  #? not of_sinks
+end_row = $sinks + (segment + 1) * $segment_rows  #? not of_sinks
+at = begin_row + tl.arange(0, KEYS)
+"""
+
+ROWS_KEYS = """
+inside = at < end_row
+row_at = pair * row_count + at
+index = tl.load(row_index + row_at, mask=inside, other=-1)
+row_logit = tl.load(row_bias + row_at, mask=inside, other=float("-inf"))  #? centroids
+seen = row_logit > float("-inf")  #? centroids
+seen = index >= 0  #? not centroids
+key_tile = tl.load(row_key + row_at[None, :] * DIM + feature[:, None], mask=$key_mask, other=0.0)
+value_tile = tl.load(row_value + row_at[:, None] * VALUE_DIM + value_feature[None, :], mask=$value_mask, other=0.0)
+# The queries before whose window a chunk is finished.  #? of_sinks and causal
+first = WINDOW + CHUNK - (k_len - q_len)  #? of_sinks and causal
+stop = q_len  #? of_sinks
+first = 0  #? of_sinks and not causal
+# The queries whose finished chunks split into segments of which this is one.  #? not of_sinks
+end_chunk = segment + 1  #? not of_sinks
+size = end_chunk & -end_chunk  #? not of_sinks
+first = WINDOW + end_chunk * CHUNK - (k_len - q_len)  #? not of_sinks and causal
+stop = first + size * CHUNK  #? not of_sinks and causal
+chunks = tl.cdiv(k_len, CHUNK)  #? not of_sinks and not causal
+first = 0  #? not of_sinks and not causal
+stop = tl.where((chunks >= end_chunk) & (chunks < end_chunk + size), q_len, 0)  #? not of_sinks and not causal
+"""
+
+STORE_ROWS = """
+to = (split.to(tl.int64) * pairs + pair) * row_total + at  #? of_sinks
+to = pair * row_total + at - $sinks  #? not of_sinks
+tl.store(d_key + to[:, None] * DIM + feature[None, :], d_key_tile, mask=$d_key_mask)
+tl.store(d_value + to[:, None] * VALUE_DIM + value_feature[None, :], d_value_tile, mask=$d_value_mask)
+"""
+
+ROUTES_OWNER = """
+clusters = places // KEYS
+pair = (tl.program_id(0) // clusters).to(tl.int64)  # of batch and KV head
+cluster = tl.program_id(0) % clusters
+at = tl.load(order + pair * places + cluster * KEYS + tl.arange(0, KEYS))
+"""
+
+ROUTES_KEYS = """
+seen = at >= 0
+inside = seen
+key_head = key + batch * key_b + kv_head * key_h
+value_head = value + batch * value_b + kv_head * value_h
+key_tile = tl.load(key_head + at.to(tl.int64)[None, :] * key_n + feature[:, None], mask=$key_mask, other=0.0)
+value_tile = tl.load(
+    value_head + at.to(tl.int64)[:, None] * value_n + value_feature[None, :], mask=$value_mask, other=0.0
+)
+stands = tl.load(copies + pair * (k_len + 1) + at, mask=seen, other=0)  #? copies
+first = tl.load(chosen_from + pair * (clusters + 1) + cluster)
+stop = tl.load(chosen_from + pair * (clusters + 1) + cluster + 1)
+"""
+
+ROUTES_QUERIES = """
+for begin in range(first, stop, ROWS):
+    place = begin + tl.arange(0, ROWS)
+    live = place < stop
+    member = tl.load(chosen_by + pair * chosen_total + place, mask=live, other=0)
+    query_at = member % q_len
+    of_group = member // q_len
+"""
+
+# A key that was selected in the segment that covers it stands in a row.
+ROUTES_CHOOSE = """
+finished = tl.maximum(position - WINDOW, 0) // CHUNK  #? causal
+finished = tl.cdiv(k_len, CHUNK)  #? not causal
+level = (tl.maximum(at, 0) // CHUNK)[None, :] ^ $finished
+$highest
+"""
+
+ADD_ROUTES = """
+key_to = d_key + (pair * k_len + at)[:, None] * DIM + feature[None, :]
+value_to = d_value + (pair * k_len + at)[:, None] * VALUE_DIM + value_feature[None, :]
+d_key_tile += tl.load(key_to, mask=$d_key_mask, other=0.0)
+d_value_tile += tl.load(value_to, mask=$d_value_mask, other=0.0)
+tl.store(key_to, d_key_tile, mask=$d_key_mask)
+tl.store(value_to, d_value_tile, mask=$d_value_mask)
+"""
+
+BORDERS = """
+low = tl.maximum(position - WINDOW, 0) // CHUNK * CHUNK  #? causal
+low = tl.maximum(query_at - WINDOW, 0) // CHUNK * CHUNK  #? two_sided
+high = tl.minimum(((query_at + WINDOW) // CHUNK + 1) * CHUNK, k_len)  #? two_sided
+"""
+
+
+def attend_backward(
+    grad: torch.Tensor,
+    out: torch.Tensor,
+    log_sums: torch.Tensor,
+    site: Operands,
+    summary: Summary,
+    routes: torch.Tensor,
+    plan: Plan,
+    lifted: Lifted = NOTHING,
+    **more: Any,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``reference.attend_backward`` by generated kernels.
+
+    Args:
+        grad: of ``out`` ``[B, H, Nq, Dv]``; ``out`` and ``log_sums`` as the forward returned them.
+        site, summary, routes, plan, lifted, more: as the forward was given them.
+
+    Returns:
+        Gradients of query (its dtype), and of key, value, row_key and row_value (float32).
+    """
+    query, key, value = site[:3]
+    batch, heads, q_len, _ = query.shape
+    kv_heads, k_len = key.shape[1], key.shape[2]
+    d_query = torch.empty_like(query, memory_format=torch.contiguous_format)
+    d_key = _float32(key, *key.shape)
+    d_value = _float32(value, *value.shape)
+    d_row_key, d_row_value = _zeros(summary.row_key), _zeros(summary.row_value)
+    if 0 in (batch, heads, q_len, k_len, value.shape[3]):
+        return d_query.zero_(), d_key.zero_(), d_value.zero_(), d_row_key, d_row_value
+    spec = replace(spec_of(site, routes, plan, lifted, float(more.pop("softcap", 0.0))), splits=1)
+    cluster = plan.cluster if spec.routes else 0
+    spec = replace(spec, tile=options.backward(spec.target, spec.dtype, spec.dim, spec.value_dim, cluster))
+    if grad.stride(3) != 1:
+        grad = grad.contiguous()
+    values, programs = operands(spec, site, summary, routes, more)
+    inners = (grad.float() * out.float()).sum(3)
+    values |= dict(grad=grad, log_sums=log_sums, inners=inners, pairs=batch * kv_heads)
+    values |= strides("grad", grad) | strides("d_query", d_query)
+    tile = spec.tile
+
+    def run(text: str, name: str, grid: tuple[Any, ...], **own: Any) -> None:
+        launch(load(text, name), grid, values | own, warps=tile.warps, stages=tile.stages)
+
+    run(d_query_source(spec), "d_query", (programs,), d_query=d_query)
+    own = dict(d_key=d_key, d_value=d_value)
+    if loops.has_window(spec):
+        blocks = cdiv(k_len, tile.keys)
+        run(window_source(spec), "d_window", (batch * kv_heads * blocks,), blocks=blocks, **own)
+    else:
+        d_key.zero_()
+        d_value.zero_()
+    if spec.routes:
+        index = inverse(routes, kv_heads, summary.order.shape[2] // plan.cluster)
+        run(
+            routes_source(spec),
+            "d_routes",
+            (batch * kv_heads * (summary.order.shape[2] // plan.cluster),),
+            **own,
+            **index,
+        )
+    if loops.has_rows(spec):
+        d_row_key, d_row_value = _rows(spec, run, summary, k_len)
+    return d_query, d_key, d_value, d_row_key, d_row_value
+
+
+def _rows(spec: Spec, run: Any, summary: Summary, k_len: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of the rows: the sinks' by parts, then one segment after the other."""
+    plan = spec.settings
+    batch, kv_heads, total, _ = summary.row_key.shape
+    parts: list[tuple[torch.Tensor, torch.Tensor]] = []
+    if plan.sinks:
+        size = (SINK_SPLITS, batch, kv_heads, plan.sinks)
+        found = tuple(_float32(rows, *size, rows.shape[3]) for rows in (summary.row_key, summary.row_value))
+        grid = (batch * kv_heads * cdiv(plan.sinks, loops.row_keys(spec, plan.sinks)), SINK_SPLITS)
+        run(rows_source(spec, True), "d_sinks", grid, d_key=found[0], d_value=found[1], row_total=plan.sinks)
+        parts.append((found[0].sum(0), found[1].sum(0)))
+    if plan.rows_per_segment:
+        count = total - plan.sinks
+        found = tuple(
+            _float32(rows, batch, kv_heads, count, rows.shape[3]) for rows in (summary.row_key, summary.row_value)
+        )
+        blocks = cdiv(plan.rows_per_segment, loops.row_keys(spec, plan.rows_per_segment))
+        segments = chunk_count(k_len, plan.chunk)
+        programs = segments * blocks
+        more = dict(row_total=count, programs=programs)
+        run(
+            rows_source(spec, False),
+            "d_segments",
+            (batch * kv_heads * programs,),
+            d_key=found[0],
+            d_value=found[1],
+            **more,
+        )
+        parts.append((found[0], found[1]))
+    keys, values = zip(*parts, strict=True)
+    return torch.cat(keys, 2), torch.cat(values, 2)
+
+
+def inverse(routes: torch.Tensor, kv_heads: Any, clusters: Any) -> dict[str, Any]:
+    """Who chose each cluster.
+
+    Returns:
+        ``chosen_by`` ``[B, Hkv, G * Nq * R]`` int32, (head of the group, query) as ``head * Nq + query``, one
+        cluster after the other; ``chosen_from`` ``[B, Hkv, clusters + 1]`` int32, where each begins;
+        ``chosen_total``, the length of the first.
+    """
+    batch, heads, q_len, count = routes.shape
+    named = routes.reshape(batch, kv_heads, heads // kv_heads * q_len * count)
+    named, by = named.where(named >= 0, clusters).sort(dim=2, stable=True)
+    edges = named.new_zeros(batch, kv_heads, 1) + torch.arange(clusters + 1, dtype=torch.int32, device=routes.device)
+    begins = torch.searchsorted(named, edges, out_int32=True)
+    chosen = (by // torch.sym_max(count, 1)).to(torch.int32)
+    return dict(chosen_by=chosen, chosen_from=begins, chosen_total=named.shape[2])
+
+
+def d_query_source(spec: Spec) -> str:
+    """Source of ``d_query``."""
+    update = fill(TO_QUERY, loops.names(spec) | {"d_logits": _d_logits(spec)})
+    parts = loops.names(spec) | dict(
+        parameters=loops.parameters(spec, "d_query", "grad", "log_sums", "inners", *_axes("d_query"), *_axes("grad")),
+        constants=loops.constants(spec),
+        tile=loops.tile(spec),
+        borders=loops.borders(spec),
+        operands=loops.operands(spec),
+        grad_tile=_grad_tile(spec),
+        window=loops.window(spec, update, taint=False),
+        rows=loops.rows(spec, update, taint=False),
+        routes=loops.routes(spec, update, taint=False),
+        query_mask=_mask(spec, "live[:, None]", "dim"),
+    )
+    return source("d_query", about(spec, "attend backward, gradient of the query"), fill(D_QUERY, parts))
+
+
+def window_source(spec: Spec) -> str:
+    """Source of ``d_window``: the keys of all windows; it writes every key."""
+    pairs = ["seen[None, :]"]
+    if spec.causal:
+        pairs.append("(at[None, :] <= position[:, None])")
+    if spec.aligned:
+        pairs.append("(position[:, None] < ((at // CHUNK + 1) * CHUNK + WINDOW)[None, :])")
+    if loops.two_sided(spec):
+        pairs.append("(query_at[:, None] >= (at // CHUNK * CHUNK - WINDOW)[None, :])")
+        pairs.append("(query_at[:, None] < ((at // CHUNK + 1) * CHUNK + WINDOW)[None, :])")
+    return _key_major(
+        spec,
+        "d_window",
+        "attend backward, gradients of the window's keys and values",
+        own=["blocks"],
+        owner=WINDOW_OWNER,
+        load_keys=WINDOW_KEYS,
+        over_queries=RUN,
+        score=loops.score(spec, "at"),
+        mask=loops.mask(spec, " & ".join(pairs)),
+        store=STORE_WINDOW,
+    )
+
+
+def rows_source(spec: Spec, of_sinks: bool) -> str:
+    """Source of ``d_sinks`` or ``d_segments``: rows, of which each is one program's."""
+    plan = spec.settings
+    count = plan.sinks if of_sinks else plan.rows_per_segment
+    keys = loops.row_keys(spec, count)
+    spec = replace(spec, tile=replace(spec.tile, keys=keys))
+    pairs = "seen[None, :]"
+    if spec.causal:
+        pairs += " & (index[None, :] < low[:, None])"
+    elif loops.two_sided(spec):
+        pairs += " & ((index[None, :] < low[:, None]) | (index[None, :] >= high[:, None]))"
+    borders = fill(BORDERS, loops.names(spec))
+    bias = "\nlogits += (row_logit * LOG2E)[None, :]" if plan.centroids else ""
+    blocks = cdiv(count, keys)
+    name = "d_sinks" if of_sinks else "d_segments"
+    what = "the first keys" if of_sinks else "selected keys and centroids"
+    return _key_major(
+        spec,
+        name,
+        f"attend backward, gradients of the rows: {what}",
+        own=["row_total", "pairs"] if of_sinks else ["row_total", "programs"],
+        owner=ROWS_OWNER,
+        load_keys=ROWS_KEYS,
+        over_queries=RUN,
+        score=loops.score(spec, "index") + bias,
+        mask="\n".join(part for part in (borders, loops.mask(spec, pairs)) if part),
+        store=STORE_ROWS,
+        of_sinks=of_sinks,
+        programs=blocks if of_sinks else "programs",
+        blocks=blocks,
+        split_first=" + split * ROWS" if of_sinks else "",
+        run_step=spec.tile.rows * (SINK_SPLITS if of_sinks else 1),
+    )
+
+
+def routes_source(spec: Spec) -> str:
+    """Source of ``d_routes``: adds what each cluster's own queries give its keys."""
+    spec = replace(spec, tile=replace(spec.tile, keys=spec.settings.cluster))
+    pairs, choose = "seen[None, :]", ""
+    if loops.copies(spec):
+        finished = "finished[:, None]" if spec.causal else "finished"
+        parts = loops.names(spec) | {"highest": loops.highest_bit("level"), "finished": finished}
+        choose = fill(ROUTES_CHOOSE, parts)
+        pairs = "seen[None, :] & ((stands[None, :] & level) == 0)"
+    return _key_major(
+        spec,
+        "d_routes",
+        "attend backward, gradients of the routed keys and values",
+        own=["chosen_by", "chosen_from", "chosen_total"],
+        owner=ROUTES_OWNER,
+        load_keys=ROUTES_KEYS,
+        over_queries=ROUTES_QUERIES,
+        score=loops.score(spec, "at"),
+        mask=loops.mask(spec, pairs, choose),
+        store=ADD_ROUTES,
+    )
+
+
+def _key_major(spec: Spec, name: str, stage: str, own: list[str], **blocks: Any) -> str:
+    values = loops.names(spec) | dict(
+        rows=spec.tile.rows,
+        split_first="",
+        run_step=spec.tile.rows,
+        of_sinks=False,
+        programs=0,
+        blocks=0,
+        name=name,
+        parameters=loops.parameters(spec, "d_key", "d_value", "grad", "log_sums", "inners", *own, *_axes("grad")),
+        key_mask=_mask(spec, "seen[None, :]", "dim", "feature", "[:, None]"),
+        value_mask=_mask(spec, "seen[:, None]", "value_dim", "value_feature"),
+        d_key_mask=_mask(spec, "inside[:, None]", "dim"),
+        d_value_mask=_mask(spec, "inside[:, None]", "value_dim", "value_feature"),
+        query_mask=_mask(spec, "live[:, None]", "dim"),
+        grad_tile=_grad_tile(spec),
+        update=fill(TO_KEYS, loops.names(spec) | {"d_logits": _d_logits(spec)}),
+    )
+    values |= blocks
+    values["constants"] = fill(loops.CONSTANTS, values)
+    for part in ("owner", "load_keys", "over_queries", "store"):
+        values[part] = fill(blocks[part], values)
+    return source(name, about(spec, stage), fill(KEY_MAJOR, values))
+
+
+def _grad_tile(spec: Spec) -> str:
+    return fill(GRAD_TILE, {"grad_mask": _mask(spec, "live[:, None]", "value_dim", "value_feature")})
+
+
+def _d_logits(spec: Spec) -> str:
+    return fill(D_LOGITS, loops.names(spec))
+
+
+def _mask(spec: Spec, first: str, size: str, feature: str = "feature", axes: str = "[None, :]") -> str:
+    return loops._all(first, loops._inside(getattr(spec, size), f"{feature} < {size.upper()}", axes))
+
+
+def _axes(name: str) -> list[str]:
+    return [f"{name}_{axis}" for axis in "bhn"]
+
+
+def _float32(like: torch.Tensor, *shape: Any) -> torch.Tensor:
+    return like.new_empty(shape, dtype=torch.float32)
+
+
+def _zeros(like: torch.Tensor) -> torch.Tensor:
+    return torch.zeros_like(like, dtype=torch.float32)

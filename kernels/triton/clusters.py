@@ -1,0 +1,220 @@
+"""Cluster on a GPU: one program a chunk cuts it into balanced clusters and describes each of them.
+
+The tree of ``kernels.clusters.pca_tree``, level by level. A level's parts are one axis of a tile
+``[PARTS, PART, DIM]``, so all parts of a level are worked on at once. Each level loads the chunk's
+keys again in the order that the level before left: the chunk comes from memory once, and from the
+first-level cache after that, where moving rows between lanes would cost a pass through shared memory
+too. A part's covariance is never made: a step of the power iteration is the two products
+``centred^T (centred direction)`` of a matrix and a vector, 4 L D flops a level where the covariance
+alone would be 2 L D^2; there is nothing in it for a tensor core. A part is ordered by a sorting network on
+numbers of 64 bits: the coordinate, then the place (so that equal keys keep their order), then the key.
+
+A chunk of more than ``CHUNK`` keys, or of more than ``NUMBERS`` numbers, does not fit on chip: it
+takes ``summary.clusters``, whose torch operations are linear in n as well.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .. import summary as summaries
+from ..clusters import POWER_ITERATIONS
+from ..layout import chunk_count
+from ..plan import Plan
+from .cache import launch, load
+from .network import EXCHANGE, rising
+from .render import arguments, fill, source
+from .spec import power_of_two
+
+CHUNK = 256
+NUMBERS = 32768
+"""The largest chunk: its keys, and its keys times their features (128 KiB of float32)."""
+KERNEL = """
+def cluster(
+    $arguments
+):
+    DIM: tl.constexpr = $dim
+    VALUE_DIM: tl.constexpr = $value_dim
+    CHUNK: tl.constexpr = $chunk
+    CLUSTER: tl.constexpr = $cluster
+    CLUSTERS: tl.constexpr = $clusters
+    program = tl.program_id(0)
+    pair = (program // chunks).to(tl.int64)  # of batch and KV head
+    chunk = program % chunks
+    key_head = key + pair // kv_heads * key_b + pair % kv_heads * key_h
+    value_head = value + pair // kv_heads * value_b + pair % kv_heads * value_h
+    feature = tl.arange(0, $dim_tile)
+    value_feature = tl.arange(0, $value_tile)
+    order = chunk * CHUNK + tl.arange(0, CHUNK)
+    $levels
+
+    # Each cluster: its keys, their mean and spread, and whether all of it is finite.
+    at = tl.reshape(order, [CLUSTERS, CLUSTER])
+    $points
+    count = tl.sum(here.to(tl.float32), 1)
+    mean_tile = tl.sum(points, 1) / tl.maximum(count, 1.0)[:, None]
+    off = tl.where(here[:, :, None], points - mean_tile[:, None, :], 0.0)
+    factor = 2.0 * tl.log(tl.maximum(count, 1.0)) / tl.maximum(count, 1.0)
+    spread_tile = tl.sum(off * off, 1) * factor[:, None]
+    values = tl.load(
+        value_head + at.to(tl.int64)[:, :, None] * value_n + value_feature[None, None, :],
+        mask=here[:, :, None] & (value_feature < VALUE_DIM)[None, None, :],
+        other=0.0,
+    ).to(tl.float32)
+    # 0 * x is NaN for what is not finite.
+    taint = tl.sum(tl.sum(points * 0.0, 2) + tl.sum(values * 0.0, 2), 1)
+    bias_row = tl.where(count > 0, taint, float("-inf"))
+
+    place = chunk * CHUNK + tl.reshape(tl.arange(0, CHUNK), [CLUSTERS, CLUSTER])
+    tl.store(order_out + pair * chunks * CHUNK + place, tl.where(here, at, -1))
+    first = pair * chunks * CLUSTERS + chunk * CLUSTERS
+    to = (first + tl.arange(0, CLUSTERS))[:, None] * DIM + feature[None, :]
+    inside = tl.broadcast_to((feature < DIM)[None, :], [CLUSTERS, $dim_tile])
+    tl.store(mean + to, mean_tile, mask=inside)
+    tl.store(spread + to, spread_tile, mask=inside)
+    tl.store(bias + first + tl.arange(0, CLUSTERS), bias_row)
+"""
+
+POINTS = """
+here = (at < k_len) & (at >= $sinks)  #? not valid
+here = tl.load(member + pair // kv_heads * k_len + at, mask=at < k_len, other=0) != 0  #? valid
+points = tl.load(
+    key_head + at.to(tl.int64)[:, :, None] * key_n + feature[None, None, :],
+    mask=here[:, :, None] & (feature < DIM)[None, None, :],
+    other=0.0,
+).to(tl.float32)
+"""
+
+LEVEL = """
+
+# Halve each part of $part keys along the direction in which it is widest.
+at = tl.reshape(order, [$parts, $part])
+$points
+count = tl.maximum(tl.sum(here.to(tl.float32), 1), 1.0)
+centre = tl.sum(points, 1) / count[:, None]
+points = tl.where(here[:, :, None], points - centre[:, None, :], 0.0)
+place = tl.arange(0, $part)
+farthest = tl.argmax(tl.sum(points * points, 2), 1)
+direction = tl.sum(tl.where((place[None, :] == farthest[:, None])[:, :, None], points, 0.0), 1)
+along = tl.zeros([$parts, $part], tl.float32)
+for step in range(0, $steps + 1):
+    direction /= tl.maximum(tl.sqrt(tl.sum(direction * direction, 1)), 1e-12)[:, None]
+    along = tl.sum(points * direction[:, None, :], 2)
+    direction = tl.sum(points * along[:, :, None], 1)
+# Floats as integers of the same order; what is no member comes last, but before NaN.
+along = tl.where(along == 0.0, 0.0, along)
+bits = tl.where(here, along, float("inf")).to(tl.int32, bitcast=True)
+bits = tl.where(bits < 0, bits ^ 2147483647, bits)
+bits = tl.where(here & (along != along), 2147483647, bits)
+number = (bits.to(tl.int64) << 32) | (place[None, :] * CHUNK + at % CHUNK)
+number = tl.reshape(number, [$parts] + [2] * $log)
+$rising
+order = chunk * CHUNK + tl.reshape((number & (CHUNK - 1)).to(tl.int32), [CHUNK])
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterSpec:
+    """What the source depends on: features of key and value, the plan, whether some keys are padding."""
+
+    dim: int
+    value_dim: int
+    plan: str
+    valid: bool
+
+    @property
+    def settings(self) -> Plan:
+        return Plan.parse(self.plan)
+
+    @property
+    def warps(self) -> int:
+        """Of the launch: 64 registers a lane for each copy of the largest default chunk, 128 keys of 128 features."""
+        return 8 if self.settings.chunk * tile_of(max(self.dim, self.value_dim)) <= 16384 else 16
+
+
+def fits(plan: Plan, dim: int, value_dim: int) -> bool:
+    """Whether a chunk fits on chip."""
+    return plan.chunk <= CHUNK and plan.chunk * tile_of(max(dim, value_dim)) <= NUMBERS
+
+
+def tile_of(dim: int) -> int:
+    """Features of a tile: a power of two."""
+    return max(16, power_of_two(dim))
+
+
+def cluster_source(spec: ClusterSpec) -> str:
+    """Source of ``cluster``."""
+    plan = spec.settings
+    names = ["key", "value", *["member"] * spec.valid, "order_out", "mean", "spread", "bias"]
+    names += ["key_b", "key_h", "key_n", "value_b", "value_h", "value_n", "kv_heads", "k_len", "chunks"]
+    parts: dict[str, Any] = dict(
+        arguments=arguments(names),
+        dim=spec.dim,
+        value_dim=spec.value_dim,
+        dim_tile=tile_of(spec.dim),
+        value_tile=tile_of(spec.value_dim),
+        chunk=plan.chunk,  # a power of two: a cluster is 16, 32 or 64 keys
+        cluster=plan.cluster,
+        clusters=plan.chunk // plan.cluster,
+        sinks=plan.sinks,
+        steps=POWER_ITERATIONS,
+        valid=spec.valid,
+    )
+    parts["points"] = fill(POINTS, parts)
+    levels, part = [], plan.chunk
+    while part > plan.cluster:
+        log = part.bit_length() - 1
+        own = {"part": part, "parts": plan.chunk // part, "log": log, "rising": rising("number", range(log))}
+        levels.append(fill(LEVEL, parts | own))
+        part //= 2
+    parts["levels"] = "\n\n".join(levels)
+    about = {"plan": spec.plan, "stage": "summarize, the clusters of a chunk"}
+    return source("cluster", about, EXCHANGE + fill(KERNEL, parts))
+
+
+def clusters(
+    key: torch.Tensor, value: torch.Tensor, member: torch.Tensor | None, plan: Plan
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``summary.clusters`` with members ``[B, Nk]`` bool, or None: every key but the first ``sinks``.
+
+    Where a median cut is decided by rounding, clusters may differ from the reference's.
+    """
+    batch, heads, k_len, dim = key.shape
+    chunks = chunk_count(k_len, plan.chunk)
+    count = chunks * (plan.chunk // plan.cluster)
+    order = key.new_empty((batch, heads, chunks * plan.chunk), dtype=torch.int32)
+    mean = key.new_empty((batch, heads, count, dim), dtype=torch.float32)
+    spread = torch.empty_like(mean)
+    bias = key.new_empty((batch, heads, count), dtype=torch.float32)
+    key, value = (t if t.stride(3) == 1 else t.contiguous() for t in (key, value))
+    spec = ClusterSpec(dim=dim, value_dim=value.shape[3], plan=plan.text, valid=member is not None)
+    values = dict(
+        key=key, value=value, member=member, order_out=order, mean=mean, spread=spread, bias=bias,
+        key_b=key.stride(0), key_h=key.stride(1), key_n=key.stride(2),
+        value_b=value.stride(0), value_h=value.stride(1), value_n=value.stride(2),
+        kv_heads=heads, k_len=k_len, chunks=chunks,
+    )  # fmt: skip
+    kernel = load(cluster_source(spec), "cluster")
+    launch(kernel, (batch * heads * chunks,), values, warps=spec.warps, stages=1)
+    return order, mean, spread, bias
+
+
+def members(valid: torch.Tensor, sinks: int) -> torch.Tensor:
+    """The valid keys that are no sinks: ``[B, Nk]`` bool."""
+    return valid & (valid.cumsum(1) > sinks)
+
+
+def any_clusters(
+    key: torch.Tensor, value: torch.Tensor, valid: torch.Tensor | None, plan: Plan
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Clusters of chunks of any size: on chip where they fit."""
+    member = None if valid is None else members(valid, plan.sinks)
+    if fits(plan, key.shape[3], value.shape[3]):
+        return clusters(key, value, member, plan)
+    if member is None:
+        member = (torch.arange(key.shape[2], device=key.device) >= plan.sinks).expand(key.shape[0], -1)
+    places = summaries._chunk_mask(key, member, plan.chunk).flatten(2)
+    return summaries.clusters(key, value, places, plan)

@@ -1,0 +1,105 @@
+"""The sources that a plan runs with, as text: for reading, printing and tests."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from ..plan import Plan
+from . import loops, options
+from .attend import attend_source, merge_source
+from .attend_backward import d_query_source, routes_source, rows_source, window_source
+from .clusters import ClusterSpec, cluster_source, fits
+from .route import route_source
+from .route import spec_of as route_spec
+from .spec import DTYPES, NOTHING, Lifted, Spec
+from .union import mark_source, union_source
+
+
+def spec(
+    plan: Plan,
+    *,
+    dim: int,
+    value_dim: int = 0,
+    group: int = 1,
+    dtype: str = "bfloat16",
+    target: str = "cuda",
+    causal: bool = True,
+    valid: bool = False,
+    lifted: Lifted = NOTHING,
+    softcap: float = 0.0,
+    splits: int = 1,
+) -> Spec:
+    """The spec of a forward kernel; see ``Spec``. ``value_dim`` 0: as ``dim``."""
+    value_dim = value_dim or dim
+    return Spec(
+        plan=plan.text,
+        dtype=dtype,
+        target=target,
+        dim=dim,
+        value_dim=value_dim,
+        group=group,
+        causal=causal,
+        valid=valid,
+        routes=bool(plan.routes),
+        lifted=lifted,
+        softcap=softcap,
+        splits=splits,
+        tile=options.forward(target, dtype, dim, value_dim, plan.cluster if plan.routes else 0),
+    )
+
+
+def backward_spec(forward: Spec) -> Spec:
+    """The spec of the backward kernels of a forward kernel."""
+    cluster = forward.settings.cluster if forward.routes else 0
+    tile = options.backward(forward.target, forward.dtype, forward.dim, forward.value_dim, cluster)
+    return replace(forward, splits=1, tile=tile)
+
+
+def forward_sources(forward: Spec) -> dict[str, str]:
+    """Sources of attend's forward by the name of the kernel, in the order of their launches."""
+    found: dict[str, str] = {}
+    if forward.routes:
+        found |= {"mark": mark_source(forward), "union": union_source(forward)}
+    found["attend"] = attend_source(forward)
+    if forward.splits > 1:
+        found["merge"] = merge_source(forward)
+    return found
+
+
+def backward_sources(backward: Spec) -> dict[str, str]:
+    """Sources of attend's backward by the name of the kernel, but for the lists of clusters."""
+    plan = backward.settings
+    found = {"d_query": d_query_source(backward)}
+    if loops.has_window(backward):
+        found["d_window"] = window_source(backward)
+    if backward.routes:
+        found["d_routes"] = routes_source(backward)
+    if loops.has_rows(backward) and plan.sinks:
+        found["d_sinks"] = rows_source(backward, True)
+    if loops.has_rows(backward) and plan.rows_per_segment:
+        found["d_segments"] = rows_source(backward, False)
+    return found
+
+
+def all_sources(forward: Spec, site: str) -> dict[str, str]:
+    """Every source of a site: summarize, route, attend and its backward; ``site`` is named in their heads."""
+    plan = forward.settings
+    found: dict[str, str] = {}
+    if plan.routes and fits(plan, forward.dim, forward.value_dim):
+        clusters = ClusterSpec(dim=forward.dim, value_dim=forward.value_dim, plan=forward.plan, valid=forward.valid)
+        found["cluster"] = cluster_source(clusters)
+    if plan.routes and plan.window is not None:
+        found["route"] = route_source(route_spec_of(forward), plan.chunk // plan.cluster, False)
+    found |= forward_sources(forward) | backward_sources(backward_spec(forward))
+    if site:
+        found = {name: text.replace("\n", f"\n# module: {site}\n", 1) for name, text in found.items()}
+    return found
+
+
+def route_spec_of(forward: Spec) -> Spec:
+    """The spec of the route kernel beside an attend kernel."""
+    dtype = {name: kind for kind, name in DTYPES.items()}[forward.dtype]
+    query = torch.empty(1, forward.group, 1, forward.dim, dtype=dtype, device="meta")
+    return route_spec(query, 1, forward.settings, forward.causal, forward.target)

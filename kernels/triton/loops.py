@@ -1,0 +1,479 @@
+"""The parts that the attention kernels share: a tile of queries, and the loops over what it reads.
+
+Inside every template the same names hold. A tile has ``ROWS`` rows, each one query of one head of
+the group: ``member``, ``query_at``, ``position`` (among the keys), ``head``, ``live`` are vectors
+over rows. A step reads some keys: ``at`` (their places), ``seen`` (which of them are read) are
+vectors over keys; ``key_tile`` ``[DIM_TILE, keys]`` and ``value_tile`` ``[keys, VALUE_TILE]`` are
+what they hold, and ``logits`` ``[ROWS, keys]`` counts in powers of two, so that the weight of a
+pair is ``exp2`` of it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .render import arguments, fill
+from .spec import Spec, parameter, power_of_two
+
+
+def names(spec: Spec) -> dict[str, Any]:
+    """What templates may ask of a spec: numbers, and what is true of it."""
+    plan = spec.settings
+    return dict(
+        dim=spec.dim,
+        value_dim=spec.value_dim,
+        dim_tile=max(16, power_of_two(spec.dim)),
+        value_tile=max(16, power_of_two(spec.value_dim)),
+        group=spec.group,
+        queries=spec.queries,
+        rows=spec.rows,
+        keys=spec.tile.keys,
+        step=spec.tile.keys * spec.splits,
+        splits=spec.splits,
+        tiles_a_chunk=spec.tiles_a_chunk,
+        chunk=plan.chunk,
+        window=plan.window,
+        cluster=plan.cluster,
+        sinks=plan.sinks,
+        keep=plan.keep,
+        segment_rows=plan.rows_per_segment,
+        pack=spec.tile.keys // plan.cluster,
+        words=spec.words,
+        causal=spec.causal,
+        aligned=spec.aligned,
+        windowed=spec.windowed,
+        two_sided=two_sided(spec),
+        has_window=has_window(spec),
+        has_rows=has_rows(spec),
+        routes=spec.routes,
+        copies=copies(spec),
+        centroids=plan.centroids,
+        valid=spec.valid,
+        split=spec.splits > 1,
+        lifted=bool(spec.lifted.allowed or spec.lifted.bias),
+        allowed=spec.lifted.allowed,
+        bias=spec.lifted.bias,
+        softcap=spec.softcap,
+        precision=precision(spec),
+    )
+
+
+def two_sided(spec: Spec) -> bool:
+    """The window begins and ends at places that differ from query to query."""
+    return spec.windowed and not spec.causal and has_window(spec)
+
+
+def has_window(spec: Spec) -> bool:
+    return spec.causal or spec.settings.window != 0
+
+
+def has_rows(spec: Spec) -> bool:
+    return spec.windowed and bool(spec.settings.sinks or spec.settings.rows_per_segment)
+
+
+def copies(spec: Spec) -> bool:
+    """A routed key may also stand in a row."""
+    return spec.routes and has_rows(spec) and bool(spec.settings.keep)
+
+
+def precision(spec: Spec) -> str:
+    """How float32 products are made: in three TF32 passes where there are tensor cores for that."""
+    return ', input_precision="tf32x3"' if spec.dtype == "float32" and spec.target == "cuda" else ""
+
+
+def parameters(spec: Spec, *own: str) -> str:
+    """The kernel's parameters: those that its plan and mask need, after its own."""
+    found = [*own, "query", "key", "value"]
+    found += ["valid"] * (spec.valid and has_window(spec))
+    if has_rows(spec):
+        found += ["row_key", "row_value", "row_index", *["row_bias"] * bool(spec.settings.centroids)]
+    if spec.routes:
+        found += ["order", "listed", "listed_rows", "listed_count", *["copies"] * copies(spec)]
+    found += [parameter(name) for name, _ in spec.lifted.loads]
+    found += [f"{name}_{axis}" for name in ("query", "key", "value") for axis in ("b", "h", "n")]
+    found += ["valid_b", "valid_n"] * (spec.valid and has_window(spec))
+    found += [f"{parameter(name)}_{axis}" for name, axes in spec.lifted.loads for axis in range(axes)]
+    found += ["kv_heads", "q_len", "k_len", *["first_block"] * spec.aligned]
+    found += ["row_count"] * has_rows(spec) + ["places", "list_size"] * spec.routes
+    return arguments([*found, "tiles", "scale"])
+
+
+CONSTANTS = """
+# What is fixed in this source. A tile holds QUERIES queries times the GROUP heads of one KV head.
+DIM: tl.constexpr = $dim
+VALUE_DIM: tl.constexpr = $value_dim
+DIM_TILE: tl.constexpr = $dim_tile
+VALUE_TILE: tl.constexpr = $value_tile
+GROUP: tl.constexpr = $group
+QUERIES: tl.constexpr = $queries
+ROWS: tl.constexpr = $rows
+KEYS: tl.constexpr = $keys
+CHUNK: tl.constexpr = $chunk  #? windowed
+WINDOW: tl.constexpr = $window  #? windowed
+LOG2E: tl.constexpr = 1.4426950408889634
+"""
+
+TILE = """
+program = tl.program_id(0)
+pair = (program // tiles).to(tl.int64)  # of batch and KV head
+batch = pair // kv_heads
+kv_head = pair % kv_heads
+tile = program % tiles  #? not causal
+tile = tiles - 1 - program % tiles  #? causal
+split = tl.program_id(1)  #? split
+
+member = tl.arange(0, ROWS)
+# Between two borders at which the window moves, all queries see the same finished chunks.  #? aligned
+block = first_block + tile // $tiles_a_chunk  #? aligned
+part = tile % $tiles_a_chunk  #? aligned
+first_position = WINDOW + block * CHUNK + part * QUERIES  #? aligned
+first_query = first_position - (k_len - q_len)  #? aligned
+wanted = tl.minimum(QUERIES, CHUNK - part * QUERIES)  #? aligned
+first_query = tile * QUERIES  #? not aligned
+first_position = first_query + k_len - q_len  #? causal and not aligned
+wanted = QUERIES  #? not aligned
+query_at = first_query + member // GROUP
+head = kv_head * GROUP + member % GROUP
+live = (member < wanted * GROUP) & (query_at >= 0) & (query_at < q_len)
+"""
+
+BORDERS = """
+# The window's first key, and how many chunks are finished before it.  #? aligned
+finished = tl.maximum(block, 0)  #? aligned
+low = finished * CHUNK  #? aligned
+position = query_at + (k_len - q_len)  #? causal
+low = tl.maximum(query_at - WINDOW, 0) // CHUNK * CHUNK  #? two_sided
+high = tl.minimum(((query_at + WINDOW) // CHUNK + 1) * CHUNK, k_len)  #? two_sided
+finished = tl.cdiv(k_len, CHUNK)  #? windowed and not causal
+"""
+
+OPERANDS = """
+feature = tl.arange(0, DIM_TILE)
+value_feature = tl.arange(0, VALUE_TILE)
+key_head = key + batch * key_b + kv_head * key_h
+value_head = value + batch * value_b + kv_head * value_h
+b = batch  #? lifted
+h = head[:, None]  #? lifted
+q = tl.minimum(tl.maximum(query_at, 0), q_len - 1)[:, None]  #? lifted
+query_tile = tl.load(
+    query + batch * query_b + (head * query_h + query_at.to(tl.int64) * query_n)[:, None] + feature[None, :],
+    mask=$query_mask,
+    other=0.0,
+)
+"""
+
+SCORE = """
+logits = tl.dot(query_tile, key_tile$precision) * (scale * LOG2E)  #? not softcap
+logits = tl.dot(query_tile, key_tile$precision) * scale  #? softcap
+capped = 1.0 - 2.0 / (tl.exp2(logits * (2.0 * LOG2E / $softcap)) + 1.0)  #? softcap
+logits = capped * ($softcap * LOG2E)  #? softcap
+k = tl.minimum(tl.maximum($index, 0), k_len - 1)[None, :]  #? lifted
+logits += ($bias) * LOG2E  #? bias
+"""
+
+MASK = """
+$choose
+logits = tl.where($pairs, logits, float("-inf"))  #? pairs
+logits = tl.where($allowed, logits, float("-inf"))  #? allowed
+"""
+
+# A value that is not finite must not reach the queries that do not attend it, and 0 * NaN is NaN:
+# it becomes a logit that is NaN, which is masked as any other.
+TAINT = """
+wide_value = value_tile.to(tl.float32)
+finite = tl.abs(wide_value) < float("inf")
+logits = tl.where((tl.min(finite.to(tl.int32), 1) == 0)[None, :], float("nan"), logits)
+value_tile = tl.where(finite, wide_value, 0.0).to(value_tile.dtype)
+"""
+
+STEP = """
+key_at = $key_at + feature[:, None]
+value_at = $value_at + value_feature[None, :]
+key_tile = tl.load(key_at$key_mask)
+value_tile = tl.load(value_at$value_mask)
+$score
+$taint
+$mask
+$update
+"""
+
+WHOLE_WINDOW = """
+# Window: the keys that all queries of the tile see.
+for begin in range($first, whole, $step):
+    at = begin + tl.arange(0, KEYS)
+    seen = tl.load(valid + batch * valid_b + at * valid_n) != 0  #? valid
+    $body
+"""
+
+OWN_WINDOW = """
+# Window: the keys that each query sees for itself.
+for begin in range($first, stop, $step):
+    at = begin + tl.arange(0, KEYS)
+    seen = at < stop
+    seen = seen & (tl.load(valid + batch * valid_b + at * valid_n, mask=seen, other=0) != 0)  #? valid
+    $body
+"""
+
+ROWS = """
+at = begin + tl.arange(0, $size)
+seen = at < $end
+row_at = at.to(tl.int64) + pair * row_count
+index = tl.load(row_index + row_at, mask=seen, other=-1)
+row_logit = tl.load(row_bias + row_at, mask=seen, other=float("-inf"))  #? centroids
+seen = row_logit > float("-inf")  #? centroids
+seen = index >= 0  #? not centroids
+seen = seen & (index < low)  #? aligned
+$body
+"""
+
+ALL_ROWS = """
+# Rows: the first keys of the sequence, where a chunk is finished.  #? sinks
+sinks_read = tl.where(finished > 0, $sinks, 0)  #? sinks
+for begin in range($sinks_first, sinks_read, $sinks_step):  #? sinks
+    $sinks_body
+
+# Rows: selected keys and centroids of the segments that the finished chunks split into.  #? segment_rows
+left = finished  #? segment_rows
+while left > 0:  #? segment_rows
+    start = $sinks + (left - 1) * $segment_rows  #? segment_rows
+    for begin in range(start$rows_first, start + $segment_rows, $rows_step):  #? segment_rows
+        $rows_body
+    left = left & (left - 1)  #? segment_rows
+"""
+
+ROUTES = """
+# Routes: the clusters that any query of the tile attends; each query attends its own.
+list_at = (pair * tiles + tile) * list_size
+count = tl.load(listed_count + pair * tiles + tile)
+for begin in range($first, count, $routes_step):
+    slot = begin + tl.arange(0, KEYS) // $cluster
+    there = slot < count
+    cluster = tl.load(listed + list_at + slot, mask=there, other=0)
+    at = tl.load(
+        order + pair * places + cluster * $cluster + tl.arange(0, KEYS) % $cluster, mask=there, other=-1
+    )
+    seen = at >= 0
+    # A key that was selected in the segment that covers it stands in a row.  #? copies
+    level = (tl.maximum(at, 0) // CHUNK) ^ finished  #? copies
+    $highest
+    stands = tl.load(copies + pair * (k_len + 1) + at, mask=seen, other=0)  #? copies
+    seen = seen & ((stands & level) == 0)  #? copies
+    $words
+    $body
+"""
+
+CHOSEN = """
+# Each row has one bit in a word of its cluster.
+word = $word
+chosen = ((word >> (member % 32)[:, None]) & 1) != 0
+"""
+
+
+def constants(spec: Spec) -> str:
+    return fill(CONSTANTS, names(spec))
+
+
+def tile(spec: Spec) -> str:
+    return fill(TILE, names(spec))
+
+
+def borders(spec: Spec) -> str:
+    return fill(BORDERS, names(spec))
+
+
+def operands(spec: Spec) -> str:
+    mask = _all("live[:, None]", _inside(spec.dim, "feature < DIM", "[None, :]"))
+    return fill(OPERANDS, names(spec) | {"query_mask": mask})
+
+
+def score(spec: Spec, index: str) -> str:
+    """``logits`` of a step; ``index`` names the vector of the keys' positions."""
+    return fill(SCORE, names(spec) | {"index": index})
+
+
+def mask(spec: Spec, pairs: str, choose: str = "") -> str:
+    return fill(MASK, names(spec) | {"pairs": pairs, "choose": choose})
+
+
+def highest_bit(name: str) -> str:
+    """Only the highest bit of a number is left."""
+    return "\n".join([*(f"{name} = {name} | ({name} >> {by})" for by in (1, 2, 4, 8, 16)), f"{name} -= {name} >> 1"])
+
+
+def step(
+    spec: Spec,
+    update: str,
+    *,
+    source: str,
+    index: str,
+    seen: str,
+    pairs: str,
+    choose: str = "",
+    taint: bool = False,
+) -> str:
+    """Load the keys at ``at``, score them, mask them, and ``update`` what is summed.
+
+    Args:
+        source: "key" or "row". index: the vector of their positions in the sequence.
+        seen: the vector of those that exist, "" for all. pairs: which pairs count, "" for all.
+        choose: lines that compute what ``pairs`` needs.
+        taint: a value that is not finite must reach only the pairs that count.
+    """
+    if source == "row":
+        key_at, value_at = "row_key + row_at[None, :] * DIM", "row_value + row_at[:, None] * VALUE_DIM"
+        bias = "\nlogits += (row_logit * LOG2E)[None, :]" if spec.settings.centroids else ""
+    else:
+        key_at = "key_head + at.to(tl.int64)[None, :] * key_n"
+        value_at = "value_head + at.to(tl.int64)[:, None] * value_n"
+        bias = ""
+    parts = dict(
+        key_at=key_at,
+        value_at=value_at,
+        key_mask=_load_mask(seen and f"{seen}[None, :]", _inside(spec.dim, "feature < DIM", "[:, None]")),
+        value_mask=_load_mask(
+            seen and f"{seen}[:, None]", _inside(spec.value_dim, "value_feature < VALUE_DIM", "[None, :]")
+        ),
+        score=score(spec, index) + bias,
+        taint=TAINT if taint else "",
+        mask=mask(spec, pairs, choose),
+        update=update,
+    )
+    return fill(STEP, parts)
+
+
+def window(spec: Spec, update: str, taint: bool) -> str:
+    """The loops over the window's keys."""
+    if not has_window(spec):
+        return ""
+    first = "split * KEYS" if spec.splits > 1 else ""
+    if two_sided(spec):
+        ends = """
+        start = tl.maximum(first_query - WINDOW, 0) // CHUNK * CHUNK
+        stop = tl.minimum(((first_query + QUERIES - 1 + WINDOW) // CHUNK + 1) * CHUNK, k_len)
+        """
+        pairs = "seen[None, :] & (at[None, :] >= low[:, None]) & (at[None, :] < high[:, None])"
+        own = step(spec, update, source="key", index="at", seen="seen", pairs=pairs, taint=taint)
+        return fill(ends, {}) + "\n" + _loop(OWN_WINDOW, spec, _from("start", first), own)
+    if spec.causal:
+        ends = """
+        start = low  #? aligned
+        start = 0  #? not aligned
+        whole = start + tl.maximum(first_position + 1 - start, 0) // KEYS * KEYS
+        stop = tl.minimum(first_position + wanted, k_len)
+        """
+        pairs = (
+            "seen[None, :] & (at[None, :] <= position[:, None])" if spec.valid else "at[None, :] <= position[:, None]"
+        )
+    else:
+        ends = """
+        start = 0
+        whole = k_len // KEYS * KEYS
+        stop = k_len
+        """
+        pairs = "seen[None, :]"
+    seen = "seen" if spec.valid else ""
+    pair_mask = bool(spec.lifted.allowed)
+    whole = step(
+        spec, update, source="key", index="at", seen=seen, pairs=seen and "seen[None, :]", taint=taint and pair_mask
+    )
+    own = step(
+        spec, update, source="key", index="at", seen="seen", pairs=pairs, taint=taint and (spec.causal or pair_mask)
+    )
+    return "\n".join(
+        [
+            fill(ends, names(spec)),
+            _loop(WHOLE_WINDOW, spec, _from("start", first), whole),
+            _loop(OWN_WINDOW, spec, _from("whole", first), own),
+        ]
+    )
+
+
+def rows(spec: Spec, update: str, taint: bool) -> str:
+    """The loops over sinks, selected keys and centroids."""
+    if not has_rows(spec):
+        return ""
+    plan = spec.settings
+    pairs = "seen[None, :]"
+    if two_sided(spec):
+        pairs += " & ((index[None, :] < low[:, None]) | (index[None, :] >= high[:, None]))"
+    # All queries of a tile attend the same rows, and whoever may attend a routed key that is not finite does.
+    taint = taint and bool(spec.lifted.allowed)
+    body = step(spec, update, source="row", index="index", seen="seen", pairs=pairs, taint=taint)
+    sinks, size = row_keys(spec, plan.sinks), row_keys(spec, plan.rows_per_segment)
+    split = spec.splits > 1
+    parts = names(spec) | {
+        "sinks_first": f"split * {sinks}" if split else "0",
+        "sinks_step": sinks * spec.splits,
+        "sinks_body": fill(ROWS, names(spec) | {"size": sinks, "end": "sinks_read", "body": body})
+        if plan.sinks
+        else "",
+        "rows_first": f" + split * {size}" if split else "",
+        "rows_step": size * spec.splits,
+        "rows_body": "",
+    }
+    if plan.rows_per_segment:
+        end = f"start + {plan.rows_per_segment}"
+        parts["rows_body"] = fill(ROWS, names(spec) | {"size": size, "end": end, "body": body})
+    return fill(ALL_ROWS, parts)
+
+
+def row_keys(spec: Spec, count: int) -> int:
+    """Rows of one step, where ``count`` lie together."""
+    return min(spec.tile.keys, max(16, power_of_two(count)))
+
+
+def routes(spec: Spec, update: str, taint: bool) -> str:
+    """The loop over the tile's clusters."""
+    if not spec.routes:
+        return ""
+    lines, word = _words(spec)
+    choose = fill(CHOSEN, {"word": word})
+    pairs = "chosen & seen[None, :]"
+    taint = taint and bool(spec.lifted.allowed)
+    body = step(spec, update, source="key", index="at", seen="seen", pairs=pairs, choose=choose, taint=taint)
+    pack = spec.tile.keys // spec.settings.cluster
+    parts = names(spec) | {
+        "first": f"split * {pack}" if spec.splits > 1 else "0",
+        "routes_step": pack * spec.splits,
+        "highest": highest_bit("level") if copies(spec) else "",
+        "words": lines,
+        "body": body,
+    }
+    return fill(ROUTES, parts)
+
+
+def _words(spec: Spec) -> tuple[str, str]:
+    """Lines that load the words of each listed cluster, and ``[ROWS, KEYS]``: the word that holds a row's bit."""
+    lines = ["# The rows of a cluster are bits of words, stored as running sums; see union."]
+    for word in range(spec.words):
+        at = f"listed_rows + (list_at + slot) * {spec.words} + {word}"
+        lines += [
+            f"word_{word} = tl.load({at}, mask=there, other=0)",
+            f"word_{word} -= tl.load({at} - {spec.words}, mask=there & (slot > 0), other=0)",
+        ]
+    text = f"word_{spec.words - 1}[None, :]"
+    for word in reversed(range(spec.words - 1)):
+        text = f"tl.where((member < {32 * (word + 1)})[:, None], word_{word}[None, :], {text})"
+    return "\n".join(lines), text
+
+
+def _loop(template: str, spec: Spec, first: str, body: str) -> str:
+    return fill(template, names(spec) | {"first": first, "body": body})
+
+
+def _from(start: str, offset: str) -> str:
+    return f"{start} + {offset}" if offset else start
+
+
+def _inside(size: int, text: str, axes: str) -> str:
+    """The mask of features, where a tile is wider than they are."""
+    return "" if size == max(16, power_of_two(size)) else f"({text}){axes}"
+
+
+def _all(*masks: str) -> str:
+    return " & ".join(mask for mask in masks if mask)
+
+
+def _load_mask(*masks: str) -> str:
+    found = _all(*masks)
+    return f", mask={found}, other=0.0" if found else ""

@@ -1,0 +1,71 @@
+"""How kernels are cut: rows, keys, warps and stages by target, dtype and features.
+
+Chosen so that no register spills where the compilers were asked without a GPU, for sm_80, sm_90 and
+gfx942, up to 128 features; float32 with 256 features spills on NVIDIA GPUs. None was measured on a GPU yet.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from .spec import Tile, check, power_of_two
+
+# By target, whether the dtype is float32, and the most features: rows, keys, warps, stages.
+FORWARD = {
+    ("cuda", False, 64): (64, 64, 8, 2),
+    ("cuda", False, 128): (64, 64, 8, 2),
+    ("cuda", False, 256): (64, 32, 8, 2),
+    ("cuda", True, 64): (32, 32, 4, 1),
+    ("cuda", True, 128): (16, 32, 4, 1),
+    ("cuda", True, 256): (16, 16, 8, 1),
+    ("hip", False, 64): (64, 64, 4, 1),
+    ("hip", False, 128): (64, 64, 4, 1),
+    ("hip", False, 256): (64, 32, 4, 1),
+    ("hip", True, 64): (64, 32, 4, 1),
+    ("hip", True, 128): (64, 32, 8, 1),
+    ("hip", True, 256): (32, 32, 4, 1),
+}
+BACKWARD = {
+    ("cuda", False, 64): (64, 32, 4, 2),
+    ("cuda", False, 128): (64, 64, 8, 2),
+    ("cuda", False, 256): (32, 32, 8, 1),
+    ("cuda", True, 64): (32, 32, 4, 1),
+    ("cuda", True, 128): (16, 32, 4, 1),
+    ("cuda", True, 256): (16, 16, 8, 1),
+    ("hip", False, 64): (64, 64, 4, 1),
+    ("hip", False, 128): (32, 64, 4, 1),
+    ("hip", False, 256): (32, 32, 4, 1),
+    ("hip", True, 64): (32, 32, 4, 1),
+    ("hip", True, 128): (32, 32, 4, 1),
+    ("hip", True, 256): (32, 16, 4, 1),
+}
+
+
+def forward(target: str, dtype: str, dim: int, value_dim: int, cluster: int) -> Tile:
+    """Of ``attend``; ``cluster`` keys are routed together, 0: there are no routes.
+
+    With routes a tile has 64 rows at most: its list of clusters grows with its rows.
+    """
+    tile = _of(FORWARD, target, dtype, dim, value_dim, cluster)
+    wider = target == "cuda" and dtype != "float32" and max(dim, value_dim) <= 128 and not cluster
+    return replace(tile, rows=128) if wider else tile
+
+
+def backward(target: str, dtype: str, dim: int, value_dim: int, cluster: int) -> Tile:
+    """Of the kernels of ``attend_backward``."""
+    return _of(BACKWARD, target, dtype, dim, value_dim, cluster)
+
+
+def _of(
+    table: dict[tuple[str, bool, int], tuple[int, int, int, int]],
+    target: str,
+    dtype: str,
+    dim: int,
+    value_dim: int,
+    cluster: int,
+) -> Tile:
+    check(target, dtype, dim, value_dim)
+    most = max(64, power_of_two(max(dim, value_dim)))
+    rows, keys, warps, stages = table[target, dtype == "float32", most]
+    # A step reads whole clusters.
+    return Tile(rows=rows, keys=max(keys, cluster), warps=warps, stages=stages)

@@ -1,0 +1,293 @@
+"""Route on a GPU: the best clusters of every query, found without a list of all scores.
+
+A program holds a tile of queries (times the heads of the group) and walks over the representatives
+twice. The first walk keeps the ``routes`` best *scores* of each row, sorted, by a bitonic network
+whose exchanges are a minimum and a maximum and carry no index; the least of them is the row's
+threshold. The second walk computes the same scores again and writes what is above the threshold,
+and of its equals the first, to the place that a running count gives: ascending, with ties to the
+earlier cluster, and with nothing to sort.
+
+Scoring twice is cheaper than carrying an index through the network. On sm_90 with D = 64, a lane spends
+54 instructions on a pair of row and representative in the first walk, about 40 of them in the network,
+and 52 in the second (counted in the binary); an index would double every exchange. The products of
+both walks are 8 D flops of tensor cores a pair. More routes than ``SORTED`` take their threshold by
+bisection over the bits of a float instead: 34 walks in all.
+
+With ``listed`` chunks (two levels) a tile walks only over the clusters of the chunks that any of its
+rows chose, and each row counts its own; see ``kernels.coarse``.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+
+from ..coarse import coarse
+from ..plan import Plan
+from ..summary import Summary
+from .cache import launch, load
+from .loops import names, precision, tile
+from .network import EXCHANGE, falling, rank, rising
+from .render import arguments, fill, source
+from .spec import DTYPES, Spec, Tile, power_of_two
+from .union import union
+
+ROWS = 64
+COLUMNS = 32
+WARPS = 4
+STAGES = 2
+SORTED = 64
+"""The most routes whose scores are kept on chip."""
+
+KERNEL = """
+def route(
+    $arguments
+):
+    DIM: tl.constexpr = $dim
+    DIM_TILE: tl.constexpr = $dim_tile
+    GROUP: tl.constexpr = $group
+    QUERIES: tl.constexpr = $queries
+    ROWS: tl.constexpr = $rows
+    COLUMNS: tl.constexpr = $columns
+    CHUNK: tl.constexpr = $chunk
+    WINDOW: tl.constexpr = $window
+    PER_CHUNK: tl.constexpr = $per_chunk
+    $tile
+    low = tl.maximum(query_at - WINDOW, 0) // CHUNK * CHUNK  #? sides
+    high = ((query_at + WINDOW) // CHUNK + 1) * CHUNK  #? sides
+    feature = tl.arange(0, DIM_TILE)
+    query_tile = tl.load(
+        query + batch * query_b + (head * query_h + query_at.to(tl.int64) * query_n)[:, None] + feature[None, :],
+        mask=live[:, None] & (feature < DIM)[None, :],
+        other=0.0,
+    )
+    square_tile = query_tile * query_tile  #? exact
+    square_tile = (query_tile.to(tl.float32) * query_tile.to(tl.float32)).to(tl.bfloat16)  #? not exact
+    own_mean = mean + pair * clusters * DIM
+    own_spread = spread + pair * clusters * DIM
+    own_bias = bias + pair * clusters
+    own_routes = routes + ((batch * kv_heads * GROUP + head) * q_len + query_at) * route_count
+    stop = tl.maximum(block, 0) * PER_CHUNK  #? causal and not listed
+    stop = clusters  #? not causal and not listed
+    list_at = (pair * tiles + tile) * list_size  #? listed
+    stop = tl.load(listed_count + pair * tiles + tile) * PER_CHUNK  #? listed
+
+    $threshold
+    place = tl.arange(0, $wide)
+
+    # Write what is above the threshold, and the first of its equals.
+    seen_above = tl.zeros([ROWS], tl.int32)
+    seen_equal = tl.zeros([ROWS], tl.int32)
+    for begin in range(0, stop, COLUMNS):
+        $score
+        above = score > threshold[:, None]
+        equal = (score == threshold[:, None]) & (score > float("-inf"))
+        both = above.to(tl.int32) + (equal.to(tl.int32) << 16)
+        before = tl.cumsum(both, 1) - both
+        equals = seen_equal[:, None] + (before >> 16)
+        to = seen_above[:, None] + (before & 65535) + tl.minimum(equals, equal_count[:, None])
+        taken = above | (equal & (equals < equal_count[:, None]))
+        column = tl.broadcast_to(at[None, :], [ROWS, COLUMNS])
+        tl.store(own_routes[:, None] + to, column, mask=taken & (to < route_count) & live[:, None])
+        total = tl.sum(both, 1)
+        seen_above += total & 65535
+        seen_equal += total >> 16
+    written = seen_above + tl.minimum(seen_equal, equal_count)
+    for begin in range(0, route_count, $wide):
+        to = begin + place
+        rest = (to[None, :] >= written[:, None]) & (to < route_count)[None, :] & live[:, None]
+        tl.store(own_routes[:, None] + to[None, :], tl.full([ROWS, $wide], -1, tl.int32), mask=rest)
+"""
+
+SCORE = """
+at = begin + tl.arange(0, COLUMNS)  #? not listed
+there = at < stop  #? not listed
+there = begin + tl.arange(0, COLUMNS) < stop  #? listed
+slot = (begin + tl.arange(0, COLUMNS)) // PER_CHUNK  #? listed
+of_chunk = tl.load(listed + list_at + slot, mask=there, other=0)  #? listed
+at = of_chunk * PER_CHUNK + (begin + tl.arange(0, COLUMNS)) % PER_CHUNK  #? listed
+where = at.to(tl.int64)[:, None] * DIM + feature[None, :]
+inside = there[:, None] & (feature < DIM)[None, :]
+mean_tile = tl.load(own_mean + where, mask=inside, other=0.0).to(query_tile.dtype)
+spread_tile = tl.load(own_spread + where, mask=inside, other=0.0).to(square_tile.dtype)
+own = tl.load(own_bias + at, mask=there, other=float("-inf"))
+score = tl.dot(query_tile$wide_type, tl.trans(mean_tile)$wide_type$precision) * scale
+within = tl.dot(square_tile$wide_type, tl.trans(spread_tile)$wide_type$precision)
+score += tl.sqrt(within) * tl.abs(scale)
+score += own[None, :]
+score = tl.where(score != score, float("inf"), score)
+eligible = (own > float("-inf")) | (own != own)
+$chosen
+score = tl.where(eligible[None, :], score, float("-inf"))
+score = tl.where(chosen, score, float("-inf"))  #? listed
+first_key = at // PER_CHUNK * CHUNK  #? sides
+outside = (first_key[None, :] < low[:, None]) | (first_key[None, :] >= high[:, None])  #? sides
+score = tl.where(outside, score, float("-inf"))  #? sides
+"""
+
+BY_SORTING = """
+# The best scores of each row so far, the largest first.
+best = tl.full([ROWS] + [2] * $log, float("-inf"), tl.float32)
+for begin in range(0, stop, COLUMNS):
+    $score
+    rise = tl.reshape(score, [ROWS] + [2] * $log)
+    $rising
+    best = tl.maximum(best, rise)
+    $falling
+best = tl.reshape(best, [ROWS, COLUMNS])
+place = tl.arange(0, COLUMNS)
+rank = ($rank)[None, :]
+threshold = tl.sum(tl.where(rank == route_count - 1, best, 0.0), 1)
+above_count = tl.sum(((best > threshold[:, None]) & (rank < route_count)).to(tl.int32), 1)
+equal_count = route_count - above_count
+"""
+
+BY_BISECTION = """
+# Floats, mapped to integers of the same order, from that of -inf upwards.
+least = tl.full([ROWS], -2139095041, tl.int64)
+count = tl.zeros([ROWS], tl.int32)
+for step in range(0, 33):
+    half = (tl.full([ROWS], 2147483648, tl.int64) >> step)
+    tried = least + tl.where(step == 32, 1, half)
+    count = count * 0
+    for begin in range(0, stop, COLUMNS):
+        $score
+        score = tl.where(score == 0.0, 0.0, score)
+        bits = score.to(tl.int32, bitcast=True)
+        bits = tl.where(bits < 0, bits ^ 2147483647, bits)
+        count += tl.sum((bits.to(tl.int64) >= tried[:, None]).to(tl.int32), 1)
+    least = tl.where((step < 32) & (count >= route_count), tried, least)
+bits = least.to(tl.int32)
+threshold = tl.where(bits < 0, bits ^ 2147483647, bits).to(tl.float32, bitcast=True)
+equal_count = route_count - count
+"""
+
+
+def spec_of(query: torch.Tensor, heads: int, plan: Plan, causal: bool, target: str) -> Spec:
+    """What the kernel for these queries ``[B, H, Nq, D]`` depends on."""
+    return Spec(
+        plan=plan.text,
+        dtype=DTYPES[query.dtype],
+        target=target,
+        dim=query.shape[3],
+        value_dim=query.shape[3],
+        group=query.shape[1] // heads,
+        causal=causal,
+        valid=False,
+        routes=True,
+        tile=Tile(rows=ROWS, keys=columns(plan), warps=WARPS, stages=STAGES),
+    )
+
+
+def columns(plan: Plan) -> int:
+    """Representatives of one step; where scores are sorted, as many as are kept."""
+    return max(COLUMNS, power_of_two(plan.routes)) if plan.routes <= SORTED else COLUMNS
+
+
+def order_of_bits(wide: int) -> tuple[int, ...]:
+    """Bits of a column, those first that a lane holds of a product on NVIDIA's tensor cores: all but 1 and 2."""
+    bits = range(wide.bit_length() - 1)
+    return tuple(sorted(bits, key=lambda bit: bit in (1, 2)))
+
+
+def route_source(spec: Spec, per_chunk: int, listed: bool) -> str:
+    """Source of ``route``: over ``per_chunk`` representatives a chunk, all or those of listed chunks."""
+    plan = spec.settings
+    wide = columns(plan)
+    own = ["query", "mean", "spread", "bias", "routes", *["listed", "listed_rows", "listed_count"] * listed]
+    own += ["query_b", "query_h", "query_n", "kv_heads", "q_len", "k_len", *["first_block"] * spec.aligned]
+    own += ["clusters", "route_count", *["list_size"] * listed, "tiles", "scale"]
+    parts = names(spec) | dict(
+        arguments=arguments(own),
+        tile=tile(spec),
+        columns=wide,
+        wide=wide,
+        log=wide.bit_length() - 1,
+        per_chunk=per_chunk,
+        listed=listed,
+        sides=not spec.causal and plan.window != 0,
+        exact=spec.dtype == "float32",
+        precision=precision(spec),
+        wide_type=widened(spec.dtype),
+        chosen=_chosen(spec) if listed else "",
+    )
+    parts["score"] = fill(SCORE, parts)
+    sort = plan.routes <= SORTED
+    bits = order_of_bits(wide)
+    parts |= dict(rising=rising("rise", bits), falling=falling("best", bits), rank=rank("place", bits))
+    parts["threshold"] = fill(BY_SORTING if sort else BY_BISECTION, parts)
+    about = {"plan": spec.plan, "stage": "route, " + ("of listed chunks" if listed else "all of a level")}
+    return source("route", about, (EXCHANGE if sort else "") + fill(KERNEL, parts))
+
+
+def route(
+    query: torch.Tensor, summary: Summary, plan: Plan, causal: bool, k_len: Any, scale: float, chunks: int = 0
+) -> torch.Tensor:
+    """``reference.route``, or ``coarse.route`` with the clusters of each query's ``chunks`` best chunks."""
+    if not chunks:
+        return _walk(query, summary, plan, causal, k_len, scale, plan.chunk // plan.cluster, {})
+    first = Plan(**plan.settings() | {"routes": chunks})
+    found = _walk(query, coarse(summary, plan), first, causal, k_len, scale, 1, {})
+    spec = spec_of(query, summary.mean.shape[1], first, causal, target())
+    heads = summary.mean.shape[1]
+    lists = union(spec, found, query.shape[2], k_len, heads, summary.mean.shape[2] // (plan.chunk // plan.cluster))
+    return _walk(query, summary, plan, causal, k_len, scale, plan.chunk // plan.cluster, lists)
+
+
+def target() -> str:
+    """Of ``spec.TARGETS``: what ``torch`` was built for."""
+    return "hip" if torch.version.hip else "cuda"
+
+
+def widened(dtype: str) -> str:
+    """What is appended to a product's operand: Triton's interpreter would multiply the bits of a bfloat16."""
+    return ".to(tl.float32)" if dtype != "float32" and os.environ.get("TRITON_INTERPRET") == "1" else ""
+
+
+def _walk(
+    query: torch.Tensor,
+    summary: Summary,
+    plan: Plan,
+    causal: bool,
+    k_len: Any,
+    scale: float,
+    per_chunk: int,
+    lists: dict[str, Any],
+) -> torch.Tensor:
+    batch, heads, q_len, _ = query.shape
+    kv_heads, clusters = summary.mean.shape[1:3]
+    count = torch.sym_min(plan.routes, clusters)
+    routes = query.new_empty((batch, heads, q_len, count), dtype=torch.int32)
+    if plan.window is None:  # the window holds every key
+        return routes.fill_(-1)
+    spec = spec_of(query, kv_heads, plan, causal, target())
+    tiles = spec.tiles(q_len, k_len)
+    if query.stride(3) != 1:
+        query = query.contiguous()
+    values = dict(
+        query=query, mean=summary.mean, spread=summary.spread, bias=summary.bias, routes=routes,
+        query_b=query.stride(0), query_h=query.stride(1), query_n=query.stride(2), kv_heads=kv_heads,
+        q_len=q_len, k_len=k_len, first_block=spec.first_block(q_len, k_len) if spec.aligned else 0,
+        clusters=clusters, route_count=count, tiles=tiles, scale=scale,
+    )  # fmt: skip
+    text = route_source(spec, per_chunk, bool(lists))
+    grid = (batch * kv_heads * tiles,)
+    launch(load(text, "route"), grid, values | lists, warps=spec.tile.warps, stages=spec.tile.stages)
+    return routes
+
+
+def _chosen(spec: Spec) -> str:
+    """``chosen`` ``[ROWS, COLUMNS]``: the row is one of those that listed the column's chunk; see ``union``."""
+    lines = []
+    for word in range(spec.words):
+        at = f"listed_rows + (list_at + slot) * {spec.words} + {word}"
+        lines += [
+            f"word_{word} = tl.load({at}, mask=there, other=0)",
+            f"word_{word} -= tl.load({at} - {spec.words}, mask=there & (slot > 0), other=0)",
+        ]
+    text = f"word_{spec.words - 1}[None, :]"
+    for word in reversed(range(spec.words - 1)):
+        text = f"tl.where((member < {32 * (word + 1)})[:, None], word_{word}[None, :], {text})"
+    return "\n".join([*lines, f"chosen = (({text} >> (member % 32)[:, None]) & 1) != 0"])

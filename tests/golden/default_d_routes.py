@@ -1,0 +1,84 @@
+# d_routes: written by prescore_compile.kernels.triton; do not edit.
+# stage: attend backward, gradients of the routed keys and values
+# plan: method=peak chunk=128 window=128 sinks=16 keep=0 centroids=0 cluster=16 routes=27 seed=0
+# site: head_dim 64, value_dim 64, 1 query heads a KV head, bfloat16, cuda
+# mask: causal
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def d_routes(
+    d_key, d_value, grad, log_sums, inners, chosen_by, chosen_from, chosen_total, grad_b, grad_h,
+    grad_n, query, key, value, order, query_b, query_h, query_n, key_b, key_h, key_n, value_b,
+    value_h, value_n, kv_heads, q_len, k_len, places, scale,
+):
+    # What is fixed in this source. A tile holds QUERIES queries times the GROUP heads of one KV head.
+    DIM: tl.constexpr = 64
+    VALUE_DIM: tl.constexpr = 64
+    DIM_TILE: tl.constexpr = 64
+    VALUE_TILE: tl.constexpr = 64
+    GROUP: tl.constexpr = 1
+    QUERIES: tl.constexpr = 64
+    ROWS: tl.constexpr = 64
+    KEYS: tl.constexpr = 16
+    CHUNK: tl.constexpr = 128
+    WINDOW: tl.constexpr = 128
+    LOG2E: tl.constexpr = 1.4426950408889634
+    clusters = places // KEYS
+    pair = (tl.program_id(0) // clusters).to(tl.int64)  # of batch and KV head
+    cluster = tl.program_id(0) % clusters
+    at = tl.load(order + pair * places + cluster * KEYS + tl.arange(0, KEYS))
+    batch = pair // kv_heads
+    kv_head = pair % kv_heads
+    feature = tl.arange(0, DIM_TILE)
+    value_feature = tl.arange(0, VALUE_TILE)
+    seen = at >= 0
+    inside = seen
+    key_head = key + batch * key_b + kv_head * key_h
+    value_head = value + batch * value_b + kv_head * value_h
+    key_tile = tl.load(key_head + at.to(tl.int64)[None, :] * key_n + feature[:, None], mask=seen[None, :], other=0.0)
+    value_tile = tl.load(
+        value_head + at.to(tl.int64)[:, None] * value_n + value_feature[None, :], mask=seen[:, None], other=0.0
+    )
+    first = tl.load(chosen_from + pair * (clusters + 1) + cluster)
+    stop = tl.load(chosen_from + pair * (clusters + 1) + cluster + 1)
+    d_key_tile = tl.zeros([KEYS, DIM_TILE], tl.float32)
+    d_value_tile = tl.zeros([KEYS, VALUE_TILE], tl.float32)
+    for begin in range(first, stop, ROWS):
+        place = begin + tl.arange(0, ROWS)
+        live = place < stop
+        member = tl.load(chosen_by + pair * chosen_total + place, mask=live, other=0)
+        query_at = member % q_len
+        of_group = member // q_len
+        head = kv_head * GROUP + of_group
+        position = query_at + (k_len - q_len)
+        query_tile = tl.load(
+            query + batch * query_b + (head * query_h + query_at.to(tl.int64) * query_n)[:, None] + feature[None, :],
+            mask=live[:, None],
+            other=0.0,
+        )
+        grad_tile = tl.load(
+            grad + batch * grad_b + (head * grad_h + query_at.to(tl.int64) * grad_n)[:, None] + value_feature[None, :],
+            mask=live[:, None],
+            other=0.0,
+        )
+        sum_at = (batch * kv_heads * GROUP + head) * q_len + query_at
+        # A row that is no query has no weights.
+        log_sum = tl.load(log_sums + sum_at, mask=live, other=float("inf")) * LOG2E
+        inner = tl.load(inners + sum_at, mask=live, other=0.0)
+        logits = tl.dot(query_tile, key_tile) * (scale * LOG2E)
+        logits = tl.where(seen[None, :], logits, float("-inf"))
+        weight = tl.exp2(logits - log_sum[:, None])
+        d_weight = tl.dot(grad_tile, tl.trans(value_tile))
+        d_logits = tl.where(weight == 0.0, 0.0, weight * (d_weight - inner[:, None]))
+        d_value_tile = tl.dot(tl.trans(weight.to(grad_tile.dtype)), grad_tile, d_value_tile)
+        d_key_tile = tl.dot(tl.trans(d_logits.to(query_tile.dtype)), query_tile, d_key_tile)
+    d_key_tile *= scale
+    key_to = d_key + (pair * k_len + at)[:, None] * DIM + feature[None, :]
+    value_to = d_value + (pair * k_len + at)[:, None] * VALUE_DIM + value_feature[None, :]
+    d_key_tile += tl.load(key_to, mask=inside[:, None], other=0.0)
+    d_value_tile += tl.load(value_to, mask=inside[:, None], other=0.0)
+    tl.store(key_to, d_key_tile, mask=inside[:, None])
+    tl.store(value_to, d_value_tile, mask=inside[:, None])

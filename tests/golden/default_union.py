@@ -1,0 +1,39 @@
+# union: written by prescore_compile.kernels.triton; do not edit.
+# plan: method=peak chunk=128 window=128 sinks=16 keep=0 centroids=0 cluster=16 routes=27 seed=0
+# stage: attend, the clusters of a tile and who attends them
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def union(
+    numbers, listed, listed_rows, listed_count, size, list_size,
+):
+    ROWS: tl.constexpr = 64
+    BLOCK: tl.constexpr = 1024
+    tile = tl.program_id(0).to(tl.int64)
+    found = 0
+    sum_0 = 0
+    sum_1 = 0
+    for begin in range(0, size, BLOCK):
+        at = begin + tl.arange(0, BLOCK)
+        number = tl.load(numbers + tile * size + at, mask=at < size, other=2147483647)
+        following = tl.load(numbers + tile * size + at + 1, mask=at + 1 < size, other=2147483647)
+        previous = tl.load(numbers + tile * size + at - 1, mask=(at > 0) & (at < size), other=2147483647)
+        real = number != 2147483647
+        cluster = number // ROWS
+        last = real & (following // ROWS != cluster)
+        place = found + tl.cumsum(last.to(tl.int32), 0) - 1
+        to = tile * list_size + place
+        tl.store(listed + to, cluster, mask=last)
+        row = number % ROWS
+        bit = tl.where(real & (number != previous), 1 << (row % 32), 0)
+        in_0 = tl.where(row // 32 == 0, bit, 0)
+        tl.store(listed_rows + to * 2 + 0, sum_0 + tl.cumsum(in_0, 0), mask=last)
+        sum_0 += tl.sum(in_0, 0)
+        in_1 = tl.where(row // 32 == 1, bit, 0)
+        tl.store(listed_rows + to * 2 + 1, sum_1 + tl.cumsum(in_1, 0), mask=last)
+        sum_1 += tl.sum(in_1, 0)
+        found += tl.sum(last.to(tl.int32), 0)
+    tl.store(listed_count + tile, found)

@@ -1,0 +1,116 @@
+# attend: written by prescore_compile.kernels.triton; do not edit.
+# stage: attend
+# plan: method=peak chunk=16 window=40 sinks=4 keep=0 centroids=0 cluster=16 routes=0 seed=0
+# site: head_dim 80, value_dim 64, 3 query heads a KV head, float32, cuda
+# mask: bidirectional
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def attend(
+    out, log_sums, out_b, out_h, out_n, query, key, value, row_key, row_value, row_index, query_b,
+    query_h, query_n, key_b, key_h, key_n, value_b, value_h, value_n, kv_heads, q_len, k_len,
+    row_count, tiles, scale,
+):
+    # What is fixed in this source. A tile holds QUERIES queries times the GROUP heads of one KV head.
+    DIM: tl.constexpr = 80
+    VALUE_DIM: tl.constexpr = 64
+    DIM_TILE: tl.constexpr = 128
+    VALUE_TILE: tl.constexpr = 64
+    GROUP: tl.constexpr = 3
+    QUERIES: tl.constexpr = 5
+    ROWS: tl.constexpr = 16
+    KEYS: tl.constexpr = 32
+    CHUNK: tl.constexpr = 16
+    WINDOW: tl.constexpr = 40
+    LOG2E: tl.constexpr = 1.4426950408889634
+
+    program = tl.program_id(0)
+    pair = (program // tiles).to(tl.int64)  # of batch and KV head
+    batch = pair // kv_heads
+    kv_head = pair % kv_heads
+    tile = program % tiles
+
+    member = tl.arange(0, ROWS)
+    first_query = tile * QUERIES
+    wanted = QUERIES
+    query_at = first_query + member // GROUP
+    head = kv_head * GROUP + member % GROUP
+    live = (member < wanted * GROUP) & (query_at >= 0) & (query_at < q_len)
+    low = tl.maximum(query_at - WINDOW, 0) // CHUNK * CHUNK
+    high = tl.minimum(((query_at + WINDOW) // CHUNK + 1) * CHUNK, k_len)
+    finished = tl.cdiv(k_len, CHUNK)
+
+    feature = tl.arange(0, DIM_TILE)
+    value_feature = tl.arange(0, VALUE_TILE)
+    key_head = key + batch * key_b + kv_head * key_h
+    value_head = value + batch * value_b + kv_head * value_h
+    query_tile = tl.load(
+        query + batch * query_b + (head * query_h + query_at.to(tl.int64) * query_n)[:, None] + feature[None, :],
+        mask=live[:, None] & (feature < DIM)[None, :],
+        other=0.0,
+    )
+    top = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    summed = tl.zeros([ROWS, VALUE_TILE], tl.float32)
+
+    start = tl.maximum(first_query - WINDOW, 0) // CHUNK * CHUNK
+    stop = tl.minimum(((first_query + QUERIES - 1 + WINDOW) // CHUNK + 1) * CHUNK, k_len)
+    # Window: the keys that each query sees for itself.
+    for begin in range(start, stop, 32):
+        at = begin + tl.arange(0, KEYS)
+        seen = at < stop
+        key_at = key_head + at.to(tl.int64)[None, :] * key_n + feature[:, None]
+        value_at = value_head + at.to(tl.int64)[:, None] * value_n + value_feature[None, :]
+        key_tile = tl.load(key_at, mask=seen[None, :] & (feature < DIM)[:, None], other=0.0)
+        value_tile = tl.load(value_at, mask=seen[:, None], other=0.0)
+        logits = tl.dot(query_tile, key_tile, input_precision="tf32x3") * (scale * LOG2E)
+        wide_value = value_tile.to(tl.float32)
+        finite = tl.abs(wide_value) < float("inf")
+        logits = tl.where((tl.min(finite.to(tl.int32), 1) == 0)[None, :], float("nan"), logits)
+        value_tile = tl.where(finite, wide_value, 0.0).to(value_tile.dtype)
+        logits = tl.where(seen[None, :] & (at[None, :] >= low[:, None]) & (at[None, :] < high[:, None]), logits, float("-inf"))
+        highest = tl.maximum(top, tl.max(logits, 1))
+        # While a query has met no key, any finite number will do.
+        base = tl.where(highest == float("-inf"), 0.0, highest)
+        weight = tl.exp2(logits - base[:, None])
+        shrink = tl.exp2(top - base)
+        total = total * shrink + tl.sum(weight, 1)
+        summed = tl.dot(weight.to(value_tile.dtype), value_tile, summed * shrink[:, None], input_precision="tf32x3")
+        top = highest
+
+    # Rows: the first keys of the sequence, where a chunk is finished.
+    sinks_read = tl.where(finished > 0, 4, 0)
+    for begin in range(0, sinks_read, 16):
+        at = begin + tl.arange(0, 16)
+        seen = at < sinks_read
+        row_at = at.to(tl.int64) + pair * row_count
+        index = tl.load(row_index + row_at, mask=seen, other=-1)
+        seen = index >= 0
+        key_at = row_key + row_at[None, :] * DIM + feature[:, None]
+        value_at = row_value + row_at[:, None] * VALUE_DIM + value_feature[None, :]
+        key_tile = tl.load(key_at, mask=seen[None, :] & (feature < DIM)[:, None], other=0.0)
+        value_tile = tl.load(value_at, mask=seen[:, None], other=0.0)
+        logits = tl.dot(query_tile, key_tile, input_precision="tf32x3") * (scale * LOG2E)
+        logits = tl.where(seen[None, :] & ((index[None, :] < low[:, None]) | (index[None, :] >= high[:, None])), logits, float("-inf"))
+        highest = tl.maximum(top, tl.max(logits, 1))
+        # While a query has met no key, any finite number will do.
+        base = tl.where(highest == float("-inf"), 0.0, highest)
+        weight = tl.exp2(logits - base[:, None])
+        shrink = tl.exp2(top - base)
+        total = total * shrink + tl.sum(weight, 1)
+        summed = tl.dot(weight.to(value_tile.dtype), value_tile, summed * shrink[:, None], input_precision="tf32x3")
+        top = highest
+
+    # A query without any key gives 0.
+    none = total == 0.0
+    summed = summed / tl.where(none, 1.0, total)[:, None]
+    log_sum = (tl.where(top == float("-inf"), 0.0, top) + tl.log2(tl.where(none, 1.0, total))) / LOG2E
+    log_sum = tl.where(none, float("inf"), log_sum)
+    out_at = out + batch * out_b
+    out_at = out_at + (head * out_h + query_at.to(tl.int64) * out_n)[:, None]
+    tl.store(out_at + value_feature[None, :], summed.to(out.dtype.element_ty), mask=live[:, None])
+    sum_at = log_sums + (batch * kv_heads * GROUP + head) * q_len + query_at
+    tl.store(sum_at, log_sum, mask=live)

@@ -1,0 +1,126 @@
+"""The route kernel, interpreted, against the reference."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from conftest import EVERYTHING, PLANS, operands, routes_of, summary_of
+
+from prescore_compile.kernels import coarse, reference
+from prescore_compile.kernels.plan import Plan
+from prescore_compile.kernels.reference import Operands
+from prescore_compile.kernels.summary import Summary
+from prescore_compile.kernels.triton.route import route, route_source, spec_of
+
+ROUTED = {name: plan for name, plan in PLANS.items() if plan.routes}
+
+
+def check(site: Operands, summary: Summary, plan: Plan, chunks: int = 0) -> torch.Tensor:
+    """The same routes, but where rounding decides between scores that are nearly equal."""
+    length = site.key.shape[2]
+    got = route(site.query, summary, plan, site.causal, length, site.scale, chunks)
+    if chunks:
+        want = coarse.route(site.query, summary, plan, site.causal, length, site.scale, chunks)
+    else:
+        want = routes_of(site, summary, plan)
+    assert got.shape == want.shape and got.dtype == want.dtype
+    assert torch.equal(got >= 0, want >= 0)
+    differ = (got != want).any(3)
+    assert differ.float().mean() < 0.02
+    scores = reference.routing_scores(site.query.double(), summary, site.scale)
+    totals = [scores.gather(3, r.long().clamp(min=0)).masked_fill(r < 0, 0).sum(3)[differ] for r in (got, want)]
+    torch.testing.assert_close(*totals, atol=1e-5, rtol=1e-5)
+    return got
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("length", "heads", "kv_heads"), [(1, 2, 1), (97, 3, 1), (170, 4, 2)])
+@pytest.mark.parametrize("name", ROUTED)
+def test_routes_are_the_references(name: str, length: int, heads: int, kv_heads: int, causal: bool) -> None:
+    site = operands(length, heads=heads, kv_heads=kv_heads, causal=causal, padded=length > 100, dim=20)
+    check(site, summary_of(site, ROUTED[name]), ROUTED[name])
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_two_levels(causal: bool) -> None:
+    plan = Plan(chunk=32, window=8, sinks=3, routes=3)
+    site = operands(150, causal=causal, batch=1, heads=2, kv_heads=1)
+    summary = summary_of(site, plan)
+    assert (coarse.route(site.query, summary, plan, causal, 150, site.scale, 2) != routes_of(site, summary, plan)).any()
+    check(site, summary, plan, chunks=2)
+
+
+def test_two_levels_with_every_chunk_are_one() -> None:
+    plan = ROUTED["routes"]
+    site = operands(150)
+    summary = summary_of(site, plan)
+    assert torch.equal(
+        coarse.route(site.query, summary, plan, True, 150, site.scale, 99), routes_of(site, summary, plan)
+    )
+
+
+def test_a_chunks_representative_is_that_of_its_keys() -> None:
+    plan = Plan(chunk=32, window=8, sinks=3, routes=5)
+    site = operands(100, padded=True, dim=16)
+    level = coarse.coarse(summary_of(site, plan), plan)
+    keys = site.key[0, 1, 64:96][site.valid[0, 64:96]]
+    torch.testing.assert_close(level.mean[0, 1, 2], keys.mean(0))
+    spread = keys.var(0, unbiased=False) * 2 * math.log(len(keys))
+    torch.testing.assert_close(level.spread[0, 1, 2], spread, atol=1e-5, rtol=1e-4)
+    assert (level.bias[0, :, 0] == -math.inf).all() and (level.bias[0, :, 2] == 0).all()
+
+
+@pytest.mark.parametrize("routes", [70, 10**6])
+def test_more_routes_than_are_sorted(routes: int) -> None:
+    plan = Plan(chunk=16, window=0, sinks=1, routes=routes)
+    site = operands(1300 if routes == 70 else 100, batch=1, heads=1, kv_heads=1, causal=False)
+    site = site._replace(query=site.query[:, :, :20])
+    check(site, summary_of(site, plan), plan)
+
+
+def test_ties_go_to_the_earlier_and_what_is_not_finite_comes_first() -> None:
+    plan = Plan(chunk=16, window=0, sinks=0, routes=2)
+    # Small integers: their products are exact, in whatever order they are summed.
+    whole = torch.randint(-3, 4, (2, 4, 160, 16)).float()
+    site = operands(160)._replace(query=whole, key=torch.ones(2, 2, 160, 16))
+    routes = check(site, summary_of(site, plan), plan)
+    assert (routes[:, :, 48:] == torch.tensor([0, 1], dtype=torch.int32)).all()
+    site.key[0, 1, 70] = math.nan
+    site.value[1, 0, 90] = math.inf
+    routes = check(site, summary_of(site, plan), plan)
+    assert (routes[0, 2:, 80:] == torch.tensor([0, 4], dtype=torch.int32)).all()
+    assert (routes[1, :2, 96:] == torch.tensor([0, 5], dtype=torch.int32)).all()
+
+
+def test_continuing_a_cache_strides_and_no_window() -> None:
+    plan = ROUTED["routes"]
+    site = operands(150)
+    summary = summary_of(site, plan)
+    whole = check(site, summary, plan)
+    tail = site.query.transpose(1, 2).contiguous().transpose(1, 2)[:, :, 110:]
+    assert torch.equal(route(tail, summary, plan, True, 150, site.scale), whole[:, :, 110:])
+    every = Plan(window=None, routes=3)
+    assert (route(site.query, summary_of(site, every), every, True, 150, site.scale) == -1).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_loses_no_more_than_rounding(dtype: torch.dtype) -> None:
+    """Queries of 16 bits meet representatives that are rounded to 16 bits, as keys are."""
+    plan = ROUTED["routes"]
+    site = operands(150, dtype=dtype, dim=32)
+    summary = summary_of(site, plan)
+    got, want = route(site.query, summary, plan, True, 150, site.scale), routes_of(site, summary, plan)
+    scores = reference.routing_scores(site.query.double(), summary, site.scale)
+    totals = [scores.gather(3, r.long().clamp(min=0)).masked_fill(r < 0, 0).sum(3) for r in (got, want)]
+    lost = totals[1] - totals[0]
+    assert torch.equal(got >= 0, want >= 0) and lost.max() < 3 * 2**-7 and lost.mean() < 1e-3
+
+
+def test_what_is_not_used_is_not_in_the_source() -> None:
+    site = operands(8)
+    text = {c: route_source(spec_of(site.query, 2, Plan(window=0), c, "cuda"), 8, False) for c in (False, True)}
+    assert not any("listed" in t or "bits" in t for t in text.values())
+    assert "outside" not in text[True] and "position" not in text[False]
+    assert EVERYTHING["routes"].routes > 64

@@ -1,0 +1,71 @@
+"""The generated kernels compiled for GPUs that are not here; figures in ``bench/results/triton-aot.json``."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import pytest
+
+triton = pytest.importorskip("triton")
+
+from bench import aot  # noqa: E402
+
+FAST = [("default 64", "sm_90", "route"), ("default 64", "sm_80", "cluster"), ("default 64", "gfx942", "attend")]
+"""What is compiled each time: about a minute on one core. The rest is slow."""
+
+
+def kept() -> dict[str, Any]:
+    return json.loads(aot.RESULTS.read_text())
+
+
+def compare(name: str, target: str, only: str | None = None) -> None:
+    """Within bounds; and the kept figures, where the same Triton made them."""
+    with aot.fresh_cache():
+        found = aot.report(aot.VARIANTS[name], target, only)
+    assert found and not aot.broken(name, target, found)
+    if kept()["about"]["triton"] == triton.__version__ and name in kept()["figures"]:
+        figures = {kernel: kept()["figures"][name][kernel][target] for kernel in found}
+        assert found == figures, "python -m bench.aot writes them again"
+
+
+@pytest.mark.parametrize(("name", "target", "kernel"), FAST)
+def test_a_few_kernels(name: str, target: str, kernel: str) -> None:
+    compare(name, target, kernel)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", aot.SHARED)
+@pytest.mark.parametrize("name", aot.VARIANTS)
+def test_every_kernel(name: str, target: str) -> None:
+    compare(name, target)
+
+
+def test_the_kept_figures_are_within_bounds() -> None:
+    figures = kept()["figures"]
+    assert {"default 64"} <= figures.keys() <= aot.VARIANTS.keys()
+    for name, kernels in figures.items():
+        for target in aot.SHARED:
+            assert not aot.broken(name, target, {kernel: of[target] for kernel, of in kernels.items()})
+
+
+@pytest.mark.parametrize("name", ["default 64"])
+def test_the_launches_are_those_that_were_kept(name: str) -> None:
+    """Without compiling anything: a kernel that is new has no figures yet."""
+    for target in aot.SHARED:
+        launched = {launch.name for launch in aot.launches(aot.VARIANTS[name], target)}
+        assert launched == kept()["figures"][name].keys()
+
+
+def test_a_product_that_is_not_on_tensor_cores_is_told() -> None:
+    good = {"registers": 64, "stack": 0, "shared": 1024, "products": 8}
+    assert not aot.broken("default 64", "sm_90", {"attend": good})
+    for name, value, told in (
+        ("products", 0, "no tensor-core"),
+        ("stack", 8, "spills"),
+        ("shared", 2**20, "shared memory"),
+    ):
+        (problem,) = aot.broken("default 64", "sm_90", {"attend": good | {name: value}})
+        assert told in problem
+    assert not re.search(aot.PRODUCTS["sm_80"], "fma.rn.f32") and re.search(aot.PRODUCTS["gfx942"], " v_mfma_f32_16x16")

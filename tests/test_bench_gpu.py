@@ -1,0 +1,109 @@
+"""The GPU benchmark without a GPU: its dry run, its model, its chart, and what it says where there is none."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+import xml.etree.ElementTree
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bench import gpu, gpu_run, model, roofline, svg
+from prescore_compile.kernels.plan import Plan
+from prescore_compile.passes import cost
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "bench.attention", "--device", "cuda", *arguments]
+    return subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so() -> None:
+    done = bench()
+    assert done.returncode == 2 and done.stdout.startswith("No GPU") and "Traceback" not in done.stderr
+
+
+def test_dry_run(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    out = tmp_path / "dry.json"
+    done = bench("--dry-run", "--out", str(out))
+    assert done.returncode == 0, done.stdout + done.stderr
+    cases = json.loads(out.read_text())["cases"]
+    assert [case["causal"] for case in cases] == [True, False]
+    for case in cases:
+        stages = {"summarize", "route", "attend", "total", "total, backward", "sdpa math", "sdpa math, backward"}
+        assert stages <= set(case["stages"]), case["failed"]
+        assert {"sdpa efficient", "sdpa cudnn"} <= set(case["failed"]), "a CPU has neither"
+        assert case["faster"] > 0 and case["attend_tflops"] > 0 and case["predicted"]["total"] > 0
+    xml.etree.ElementTree.fromstring(out.with_suffix(".svg").read_text())
+
+
+def test_a_wrong_result_gets_no_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """On a CPU, by the compiled kernels."""
+    machine = gpu.Machine("cpu", torch.float32, rounds=1)
+    right = gpu.Ways.attend
+    monkeypatch.setattr(gpu.Ways, "attend", lambda ways: right(ways) * 1.5)
+    case = gpu.Case(256, True, 16, 2, 2)
+    assert gpu_run.run([case], Plan(chunk=32, window=16, routes=2), machine, tmp_path / "out.json", 60) == 1
+    (row,) = json.loads((tmp_path / "out.json").read_text())["cases"]
+    assert "wrong result" in row["failed"]["attend"] and "attend" not in row["stages"] and "total" not in row["stages"]
+    assert "attend_tflops" not in row and "faster" not in row and "sdpa math" in row["stages"]
+
+
+def test_what_a_case_raises_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def raises(*_: Any) -> Any:
+        raise RuntimeError("out of resources")
+
+    monkeypatch.setattr(gpu, "Ways", raises)
+    machine = gpu.Machine("cpu", torch.float32, rounds=1)
+    cases = [gpu.Case(256, True, 16, 2, 2)]
+    assert gpu_run.run(cases, Plan(), machine, tmp_path / "out.json", 60) == 1
+    assert gpu_run.run(cases, Plan(), machine, tmp_path / "late.json", -1) == 0
+    (row,) = json.loads((tmp_path / "out.json").read_text())["cases"]
+    assert row["failed"] == {"case": "out of resources"} and not row["stages"]
+    assert len(json.loads((tmp_path / "late.json").read_text())["left_out"]) == 1
+
+
+def test_the_model_grows_as_the_formulas_do() -> None:
+    device = model.DEVICES["H100"]
+
+    def site(length: int, chunks: int = 0) -> model.Site:
+        return model.Site(cost.Shape(1, 32, 8, 128, 128, True), length, Plan(), chunks)
+
+    short, long = (model.stages(site(n), device) for n in (65536, 131072))
+    assert math.isclose(long["exact"] / short["exact"], 4, rel_tol=0.01)
+    assert math.isclose(long["route"] / short["route"], 4, rel_tol=0.01)
+    assert math.isclose(long["attend"] / short["attend"], 2, rel_tol=0.01)
+    assert model.stages(site(131072, 32), device)["route"] < long["route"]
+    assert model.exact(site(131072)).bound(device) == "products"
+    assert model.parts({"attend": 3.0, "route": 1.1}, {"attend": 1.0, "route": 1.0}) == {"attend": 3.0}
+
+
+def test_roofline_scales_with_what_was_measured() -> None:
+    shape = (8, 32, 8, 128)
+    rows = roofline.table([1024, 1048576], ["H100", "H200"], *shape, {})
+    assert [row["levels"] for row in rows] == [1, 1, 2] * 2
+    case = {
+        "causal": True,
+        "n": 4096,
+        "stages": {"route": 2.0, "exact": 3.0},
+        "predicted": {"route": 1.0, "exact": 1.0},
+    }
+    scales = roofline.scales_of({"cases": [case, case | {"causal": False}]})
+    assert scales == {"route": 2.0, "exact": 3.0} and roofline.scales_of({"cases": []}) == {}
+    scaled = roofline.table([1024, 1048576], ["H100", "H200"], *shape, scales)
+    assert all(math.isclose(s["route, ms"], 2 * r["route, ms"]) for s, r in zip(scaled, rows, strict=True))
+
+
+def test_the_chart_is_well_formed() -> None:
+    for series in ({}, {"one": [(1024.0, 3.0)]}, {"a < b": [(1024.0, 3.0), (4096.0, 0.5)], "none": [(1.0, 0.0)]}):
+        root = xml.etree.ElementTree.fromstring(svg.lines("title & more", "x", "y", series))
+        assert root.tag.endswith("svg")

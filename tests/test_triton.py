@@ -1,0 +1,25 @@
+"""Runs each file of ``interpreted/`` in a process of its own, where Triton interprets its kernels on CPU tensors.
+
+Triton reads ``TRITON_INTERPRET`` when it is imported, and what it then does to ``triton.jit`` would
+change the other tests. To run one file by hand: ``TRITON_INTERPRET=1 pytest tests/interpreted/test_attend.py``.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+FILES = sorted(path.name for path in (ROOT / "tests" / "interpreted").glob("test_*.py"))
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_interpreted(file: str) -> None:
+    pytest.importorskip("triton")
+    command = [sys.executable, "-m", "pytest", "-q", "-x", f"tests/interpreted/{file}"]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"TRITON_INTERPRET": "1"}, text=True, capture_output=True)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]

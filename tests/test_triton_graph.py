@@ -1,0 +1,157 @@
+"""What a compiler sees of the generated kernels, without a GPU: fake tensors, and a driver that only names one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import PLANS, operands, routes_of, summary_of
+from torch import fx
+from torch._functorch.aot_autograd import aot_function
+from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+
+from prescore_compile.kernels import ops
+from prescore_compile.kernels.plan import Plan
+from prescore_compile.kernels.triton import device
+from prescore_compile.passes import rewrite
+
+pytest.importorskip("triton")
+
+
+class Named:
+    """A Triton driver without a device: enough to lower a kernel far enough to see what it writes."""
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 90, 32)
+
+
+@pytest.fixture(autouse=True)
+def _driver() -> Iterator[None]:
+    from triton.runtime import driver
+
+    before = driver._active
+    driver.set_active(Named())
+    yield
+    driver._active = before
+
+
+class Seen(Exception):
+    pass
+
+
+def graph_of(function: Any, *args: Any, dynamic: bool = False) -> fx.Graph:
+    """The graph that a compiler would get of a call with fake tensors."""
+    found: list[fx.GraphModule] = []
+
+    def keep(gm: fx.GraphModule, _: Any) -> Any:
+        found.append(gm)
+        raise Seen
+
+    with pytest.raises(Seen):
+        aot_function(function, fw_compiler=keep, dynamic=dynamic)(*args)
+    return found[0].graph
+
+
+def kernels(graph: fx.Graph) -> dict[str, set[str]]:
+    """The kernels that are launched, in order, and the arguments that each writes."""
+    found = {}
+    for node in graph.nodes:
+        if node.op == "call_function" and "triton_kernel_wrapper" in str(node.target):
+            kernel = kernel_side_table.get_kernel(node.kwargs["kernel_idx"])
+            name = getattr(kernel, "fn", kernel).__name__
+            assert name not in found, "a kernel is launched twice"
+            found[name] = set(node.kwargs["tensors_to_clone"])
+    return found
+
+
+def arguments(plan: Plan) -> tuple[Any, ...]:
+    site = operands(200, dtype=torch.bfloat16)
+    summary = summary_of(site, plan)
+    routes = routes_of(site, summary, plan) if plan.routes else None
+    return (*site[:3], None, summary.order, routes, *summary[4:])
+
+
+def fakes(tensors: tuple[Any, ...], device: str) -> tuple[Any, ...]:
+    return tuple(None if t is None else torch.empty(t.shape, dtype=t.dtype, device=device) for t in tensors)
+
+
+def prefixed(plan: Plan) -> list[str]:
+    return ["mark", "union"] if plan.routes else []
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_forward_on_a_gpu(name: str) -> None:
+    plan = PLANS[name]
+    real = arguments(plan)
+    with FakeTensorMode():
+        tensors = fakes(real, "cuda")
+        seen = kernels(graph_of(lambda *t: ops.attend(*t, plan.text, True, 0.25), *tensors))
+        out = ops.attend(*tensors, plan.text, True, 0.25)
+    assert list(seen) == [*prefixed(plan), "attend"]
+    assert seen["attend"] == {"out", "log_sums"}
+    assert out.device.type == "cuda" and out.transpose(1, 2).is_contiguous()
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_backward_on_a_gpu(name: str) -> None:
+    plan = PLANS[name]
+    real = arguments(plan)
+    with FakeTensorMode():
+        tensors = fakes(real, "cuda")
+        out = torch.empty_like(tensors[0])
+        sums = torch.empty(out.shape[:3], device="cuda")
+        seen = kernels(graph_of(lambda *t: ops.attend_backward(*t, plan.text, True, 0.25), out, out, sums, *tensors))
+    rows = ["d_sinks"] + ["d_segments"] * bool(plan.rows_per_segment)
+    assert list(seen) == [*prefixed(plan), "d_query", "d_window", *["d_routes"] * bool(plan.routes), *rows]
+    for kernel, written in seen.items():
+        if kernel.startswith("d_"):
+            assert written <= {"d_query", "d_key", "d_value"}, f"{kernel} writes {written}"
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_autograd_and_dynamic_lengths(dynamic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU, as autograd asks for the device itself: one graph for all lengths."""
+    monkeypatch.setattr(ops, "_generated", lambda query: True)
+    plan = PLANS["keep and routes"]
+    tensors = arguments(plan)
+    for tensor in (*tensors[:3], *tensors[8:10]):
+        tensor.requires_grad_()
+    graph = graph_of(lambda *t: ops.attend(*t, plan.text, True, 0.25), *tensors, dynamic=dynamic)
+    assert list(kernels(graph)) == ["mark", "union", "attend"]
+    sizes = [node for node in graph.nodes if isinstance(node.meta.get("val"), torch.SymInt)]
+    assert bool(sizes) == dynamic
+
+
+def test_sites_on_a_gpu_are_rewritten(monkeypatch: pytest.MonkeyPatch) -> None:
+    gm = fx.symbolic_trace(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True))
+    with FakeTensorMode() as mode:
+        q = torch.empty(1, 4, 8192, 64, device="cuda", dtype=torch.bfloat16)
+    FakeTensorProp(gm, mode).propagate_dont_convert_inputs(q, q, q)
+    new, report = rewrite(gm)
+    assert [site.decision for site in report.sites] == ["rewrite"]
+    assert torch.ops.prescore.attend.default in [node.target for node in new.graph.nodes]
+    monkeypatch.setattr(device, "_installed", lambda: False)
+    _, report = rewrite(gm)
+    assert report.sites[0].reason == "unsupported_device: cuda, where Triton is not installed"
+
+
+def test_a_gpu_that_is_too_old_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert device.why_not(torch.device("cuda")) == "cuda of compute capability 7.5, below 8.0"
+    assert device.why_not(torch.device("meta")) == "meta"
+
+
+def test_on_a_cpu_the_compiled_kernel_stays() -> None:
+    plan = PLANS["routes"]
+    real = arguments(plan)
+    with FakeTensorMode():
+        graph = graph_of(lambda *t: ops.attend(*t, plan.text, True, 0.25), *fakes(real, "cpu"))
+    assert [n.target for n in graph.nodes if "prescore" in str(n.target)] == [torch.ops.prescore.attend_eager.default]

@@ -1,0 +1,113 @@
+"""The sources that plans are written to: golden files, and that what a plan does not use is not there.
+
+``python tests/test_triton_sources.py`` writes the golden files again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import sympy
+from conftest import PLANS
+
+from prescore_compile.kernels.plan import Plan
+from prescore_compile.kernels.triton import listing, sources
+from prescore_compile.kernels.triton.maths import lifted
+
+GOLDEN = Path(__file__).with_name("golden")
+Q, K = sympy.symbols("q k", integer=True, nonnegative=True)
+DOCUMENT = sympy.Function("document")
+
+
+def golden() -> dict[str, str]:
+    """A handful: the default plan, what it needs beside it, a mask, and a backward."""
+    default = listing.spec(Plan(), dim=64)
+    streaming = listing.spec(PLANS["streaming"], dim=80, value_dim=64, group=3, dtype="float32", causal=False)
+    masked = listing.spec(
+        Plan(window=None, sinks=0, routes=0),
+        dim=128,
+        dtype="float16",
+        causal=False,
+        valid=True,
+        softcap=30.0,
+        lifted=lifted(sympy.Eq(DOCUMENT(Q), DOCUMENT(K)), sympy.Rational(-1, 8) * sympy.Abs(Q - K)),
+    )
+    selected = listing.backward_spec(listing.spec(PLANS["centroids"], dim=64, target="hip"))
+    return {
+        "default_union": listing.forward_sources(default)["union"],
+        "default_attend": listing.forward_sources(default)["attend"],
+        "streaming_attend": listing.forward_sources(streaming)["attend"],
+        "masked_attend": listing.forward_sources(masked)["attend"],
+        "default_d_routes": listing.backward_sources(listing.backward_spec(default))["d_routes"],
+        "centroids_d_segments": listing.backward_sources(selected)["d_segments"],
+    }
+
+
+@pytest.mark.parametrize("name", golden())
+def test_golden(name: str) -> None:
+    want = (GOLDEN / f"{name}.py").read_text()
+    assert golden()[name] == want, f"differs from tests/golden/{name}.py; if it should: python {Path(__file__).name}"
+
+
+def test_what_a_plan_does_not_use_is_not_in_its_source() -> None:
+    words = {
+        "listed": lambda spec: spec.routes,
+        "row_key": lambda spec: bool(spec.settings.sinks or spec.settings.rows_per_segment),
+        "row_bias": lambda spec: bool(spec.settings.centroids),
+        "copies": lambda spec: bool(spec.settings.keep) and spec.routes,
+        "valid": lambda spec: spec.valid and (spec.causal or spec.settings.window != 0),
+        "position": lambda spec: spec.causal,
+        "Window": lambda spec: spec.causal or spec.settings.window != 0,
+        "tl.exp2(logits * (": lambda spec: bool(spec.softcap),
+        "mask_": lambda spec: bool(spec.lifted.loads),
+        "split = ": lambda spec: spec.splits > 1,
+    }
+    specs = [
+        listing.spec(plan, dim=64, causal=causal, valid=valid, softcap=softcap, splits=splits)
+        for plan in PLANS.values()
+        for causal, valid, softcap, splits in ((True, False, 0.0, 1), (False, True, 0.0, 1), (True, True, 5.0, 8))
+    ]
+    for spec in specs:
+        text = listing.forward_sources(spec)["attend"].split("@triton.jit")[1]
+        for word, used in words.items():
+            assert (word in text) == used(spec), (word, spec)
+
+
+def test_sources_say_where_they_come_from() -> None:
+    plan = PLANS["keep and routes"]
+    found = sources(plan, site="model.layers.3.self_attn", dim=64, group=2)
+    assert list(found)[-6:] == ["attend", "d_query", "d_window", "d_routes", "d_sinks", "d_segments"]
+    for name, text in found.items():
+        head = text.split("import triton")[0]
+        assert text.startswith(f"# {name}: written by prescore_compile")
+        assert "# module: model.layers.3.self_attn" in head and "stage: " in head
+        assert all(f"{k}={v}" in head for k, v in plan.settings().items())
+        compile(text, name, "exec")
+
+
+def test_equal_specs_have_equal_sources() -> None:
+    spec = listing.spec(Plan(), dim=64)
+    assert listing.forward_sources(spec) == listing.forward_sources(dataclasses.replace(spec))
+    other = listing.forward_sources(listing.spec(Plan(), dim=128))
+    assert other["attend"] != listing.forward_sources(spec)["attend"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dim": 0}, "dim: got 0; allowed: 1 to 256"),
+        ({"dim": 64, "value_dim": 512}, "value_dim: got 512"),
+        ({"dim": 64, "dtype": "float64"}, "dtype: got 'float64'; allowed: one of float16"),
+        ({"dim": 64, "target": "xpu"}, "target: got 'xpu'; allowed: one of cuda, hip"),
+    ],
+)
+def test_what_no_kernel_is_written_for_is_a_clear_error(change: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        sources(Plan(), **change)
+
+
+if __name__ == "__main__":
+    for name, text in golden().items():
+        (GOLDEN / f"{name}.py").write_text(text)
