@@ -10,7 +10,7 @@ import sympy
 from torch import fx
 
 from .calls import call_of
-from .compat import value_of
+from .compat import gradient_stops, value_of
 from .indices import ZERO, Index, NotAView, coordinate, is_one, pull
 from .memory import Memory
 from .site import Coordinates, Operand, operand
@@ -120,8 +120,8 @@ class Prover:
             raise Miss(f"unproved_axes: of the {role}")
         return found
 
-    def unrepeated(self, node: fx.Node, index: Index, role: str) -> Operand:
-        """The operand, or what it repeats head by head."""
+    def unrepeated(self, node: fx.Node, index: Index, role: str, own: Sequence[Any]) -> Operand:
+        """The operand, or what it repeats head by head; ``own``: the coordinates that stay, length and features."""
         best = (node, index)
         at: Any = node
         while self.undo_repeats:
@@ -131,9 +131,12 @@ class Prover:
                 break
             if value_of(source).dtype != value_of(at).dtype or self.memory.stale(at) or call_of(at).name == "repeat":
                 break
+            if gradient_stops(source, at):
+                break
             if call_of(at).name in ("expand", "repeat_interleave"):
                 self.cut([x for x in moved if sympy.sympify(x).has(sympy.floor)])
-                if operand(source, moved, value_of(source).shape, self.sizes) is not None:
+                found = operand(source, moved, value_of(source).shape, self.sizes)
+                if found is not None and all(c in found.coordinates for c in own if _has(best[1], c)):
                     best = (source, moved)
                 elif any(sympy.sympify(x).has(sympy.floor) for x in moved):
                     break
@@ -163,6 +166,10 @@ class Prover:
         if len(shared) == 1 and shared[0] in self.first:
             batch, kv_heads = kv_heads, ()
         return Roles(batch, (*kv_heads, *alone[:-1]), kv_heads, alone[-1] if alone else None)
+
+
+def _has(index: Index, coordinate: Any) -> bool:
+    return isinstance(coordinate, sympy.Symbol) and any(sympy.sympify(at).has(coordinate) for at in index)
 
 
 def prove(attempt: Callable[[Axes, bool], Result]) -> Result:

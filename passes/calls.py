@@ -101,14 +101,13 @@ _ALIASES = {
     "convert_element_type": "to",
     "contiguous": "same",
     "clone": "same",
-    "detach": "same",
     "alias": "same",
     "positive": "same",
     "lift_fresh": "same",
     "lift_fresh_copy": "same",
     "requires_grad": "same",
     "identity": "same",
-    "data": "same",
+    "data": "detach",
 }
 _SIGNATURES: dict[str, tuple[str, ...]] = {
     "matmul": ("input", "other"),
@@ -151,6 +150,7 @@ _SIGNATURES: dict[str, tuple[str, ...]] = {
     "sum": ("input", "dim", "keepdim"),
     "to": ("input", "dtype"),
     "same": ("input",),
+    "detach": ("input",),
 }
 _VARIADIC = {"permute": "dims", "expand": "size", "repeat": "repeats", "view": "size"}
 _RENAMED = {"self": "input", "axis": "dim", "x": "input", "a": "input", "b": "other", "repeat_times": "repeats"}
@@ -159,7 +159,7 @@ PURE = {
     *("matmul", "bmm", "mm", "baddbmm", "einsum", "softmax", "dropout", "same", "to", "tanh", "amax", "max", "any"),
     *("add", "sub", "rsub", "mul", "div", "rdiv", "neg", "masked_fill", "where", "eq", "not", "transpose", "permute"),
     *("movedim", "view", "expand", "repeat_interleave", "getitem", "slice", "select", "narrow", "mT", "t", "T", "full"),
-    *("full_like", "zeros_like", "ones_like"),
+    *("full_like", "zeros_like", "ones_like", "detach"),
 }
 """Operators that do nothing but compute, of those that an attention is written with."""
 
@@ -246,11 +246,18 @@ def is_dead(node: fx.Node, depth: int = 8) -> bool:
     return known and all(is_dead(user, depth - 1) for user in node.users)
 
 
+_OWN = ("torch", "_operator", "operator", "builtins", "math")
+
+
 def _function_name(target: Any) -> str:
-    packet = getattr(target, "overloadpacket", None)
-    if packet is not None:
-        return str(packet.__name__)
-    return getattr(target, "__name__", str(target))
+    """The name of an operator or function of torch or Python; of any other, one that no rule has."""
+    packet = getattr(target, "overloadpacket", target)
+    qualified = getattr(packet, "_qualified_op_name", None)  # namespace::name
+    if qualified is not None:
+        return str(packet.__name__) if qualified.partition("::")[0] in ("aten", "prims") else str(qualified)
+    module = getattr(target, "__module__", None)
+    name = getattr(target, "__name__", str(target))
+    return name if module is None or module.partition(".")[0] in _OWN else f"{module}.{name}"
 
 
 def _canonical(spelled: str) -> str:
@@ -288,6 +295,8 @@ def _module_call(node: fx.Node) -> Call:
     owner = node.graph.owning_module
     module = owner.get_submodule(str(node.target)) if owner is not None else None
     spelled = type(module).__name__
+    if module is not None and hooked(module):
+        return Call("opaque", dict(node.kwargs), spelled)
     given = {"input": node.args[0] if node.args else next(iter(node.kwargs.values()), None)}
     if isinstance(module, nn.Softmax):
         return Call("softmax", given | {"dim": module.dim}, spelled)
@@ -298,6 +307,12 @@ def _module_call(node: fx.Node) -> Call:
     if isinstance(module, (nn.Flatten, nn.Unflatten)):
         return Call("view", given, spelled)
     return Call("call_module", dict(node.kwargs), spelled)
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether calling the module, or one inside it, also calls hooks of the user."""
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(getattr(part, kind, None) for part in module.modules() for kind in kinds)
 
 
 def dropout_of(call: Call) -> Any:

@@ -106,7 +106,15 @@ def known_equal(a: Any, b: Any) -> bool:
 
 def guard_equal(a: Any, b: Any) -> bool:
     """Whether two sizes are equal for the inputs being compiled for, which becomes a guard."""
-    return bool(a == b)
+    # Outside of a compile nobody checks what is assumed here.
+    return bool(a == b) if TracingContext.try_get() else known_equal(a, b)
+
+
+def gradient_stops(source: fx.Node, made: fx.Node) -> bool:
+    """Whether ``made`` is made of ``source`` without a gradient (``detach``, ``no_grad``), where gradients matter."""
+    if not torch.is_grad_enabled() or "example_value" not in made.meta:
+        return False
+    return bool(value_of(source).requires_grad and not value_of(made).requires_grad)
 
 
 def module_path(node: fx.Node) -> str:

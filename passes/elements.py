@@ -59,6 +59,8 @@ _COMPARE: dict[str, Any] = {
 _LOGIC: dict[str, Any] = {"and": sympy.And, "or": sympy.Or, "xor": sympy.Xor, "not": sympy.Not}
 _BOOL_ARITHMETIC = {"mul": "and", "add": "or"}
 _HALVES = (torch.bfloat16, torch.float16)
+_EXACT_BELOW = {torch.float32: 2**24, torch.int32: 2**30}
+"""Constants beyond, with the indices that are added to them, round or wrap around."""
 _HOLDS_INDICES = (torch.int64, torch.int32, torch.float64, torch.float32)
 # Arguments by name that rules read, or that change no element.
 _READ = {
@@ -97,6 +99,7 @@ class Elements:
         self.rounded = rounded
         self.seen: dict[fx.Node, None] = {}
         self.loads: dict[str, fx.Node] = {}
+        self._known: dict[tuple[fx.Node, Index], Any] = {}
 
     def at(self, node: Any, index: Index) -> Any:
         """The element of ``node`` at ``index`` (one expression an axis); a number stands for itself."""
@@ -104,6 +107,11 @@ class Elements:
             if isinstance(node, (bool, int, float)):
                 return sympy.sympify(node)
             raise NotClosedForm(f"constant {node!r}")
+        if (node, index) not in self._known:  # what is used twice a step would double the work with each
+            self._known[node, index] = self._at(node, index)
+        return self._known[node, index]
+
+    def _at(self, node: fx.Node, index: Index) -> Any:
         value = value_of(node)
         if not isinstance(value, torch.Tensor):
             return symbolic(node)
@@ -152,7 +160,13 @@ class Elements:
         if value.dtype == torch.bool:
             name = _BOOL_ARITHMETIC.get(name, name)
         if name in _ARITHMETIC and value.dtype != torch.bool:
-            return _ARITHMETIC[name](*(_number(x) for x in self._finite(node, call, index)))
+            parts = [sympy.sympify(_number(x)) for x in self._finite(node, call, index)]
+            most = _EXACT_BELOW.get(value.dtype)
+            large = most is not None and any(abs(n) >= most for part in parts for n in part.atoms(sympy.Integer))
+            wraps = value.dtype == torch.int32 and any(part.atoms(sympy.core.function.AppliedUndef) for part in parts)
+            if wraps or (large and any(part.free_symbols for part in parts)):
+                self._inexact(f"{node.name}: numbers that may be too large for {value.dtype}")
+            return _ARITHMETIC[name](*parts)
         if name in _INTEGER:
             if value.dtype.is_floating_point:
                 self._inexact(f"{node.name}: {call.spelled} of floats")
@@ -225,6 +239,8 @@ class Elements:
         if not exact and not (old.is_floating_point and new in (torch.float32, torch.float64)):
             self._inexact(f"{node.name}: {old} does not always survive as {new}")
         found = self.at(source, index)
+        if new in _EXACT_BELOW and any(abs(n) >= _EXACT_BELOW[new] for n in sympy.sympify(found).atoms(sympy.Integer)):
+            self._inexact(f"{node.name}: numbers too large for {new}")
         if new == torch.int32 and old == torch.int64 and sympy.sympify(found).atoms(sympy.core.function.AppliedUndef):
             raise NotClosedForm(f"{node.name}: {old} of the run time does not always survive as {new}")
         return _cast(found, new)
@@ -264,7 +280,10 @@ class Elements:
     def _tensor(self, node: fx.Node, call: Call, index: Index) -> Any:
         if index or set(call.args) - {"input", "dtype", "device"}:
             raise NotClosedForm(f"{node.name}: a tensor of literals")
-        return _cast(self.at(call["input"], ()), value_of(node).dtype)
+        found, dtype = self.at(call["input"], ()), value_of(node).dtype
+        if not dtype.is_floating_point and dtype != torch.bool and not _number(found).is_integer:
+            raise NotClosedForm(f"{node.name}: {found} as {dtype}")
+        return _cast(found, dtype)
 
     _full_like = _new_full = _scalar_tensor = _full
 
@@ -301,7 +320,7 @@ class Elements:
         """``x[i, :, j, ...]``: index tensors, broadcast against each other, on neighbouring axes; others whole."""
         if any(k is None or (isinstance(k, slice) and k != slice(None)) for k in key):
             raise NotClosedForm(f"{node.name}: index tensors beside a slice")
-        if any(value_of(k).dtype == torch.bool for k in key if isinstance(k, fx.Node)):
+        if any(isinstance(k, bool) or (isinstance(k, fx.Node) and value_of(k).dtype == torch.bool) for k in key):
             raise NotClosedForm(f"{node.name}: indexed by a bool tensor")
         axes = [axis for axis, k in enumerate(key) if not isinstance(k, slice)]
         if axes[-1] - axes[0] >= len(axes):
@@ -329,13 +348,23 @@ class Elements:
         condition, yes, no = (
             self.at(call[name], self._broadcast(call[name], index)) for name in ("condition", "input", "other")
         )
-        return _choose(condition, yes, no)
+        return self._chosen(node, condition, yes, no)
 
     def _masked_fill(self, node: fx.Node, call: Call, index: Index) -> Any:
         source, condition, fill = (
             self.at(call[name], self._broadcast(call[name], index)) for name in ("input", "mask", "value")
         )
-        return _choose(condition, fill, source)
+        return self._chosen(node, condition, fill, source)
+
+    @staticmethod
+    def _chosen(node: fx.Node, condition: Any, yes: Any, no: Any) -> Any:
+        dtype = value_of(node).dtype
+        if dtype == torch.bool:
+            return _choose(condition, yes, no)
+        yes, no = _number(yes), _number(no)
+        if not dtype.is_floating_point and not (yes.is_integer and no.is_integer):
+            raise NotClosedForm(f"{node.name}: a fraction as {dtype}")
+        return _choose(condition, yes, no)
 
     def _clamp(self, node: fx.Node, call: Call, index: Index) -> Any:
         found = _number(self.at(call["input"], index))
@@ -386,6 +415,7 @@ _VIEW_NAMES = {
     "T",
     "mT",
     "same",
+    "detach",
 }
 _ALL_NAMES = {*_ARITHMETIC, *_INTEGER, *_ROUNDED, *_COMPARE, *_LOGIC, *_VIEW_NAMES}
 

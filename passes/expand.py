@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from .calls import call_of
+from .calls import call_of, hooked
 from .compat import trace, value_of
 
 _MODULES = (
@@ -67,6 +67,9 @@ def expand(gm: fx.GraphModule) -> list[Expansion]:
     for node in list(gm.graph.nodes):
         name = composite(node)
         taken = output_of(node) if name and node.users else None
+        module = _module(node) if node.op == "call_module" else None
+        if module is not None and hooked(module):
+            continue  # looked inside, it would not be called
         if taken is not None:
             expansion = _expand(gm, node, taken, name)
             if expansion is not None:
@@ -186,6 +189,8 @@ def _module_function(gm: fx.GraphModule, node: fx.Node) -> tuple[Callable[..., T
         state = dict(zip(names, given, strict=False))
         args, kwargs = given[len(names) :][:split], dict(zip(keys, given[len(names) + split :], strict=True))
         if isinstance(module, nn.MultiheadAttention):
+            if kwargs.get("need_weights", True) and kwargs.get("attn_mask") is not None:
+                kwargs["is_causal"] = False  # the hint counts only where no weights are wanted
             kwargs["need_weights"] = False
         found = torch.func.functional_call(module, state, args, kwargs)
         return found[0] if isinstance(found, tuple) else found

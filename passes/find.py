@@ -44,8 +44,12 @@ def find(gm: fx.GraphModule, *inputs: Any) -> list[Site]:
 
 
 def bodies(gm: fx.GraphModule) -> list[tuple[str, fx.GraphModule]]:
-    """The graphs that the graph's higher-order operators run, by the name of their submodule."""
-    return [(name, child) for name, child in gm.named_children() if isinstance(child, fx.GraphModule)]
+    """The graphs that the graph's higher-order operators run, by the name of their submodule.
+
+    A graph without shapes (of constants, or a part that ``split_module`` made) is none of them.
+    """
+    children = [(name, child) for name, child in gm.named_children() if isinstance(child, fx.GraphModule)]
+    return [(name, child) for name, child in children if has_shapes(child)]
 
 
 def find_here(gm: fx.GraphModule) -> list[Site]:

@@ -211,7 +211,7 @@ def _narrowed(node: fx.Node, call: Call, shape: Any, index: Index, sizes: Sizes)
 
 def full_key(key: Any, rank: int) -> tuple[Any, ...]:
     """The key of ``x[key]`` with one entry for each of the ``rank`` axes, ``...`` written out, ``None`` kept."""
-    key = key if isinstance(key, (tuple, list)) else (key,)
+    key = key if isinstance(key, tuple) else (key,)  # a list is one index, of several elements
     used = sum(1 for k in key if k is not None and k is not Ellipsis)
     fill = (slice(None),) * (rank - used)
     at = next((i for i, k in enumerate(key) if k is Ellipsis), len(key))
@@ -275,4 +275,5 @@ _PULL = {
     "slice": _narrowed,
     "getitem": _got,
     "same": _unchanged,
+    "detach": _unchanged,
 }

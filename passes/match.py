@@ -18,7 +18,7 @@ from torch import fx
 
 from .axes import Axes, Miss, Prover, prove
 from .calls import SHAPE_ONLY, Call, call_of, dropout_of, is_dead, is_float
-from .compat import known_equal, symbolic, value_of
+from .compat import gradient_stops, known_equal, symbolic, value_of
 from .contract import Labels, Product, product
 from .elements import Elements, NotClosedForm
 from .indices import ZERO, Index, NotAView, broadcast, coordinate, pull, push
@@ -35,6 +35,7 @@ _ENDS = {"linear", "addmm", "embedding", "softmax", "log_softmax", "layer_norm",
 # How many operators it does pass, views not counted.
 _REACH = 12
 _MOST = 200
+_ROUNDS_NOTHING = 1e4
 _Placed = tuple[fx.Node, Index]
 
 
@@ -84,6 +85,7 @@ class _Matcher(Prover):
         super().__init__(value_of(softmax).shape, memory, axes, undo_repeats)
         self.softmax = softmax
         self.dtypes: list[torch.dtype] = [value_of(softmax).dtype]
+        self._not_logits: set[tuple[fx.Node, Index]] = set()
 
     def run(self) -> tuple[fx.Node, Attention] | None:
         call = call_of(self.softmax)
@@ -110,11 +112,22 @@ class _Matcher(Prover):
     # Backward: what the logits are.
 
     def _logits(self, node: Any, index: Index) -> _Logits | None:
-        if not isinstance(node, fx.Node) or not is_float(value_of(node)):
+        if not isinstance(node, fx.Node) or not is_float(value_of(node)) or (node, index) in self._not_logits:
             return None
+        found = self._made(node, index)
+        if found is None:  # what is used twice a step would double the work with each
+            self._not_logits.add((node, index))
+        return found
+
+    def _made(self, node: fx.Node, index: Index) -> _Logits | None:
         call = call_of(node)
+        sums = call.name in ("add", "sub", "rsub")  # add(x, 0.5, y): an old way to write alpha
+        unread = [key for key in call.args if key == "out" or (sums and key.startswith("argument "))]
+        if unread and _reaches_back(node, _REACH):
+            raise Miss(f"unsupported_logits: {call.spelled} with {', '.join(unread)}")
         found = product(node, call)
         if found is not None:
+            self.dtypes.append(value_of(node).dtype)
             if self.memory.stale(node):
                 raise Miss(f"modified_in_place: {node.name}")
             terms = () if found.added is None else (self._added(found.added, index, found.beta),)
@@ -148,6 +161,12 @@ class _Matcher(Prover):
 
     def _back_same(self, node: fx.Node, call: Call, index: Index) -> _Logits | None:
         return self._logits(call.get("input"), index)
+
+    def _back_detach(self, node: fx.Node, call: Call, index: Index) -> _Logits | None:
+        logits = self._logits(call.get("input"), index)
+        if logits is not None and value_of(call["input"]).requires_grad:
+            raise Miss("unsupported_logits: detach")
+        return logits
 
     def _back_to(self, node: fx.Node, call: Call, index: Index) -> _Logits | None:
         logits = self._logits(call.get("input"), index)
@@ -208,14 +227,19 @@ class _Matcher(Prover):
         """Whether adding it changes no softmax: it is one number for all keys of a query (a row's
         maximum, say). Only what is a maximum: any other tensor might be infinite."""
         if not isinstance(other, fx.Node):
-            return math.isfinite(other) if isinstance(other, (int, float)) else False
+            # A large number would round the logits away.
+            return isinstance(other, (int, float)) and abs(other) <= _ROUNDS_NOTHING
         call = call_of(other)
-        if call.name == "getitem" and isinstance(call["input"], fx.Node) and call.get("index", 0) == 0:
+        while call.name in ("getitem", "detach", "same") and isinstance(call.get("input"), fx.Node):
+            if call.name == "getitem" and call.get("index", 0) != 0:
+                return False
             call = call_of(call["input"])
+        if not isinstance(call.get("input"), fx.Node) or not _reaches_back(call["input"], _REACH):
+            return False  # of something else, which may round the logits away
         dim = call_of(self.softmax).get("dim")
         key_axis = self.index[dim] if isinstance(dim, int) else ZERO
         at = sympy.Tuple(*self._inner(other, index))
-        named = call.name in ("amax", "max", "detach", "same")
+        named = call.name in ("amax", "max")
         return named and isinstance(key_axis, sympy.Symbol) and not at.has(key_axis)
 
     @staticmethod
@@ -270,11 +294,16 @@ class _Matcher(Prover):
         if not isinstance(value, torch.Tensor):
             found = symbolic(what)
             return float(found) if found.is_number else None
-        try:
-            found = sympy.sympify(Elements(self.memory, self.sizes, rounded=True).at(what, self._inner(what, index)))
-        except (NotClosedForm, KeyError, TypeError, AttributeError):
-            return None
-        return float(found) if found.is_number and found.is_real else None
+        for rounded in (False, True):
+            elements = Elements(self.memory, self.sizes, rounded=rounded)
+            try:
+                found = sympy.sympify(elements.at(what, self._inner(what, index)))
+            except (NotClosedForm, KeyError, TypeError, AttributeError):
+                continue
+            if rounded and any(value_of(n).dtype not in (torch.float32, torch.float64) for n in elements.seen):
+                return None  # of few bits: it is not the number that the arithmetic says
+            return float(found) if found.is_number and found.is_real else None
+        return None
 
     def _back_masked_fill(self, node: fx.Node, call: Call, index: Index) -> _Logits | None:
         source = call.get("input")
@@ -333,6 +362,8 @@ class _Matcher(Prover):
                 )
             (user,) = users
             call = call_of(user)
+            if "out" in user.kwargs or "out" in self.softmax.kwargs:
+                raise Miss("modified_in_place: out=")
             found = product(user, call)
             if found is not None:
                 if found.left is found.right:
@@ -348,6 +379,8 @@ class _Matcher(Prover):
         if self.memory.stale(way.node):
             raise Miss(f"modified_in_place: {way.node.name}")
         if call.name == "dropout":
+            if way.dropout != 0:
+                raise Miss("dropout: more than one")
             way.dropout = dropout_of(call)
             if call.spelled == "native_dropout":
                 (user,) = (u for u in user.users if call_of(u).get("index") == 0)
@@ -355,6 +388,9 @@ class _Matcher(Prover):
             if not is_float(value_of(user)):
                 raise Miss(f"weights_changed: {call.spelled}")
             self.dtypes.append(value_of(user).dtype)
+        elif call.name == "detach":
+            if value_of(way.node).requires_grad:
+                raise Miss("weights_changed: detach")
         elif not (call.name == "where" and self._empty_rows(way.node, call)):
             try:
                 way.index = push(user, call, way.index, self.sizes)
@@ -397,14 +433,24 @@ class _Matcher(Prover):
             raise Miss("wrong_axis: query and key share the axis of the softmax")
         if k is not None and not sympy.Tuple(*key[1]).has(k):
             raise Miss("wrong_axis: the key has no axis that the softmax runs over")
+        for operand_of, made in (
+            (query, self.softmax),
+            (key, self.softmax),
+            (self._value(weights, k, e)[0], weights.user),
+        ):
+            if gradient_stops(operand_of[0], made):
+                raise Miss("unsupported_logits: without a gradient that its operands want")
         value, out = self._value(weights, k, e)
         dtype = value_of(weights.user).dtype
         rounded = [t for t in self.dtypes if torch.finfo(t).eps > torch.finfo(dtype).eps]
         if rounded:
             raise Miss(f"unsupported_logits: rounded to {rounded[0]}")
         query, key = ((self._uncast(node, dtype), at) for node, at in (query, key))
+        finer = [n for n, _ in (query, key) if torch.finfo(value_of(n).dtype).eps < torch.finfo(dtype).eps]
+        if finer and torch.finfo(value_of(logits.node).dtype).eps < torch.finfo(dtype).eps:
+            raise Miss(f"unsupported_logits: of more bits than the output, {value_of(finer[0]).dtype}")
         query_at = self.whole(query[0], query[1], "query")
-        key_at, value_at = self.unrepeated(key[0], key[1], "key"), self.unrepeated(value[0], value[1], "value")
+        key_at, value_at = self.unrepeated(*key, "key", (k, d)), self.unrepeated(*value, "value", (k, e))
         result = operand(weights.user, out, value_of(weights.user).shape, self.sizes)
         if result is None:
             raise Miss("unproved_axes: of the output")

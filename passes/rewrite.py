@@ -5,22 +5,24 @@ from __future__ import annotations
 import copy
 import operator
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import fx
 
 from ..kernels import ops as _registers_the_operators  # noqa: F401
-from .calls import ASSERTS, PURE, call_of, is_dead
+from .calls import ASSERTS, PURE, call_of, is_dead, mutates
 from .compat import connect, made_from, value_of
 from .config import Config
 from .decide import Decision, decide, describe
 from .emit import Sizes, canonical, laid_out_as, original
 from .expand import Expansion, composite, expand, restore
 from .find import add_missing_shapes, bodies, find_here
-from .report import Report
+from .masks import Mask
+from .report import Report, SiteReport
 from .sdpa import fused_call
-from .site import Coordinates
+from .site import Coordinates, Site
 from .stages import CAPTURED, INSERTED, Recorder, recording
 
 _SUMMARY_OUTPUTS = ("order", "mean", "spread", "bias", "row_index", "row_owner", "row_key", "row_value", "row_bias")
@@ -58,8 +60,8 @@ def _rewrite(
     add_missing_shapes(gm, inputs)
     expansions = expand(gm)
     origin = {node: expansion for expansion in expansions for node in expansion.nodes}
-    decisions = [decide(site, config) for site in find_here(gm)]
-    own = [describe(decision, _composite(origin, decision)) for decision in decisions]
+    decided = [_decided(site, config, origin) for site in find_here(gm)]
+    decisions, own = [decision for decision, _ in decided], [site for _, site in decided]
     report = Report(own + inner.sites)
     recorder.decided(gm, own, [_captured(origin, decision).name for decision in decisions])
     rewritten = [decision for decision in decisions if decision.rewrite]
@@ -79,6 +81,16 @@ def _rewrite(
     gm.recompile()
     recorder.done(gm)
     return gm, report
+
+
+def _decided(site: Site, config: Config, origin: dict[fx.Node, Expansion]) -> tuple[Decision, SiteReport]:
+    try:
+        decision = decide(site, config)
+        return decision, describe(decision, _composite(origin, decision))
+    except Exception as error:  # sizes that only the run time knows, say: it must cost the speed, never the model
+        reason = f"unproved_axes: {type(error).__name__}: {error}"
+        decision = Decision(replace(site, attention=None, reason=reason), Mask("?"), reason, None)
+        return decision, describe(decision, _composite(origin, decision))
 
 
 def _composite(origin: dict[fx.Node, Expansion], decision: Decision) -> str:
@@ -187,7 +199,7 @@ def _drop_dead(graph: fx.Graph, outputs: Iterable[fx.Node], producers: set[fx.No
             if is_dead(user):
                 _erase(graph, user)
         known = node in first or call_of(node).name in PURE | ASSERTS or fused_call(node) is not None
-        if known and not node.users and node.op not in ("placeholder", "output"):
+        if known and not node.users and not mutates(node) and node.op not in ("placeholder", "output"):
             todo.update(node.all_input_nodes)
             graph.erase_node(node)
 

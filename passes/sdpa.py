@@ -37,7 +37,7 @@ def fused_call(node: fx.Node) -> Mapping[str, Any] | None:
     if node.target is F.scaled_dot_product_attention:
         return dict(zip(_ARGS, node.args, strict=False)) | node.kwargs
     packet = getattr(node.target, "overloadpacket", None)
-    if packet is None or packet.__name__ not in _TUPLES | _PLAIN:
+    if packet is None or node.target.namespace != "aten" or packet.__name__ not in _TUPLES | _PLAIN:
         return None
     names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
     found = dict(zip(names, node.args, strict=False)) | node.kwargs
@@ -69,6 +69,9 @@ def prove_fused(node: fx.Node, call: Mapping[str, Any], memory: Memory) -> Atten
 
 def _attempt(node: fx.Node, call: Mapping[str, Any], memory: Memory, axes: Axes, undo_repeats: bool) -> Attention:
     query, key, value = (call[name] for name in ("query", "key", "value"))
+    for name in ("is_causal", "enable_gqa"):
+        if isinstance(call.get(name), fx.Node):
+            raise Miss(f"unproved_axes: {name} is known at run time only")
     q_shape, k_shape, v_shape = (value_of(n).shape for n in (query, key, value))
     rank = len(q_shape)
     if not rank == len(k_shape) == len(v_shape) or rank < 3:
@@ -90,7 +93,10 @@ def _attempt(node: fx.Node, call: Mapping[str, Any], memory: Memory, axes: Axes,
     v_index = (*shared(v_shape), k, e)
     prover.cut([*k_index, *v_index])
     query_at = prover.whole(query, q_index, "query")
-    key_at, value_at = prover.unrepeated(key, k_index, "key"), prover.unrepeated(value, v_index, "value")
+    key_at, value_at = (
+        prover.unrepeated(key, k_index, "key", (k, d)),
+        prover.unrepeated(value, v_index, "value", (k, e)),
+    )
     output = output_of(node)
     result = prover.whole(output, (*batch, q, e), "output")
     roles = prover.roles(query_at, key_at, value_at, k)
