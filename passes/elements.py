@@ -275,7 +275,7 @@ class Elements:
         found, dtype = self.at(fill, ()), value_of(node).dtype
         if not dtype.is_floating_point and dtype != torch.bool and not found.is_integer:
             raise NotClosedForm(f"{node.name}: {fill} as {dtype}")
-        return _cast(found, dtype)
+        return _made(found, dtype)
 
     def _tensor(self, node: fx.Node, call: Call, index: Index) -> Any:
         if index or set(call.args) - {"input", "dtype", "device"}:
@@ -283,7 +283,7 @@ class Elements:
         found, dtype = self.at(call["input"], ()), value_of(node).dtype
         if not dtype.is_floating_point and dtype != torch.bool and not _number(found).is_integer:
             raise NotClosedForm(f"{node.name}: {found} as {dtype}")
-        return _cast(found, dtype)
+        return _made(found, dtype)
 
     _full_like = _new_full = _scalar_tensor = _full
 
@@ -444,6 +444,12 @@ def _rounded_numbers(expr: Any, dtype: torch.dtype) -> Any:
     ):
         return sympy.Piecewise(*((rounded(value), condition) for value, condition in expr.args))
     return rounded(expr) if not _is_truth(expr) and expr.is_number else None
+
+
+def _made(expr: Any, dtype: torch.dtype) -> Any:
+    """A number as a tensor of ``dtype`` holds it."""
+    known = _rounded_numbers(expr, dtype) if dtype in _HALVES else None
+    return _cast(expr, dtype) if known is None else known
 
 
 def _number(expr: Any) -> Any:
