@@ -33,7 +33,9 @@ python -m bench.census_page        # this page
 _WORDS = """
 **Ran** is what the oracle counted: `sdpa` is a call of `F.scaled_dot_product_attention`, `fused` a fused kernel
 behind a module of torch, `hand` is written out. **Kept** is kept exact, by [reason](reasons.md). **Missed** ran
-inside a graph of Dynamo and has no site. An attention **outside** graphs runs between two of them (a graph
+inside a graph of Dynamo and has no site. **Wrong** is an error beyond the tolerance and beyond what one rounding
+of the weights explains; superglue is the one: it ends in a choice (two points match where each is the other's best),
+and where two scores are nearly equal a rounding decides. An attention **outside** graphs runs between two of them (a graph
 break), where no compiler sees it.
 """
 
