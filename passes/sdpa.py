@@ -36,10 +36,11 @@ def fused_call(node: fx.Node) -> Mapping[str, Any] | None:
         return None
     if node.target is F.scaled_dot_product_attention:
         return dict(zip(_ARGS, node.args, strict=False)) | node.kwargs
-    packet = getattr(node.target, "overloadpacket", None)
-    if packet is None or node.target.namespace != "aten" or packet.__name__ not in _TUPLES | _PLAIN:
+    target: Any = node.target
+    packet = getattr(target, "overloadpacket", None)
+    if packet is None or target.namespace != "aten" or packet.__name__ not in _TUPLES | _PLAIN:
         return None
-    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
+    names = [argument.name for argument in target._schema.arguments]
     found = dict(zip(names, node.args, strict=False)) | node.kwargs
     return found | {"attn_mask": found.get("attn_mask", found.get("attn_bias"))}
 
