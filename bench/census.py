@@ -33,7 +33,7 @@ from .sample import SAMPLE
 RESULTS = Path(__file__).parent / "results"
 CACHE = Path(__file__).parent.parent / "build" / "census"
 """Rows as they are made: a run that was stopped goes on from them."""
-TIMEOUT = 180
+TIMEOUT = 600
 _UNSUPPORTED = "does not support an attention implementation"
 Task = tuple[str, str]
 

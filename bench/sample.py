@@ -10,7 +10,7 @@ t5 umt5 bart pegasus marian led longt5 prophetnet fsmt
 bert albert roberta electra mpnet modernbert deberta-v2 deberta longformer big_bird xlnet funnel squeezebert convbert
 vit swin swinv2 beit dinov2 hiera pvt_v2 levit sam groupvit
 clip siglip blip bridgetower flava
-detr conditional_detr rt_detr mask2former owlvit
+detr conditional_detr rt_detr owlvit
 wav2vec2 wav2vec2-conformer whisper speecht5 wavlm seamless_m4t audio-spectrogram-transformer
 perceiver decision_transformer time_series_transformer qwen2_vl llava paligemma
 """.split()

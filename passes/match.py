@@ -36,6 +36,7 @@ _ENDS = {"linear", "addmm", "embedding", "softmax", "log_softmax", "layer_norm",
 _REACH = 12
 _MOST = 200
 _ROUNDS_NOTHING = 1e4
+_BUFFERS = {"empty", "empty_like", "new_empty", "zeros", "zeros_like", "new_zeros"}
 _Placed = tuple[fx.Node, Index]
 
 
@@ -122,7 +123,9 @@ class _Matcher(Prover):
     def _made(self, node: fx.Node, index: Index) -> _Logits | None:
         call = call_of(node)
         sums = call.name in ("add", "sub", "rsub")  # add(x, 0.5, y): an old way to write alpha
-        unread = [key for key in call.args if key == "out" or (sums and key.startswith("argument "))]
+        unread = [key for key in call.args if sums and key.startswith("argument ")]
+        if "out" in call.args and not _is_fresh(call.args["out"]):
+            unread.append("out")  # into what may be read elsewhere
         if unread and _reaches_back(node, _REACH):
             raise Miss(f"unsupported_logits: {call.spelled} with {', '.join(unread)}")
         found = product(node, call)
@@ -551,6 +554,11 @@ class _Matcher(Prover):
         if missing:
             raise Miss("unproved_axes: of the output")
         return (node, self._labelled(others, at)), self._labelled(found.out_labels, at)
+
+
+def _is_fresh(out: Any) -> bool:
+    """Whether nothing but one writer knows this buffer."""
+    return isinstance(out, fx.Node) and len(out.users) == 1 and call_of(out).name in _BUFFERS
 
 
 def _operands(found: Product) -> list[tuple[fx.Node, Labels]]:

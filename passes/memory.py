@@ -27,18 +27,18 @@ class Memory:
         for node, at in self._place.items():
             value = value_of(node)
             if isinstance(value, torch.Tensor):
-                key = _memory(value)
+                key = storage_of(value)
                 versions[key] = max(versions[key], _version(value))
             for target in mutates(node):
                 written: list[fx.Node] = []
                 fx.map_arg(target, written.append)
                 for n in written:
-                    self._writes[_memory(value_of(n))].append(at)
+                    self._writes[storage_of(value_of(n))].append(at)
         self._distrusted = {key for key, count in versions.items() if count > len(self._writes[key])}
 
     def stale(self, node: fx.Node) -> bool:
         """Whether one of the node's users may see something else than what the node computed."""
-        key = _memory(value_of(node))
+        key = storage_of(value_of(node))
         if key in self._distrusted:
             return True
         born = self._place[node]
@@ -47,12 +47,13 @@ class Memory:
 
     def changes(self, node: fx.Node, until: fx.Node) -> bool:
         """Whether ``node`` no longer holds, just before ``until`` runs, what it held when it was made."""
-        key = _memory(value_of(node))
+        key = storage_of(value_of(node))
         born, end = self._place[node], self._place[until]
         return key in self._distrusted or any(born < at < end for at in self._writes.get(key, ()))
 
 
-def _memory(value: Any) -> int:
+def storage_of(value: Any) -> int:
+    """What tells whether two nodes' values share memory."""
     try:
         return value.untyped_storage()._cdata
     except (AttributeError, NotImplementedError, RuntimeError):  # no tensor, or a wrapper without a storage

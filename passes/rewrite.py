@@ -20,6 +20,7 @@ from .emit import Sizes, canonical, laid_out_as, original
 from .expand import Expansion, composite, expand, restore
 from .find import add_missing_shapes, bodies, find_here
 from .masks import Mask
+from .memory import storage_of
 from .report import Report, SiteReport
 from .sdpa import fused_call
 from .site import Coordinates, Site
@@ -199,9 +200,20 @@ def _drop_dead(graph: fx.Graph, outputs: Iterable[fx.Node], producers: set[fx.No
             if is_dead(user):
                 _erase(graph, user)
         known = node in first or call_of(node).name in PURE | ASSERTS or fused_call(node) is not None
-        if known and not node.users and not mutates(node) and node.op not in ("placeholder", "output"):
+        if known and not node.users and _writes_nothing_else(node) and node.op not in ("placeholder", "output"):
             todo.update(node.all_input_nodes)
             graph.erase_node(node)
+
+
+def _writes_nothing_else(node: fx.Node) -> bool:
+    """Whether what the node writes to is held by no other node that is left, an input of the graph say."""
+    for target in mutates(node):
+        if not isinstance(target, fx.Node) or target.op in ("placeholder", "get_attr"):
+            return False
+        place = storage_of(value_of(target))
+        if any(storage_of(value_of(n)) == place for n in node.graph.nodes if n not in (node, target)):
+            return False
+    return True
 
 
 def _erase(graph: fx.Graph, node: fx.Node) -> None:

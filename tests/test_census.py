@@ -26,7 +26,7 @@ EXTRA = 2
 """Sites where the oracle sees no attention: groupvit assigns patches to groups by a softmax over the groups (kept)."""
 BUILT = 75
 """Families of the sample that must build; a new transformers may break some."""
-SECONDS = 900
+SECONDS = 1800
 Row = dict[str, Any]
 
 
