@@ -436,14 +436,10 @@ class _Matcher(Prover):
             raise Miss("wrong_axis: query and key share the axis of the softmax")
         if k is not None and not sympy.Tuple(*key[1]).has(k):
             raise Miss("wrong_axis: the key has no axis that the softmax runs over")
-        for operand_of, made in (
-            (query, self.softmax),
-            (key, self.softmax),
-            (self._value(weights, k, e)[0], weights.user),
-        ):
-            if gradient_stops(operand_of[0], made):
-                raise Miss("unsupported_logits: without a gradient that its operands want")
         value, out = self._value(weights, k, e)
+        for (node, _), made in ((query, self.softmax), (key, self.softmax), (value, weights.user)):
+            if gradient_stops(node, made):
+                raise Miss("unsupported_logits: without a gradient that its operands want")
         dtype = value_of(weights.user).dtype
         rounded = [t for t in self.dtypes if torch.finfo(t).eps > torch.finfo(dtype).eps]
         if rounded:
