@@ -59,7 +59,6 @@ class Variant:
     causal: bool = True
     padded: bool = False
     queries: int = 4096
-    chunks: int = 0
     backward: bool = True
     default: bool = False
 
@@ -75,7 +74,7 @@ VARIANTS = {
     "keep and routes 64": Variant(plan=Plan(keep=32), group=4, backward=False),
     "centroids 64": Variant(plan=Plan(keep=24, centroids=8, routes=0, window=0), causal=False),
     "few queries 128": Variant(dim=128, queries=1, backward=False),
-    "two levels 128": Variant(dim=128, group=4, chunks=32, backward=False),
+    "two levels 128": Variant(plan=Plan(coarse=32), dim=128, group=4, backward=False),
     "64 routes": Variant(plan=Plan(routes=64), backward=False),
     "many routes": Variant(plan=Plan(routes=200, cluster=32), backward=False),
 }
@@ -127,9 +126,7 @@ def _run(variant: Variant) -> None:
     if plan.routes:
         if variant.queries > 1:
             clusters.any_clusters(key, site.value, valid, plan)
-        routes = route.route(query, summary, plan, variant.causal, length, scale, variant.chunks)
-    if variant.chunks:
-        return
+        routes = route.route(query, summary, plan, variant.causal, length, scale)
     out, sums = attend.attend(site, summary, routes, plan)
     if variant.backward:
         attend_backward.attend_backward(out, out, sums, site, summary, routes, plan)

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench import model
-from prescore_compile.kernels import ops, reference
+from prescore_compile.kernels import coarse, ops, reference
 from prescore_compile.kernels.plan import Plan
 from prescore_compile.kernels.reference import Operands
 from prescore_compile.kernels.summary import Summary
@@ -132,7 +132,8 @@ def check_routes(site: Operands, summary: Summary, routes: torch.Tensor, plan: P
     """How much score the chosen clusters lose against the best ones, of the largest total."""
     query = some(site.query, site.causal)
     scores = reference.routing_scores(query.float(), summary, site.scale)
-    best = reference.route(query, summary, plan, site.causal, site.key.shape[2], site.scale)
+    route = coarse.route if plan.coarse else reference.route
+    best = route(query, summary, plan, site.causal, site.key.shape[2], site.scale)
     chosen = some(routes, site.causal)
     if not torch.equal(chosen >= 0, best >= 0):
         return float("inf")
@@ -156,7 +157,7 @@ class Ways:
     def route(self) -> torch.Tensor:
         s, site = self.summary, self.site
         return ops.route(
-            site.query, s.mean, s.spread, s.bias, self.plan.text, site.causal, site.key.shape[2], site.scale
+            site.query, s.order, s.mean, s.spread, s.bias, self.plan.text, site.causal, site.key.shape[2], site.scale
         )
 
     def attend(self) -> torch.Tensor:

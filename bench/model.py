@@ -80,12 +80,11 @@ class Work:
 
 @dataclass(frozen=True)
 class Site:
-    """One attention: ``chunks`` not 0 routes on two levels; ``union``: see ``UNION``."""
+    """One attention: ``union``: see ``UNION``."""
 
     shape: cost.Shape
     length: int
     plan: Plan = field(default_factory=Plan)
-    chunks: int = 0
     union: float = UNION
 
     @property
@@ -123,12 +122,11 @@ def route(site: Site) -> Work:
     plan, shape = site.plan, site.shape
     if not plan.routes:
         return Work()
-    pairs = cost.at(cost.exact_pairs(shape.causal), site.length) * shape.batch * shape.heads / plan.cluster
-    launches = 1
-    if site.chunks:
-        per_chunk = plan.chunk // plan.cluster
-        pairs = pairs / per_chunk + site.rows * site.chunks * per_chunk * site.union
-        launches = 12
+    exact = cost.at(cost.exact_pairs(shape.causal), site.length) * shape.batch * shape.heads
+    pairs, launches = exact / plan.cluster, 1
+    if plan.coarse:
+        walked = site.rows * plan.coarse * (plan.chunk // plan.cluster) * site.union
+        pairs, launches = exact / plan.chunk + min(walked, pairs), 12
     traffic = site.rows * (NUMBER_BYTES * shape.head_dim + 4 * plan.routes)
     return Work(8 * pairs * shape.head_dim, pairs * ROUTE_PAIR, traffic, launches)
 

@@ -34,9 +34,9 @@ def table(
     for name in devices:
         device = model.DEVICES[name]
         for length in lengths:
-            for chunks in (0, CHUNKS) if length >= TWO_LEVELS_FROM else (0,):
+            for coarse in (0, CHUNKS) if length >= TWO_LEVELS_FROM else (0,):
                 shape = cost.Shape(batch, heads, kv_heads, dim, dim, True)
-                site = model.Site(shape, length, Plan(), chunks)
+                site = model.Site(shape, length, Plan(coarse=coarse))
                 times = {
                     stage: work(site).seconds(device) * scales.get(stage, 1.0) for stage, work in model.STAGES.items()
                 }
@@ -46,7 +46,7 @@ def table(
                     {
                         "device": name,
                         "n": length,
-                        "levels": 2 if chunks else 1,
+                        "levels": 2 if coarse else 1,
                         "exact, ms": 1e3 * exact,
                         **{f"{stage}, ms": 1e3 * seconds for stage, seconds in times.items()},
                         "total, ms": 1e3 * total,

@@ -1,7 +1,7 @@
 """Two levels: chunks are chosen first, by representatives of their own, then clusters inside them.
 
 Scoring every cluster for every query costs n^2 / cluster; scoring chunks costs n^2 / chunk, and the
-clusters of ``chunks`` chosen ones a constant a query. The chunks that are not chosen are out,
+clusters of ``plan.coarse`` chosen ones a constant a query. The chunks that are not chosen are out,
 so a cluster that stands out inside a dull chunk can be missed: this is another attention than
 ``reference.route`` defines, used only where it is asked for.
 """
@@ -46,10 +46,8 @@ def coarse(summary: Summary, plan: Plan) -> Summary:
     return summary._replace(mean=whole, spread=variance * (2 * total.clamp(min=1).log()).unsqueeze(3), bias=bias)
 
 
-def route(
-    query: torch.Tensor, summary: Summary, plan: Plan, causal: bool, k_len: int, scale: float, chunks: int
-) -> torch.Tensor:
-    """The clusters each query attends, of its ``chunks`` best chunks; shapes and ties as ``reference.route``."""
+def route(query: torch.Tensor, summary: Summary, plan: Plan, causal: bool, k_len: int, scale: float) -> torch.Tensor:
+    """The clusters each query attends, of its ``plan.coarse`` best chunks; shapes and ties as ``reference.route``."""
     batch, heads, q_len, _ = query.shape
     per_chunk, clusters = plan.chunk // plan.cluster, summary.mean.shape[2]
     count = min(plan.routes, clusters)
@@ -60,7 +58,7 @@ def route(
         tile = query[:, :, span.begin : span.end].float()
         first = chunk * plan.chunk
         eligible = (first < (span.low if causal else k_len)) & ~((first >= span.low) & (first < span.high))
-        best = _best(reference.routing_scores(tile, level, scale), level, eligible, chunks)
+        best = _best(reference.routing_scores(tile, level, scale), level, eligible, plan.coarse)
         chosen = torch.zeros(*best.shape[:3], len(chunk) + 1, dtype=torch.bool, device=query.device)
         chosen.scatter_(3, best, True)
         inside = chosen[..., :-1].repeat_interleave(per_chunk, 3)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import cpu, reference
+from . import coarse, cpu, reference
 from . import summary as summaries
 from .plan import Plan
 from .reference import Operands
@@ -29,7 +29,7 @@ def prescored(site: Operands, plan: Plan) -> Tensor:
     scores = score(q, k, valid, settings, causal, scale) if plan.keep else None
     parts = summarize(k, v, valid, scores, settings)
     order, mean, spread, bias, index, owner, row_key, row_value, row_bias = parts
-    routes = route(q, mean, spread, bias, settings, causal, k.shape[2], scale) if plan.routes else None
+    routes = route(q, order, mean, spread, bias, settings, causal, k.shape[2], scale) if plan.routes else None
     return attend(q, k, v, valid, order, routes, index, owner, row_key, row_value, row_bias, settings, causal, scale)
 
 
@@ -161,6 +161,7 @@ def _(grad, index, owner, length):  # type: ignore[no-untyped-def]
 @torch.library.triton_op("prescore::route", mutates_args=())
 def route(
     query: Tensor,
+    order: Tensor,
     mean: Tensor,
     spread: Tensor,
     bias: Tensor,
@@ -169,17 +170,18 @@ def route(
     k_len: int,
     scale: float,
 ) -> Tensor:
-    """Routes ``[B, H, Nq, min(routes, clusters)]`` int32; see ``kernels.reference.route``."""
+    """Routes ``[B, H, Nq, min(routes, clusters)]`` int32; see ``kernels.reference.route`` and ``kernels.coarse``."""
     if not _generated(query):
-        return route_eager(query, mean, spread, bias, plan, causal, k_len, scale)
+        return route_eager(query, order, mean, spread, bias, plan, causal, k_len, scale)
     from .triton import route as generated
 
-    return generated.route(query, _clusters(mean, spread, bias), Plan.parse(plan), causal, k_len, scale)
+    return generated.route(query, _clusters(order, mean, spread, bias), Plan.parse(plan), causal, k_len, scale)
 
 
 @torch.library.custom_op("prescore::route_eager", mutates_args=())
 def route_eager(
     query: Tensor,
+    order: Tensor,
     mean: Tensor,
     spread: Tensor,
     bias: Tensor,
@@ -189,18 +191,21 @@ def route_eager(
     scale: float,
 ) -> Tensor:
     """``route`` by the compiled CPU kernel or the reference."""
+    settings = Plan.parse(plan)
     implementation = cpu.route if _compiled(query) else reference.route
-    return implementation(query, _clusters(mean, spread, bias), Plan.parse(plan), causal, k_len, scale)
+    if settings.coarse:
+        implementation = coarse.route
+    return implementation(query, _clusters(order, mean, spread, bias), settings, causal, k_len, scale)
 
 
-def _clusters(mean: Tensor, spread: Tensor, bias: Tensor) -> Summary:
+def _clusters(order: Tensor, mean: Tensor, spread: Tensor, bias: Tensor) -> Summary:
     none = mean.new_empty(0)
-    return Summary(none, mean, spread, bias, none, none, none, none, none)
+    return Summary(order, mean, spread, bias, none, none, none, none, none)
 
 
 @route.register_fake
 @route_eager.register_fake
-def _(query, mean, spread, bias, plan, causal, k_len, scale):  # type: ignore[no-untyped-def]
+def _(query, order, mean, spread, bias, plan, causal, k_len, scale):  # type: ignore[no-untyped-def]
     count = torch.sym_min(Plan.parse(plan).routes, mean.shape[2])
     return query.new_empty((*query.shape[:3], count), dtype=torch.int32)
 

@@ -52,6 +52,8 @@ class Plan:
             needs ``routes=0`` (a routed key would be counted twice).
         cluster: keys a cluster; ``chunk / cluster`` is a power of two.
         routes: clusters that a query attends; 0 inserts no route.
+        coarse: chunks that a query looks into for its routes, chosen by representatives of their own (two
+            levels; see ``kernels.coarse``); 0: it looks at every cluster.
         seed: seeds the scorers that draw; no global generator is touched.
     """
 
@@ -63,6 +65,7 @@ class Plan:
     centroids: int = 0
     cluster: int = 16
     routes: int = 27
+    coarse: int = 0
     seed: int = 0
     text: str = field(init=False, repr=False, compare=False, default="")
     """The settings as ``"method=peak chunk=128 ..."``: how a plan travels through a graph."""
@@ -83,6 +86,11 @@ class Plan:
         check_int("keep", self.keep, 0, self.chunk)
         check_int("centroids", self.centroids, 0, self.chunk)
         check_int("routes", self.routes, 0)
+        check_int("coarse", self.coarse, 0)
+        if 0 < self.coarse * parts < self.routes:
+            least = -(-self.routes // parts)
+            allowed = f"0, or at least {least}: {self.routes} routes need as many clusters"
+            raise OptionError("coarse", self.coarse, allowed)
         check_int("seed", self.seed, 0, 2**31 - 1)
         if self.centroids and self.routes:
             raise OptionError(

@@ -59,7 +59,12 @@ def routing_pairs(plan: Plan, causal: bool) -> sympy.Expr:
 
     Two vectors of D a cluster cost as much as one attended key (its key and its value).
     """
-    return exact_pairs(causal) / plan.cluster if plan.routes else sympy.Integer(0)
+    if not plan.routes:
+        return sympy.Integer(0)
+    every = exact_pairs(causal) / plan.cluster
+    if not plan.coarse:
+        return every
+    return exact_pairs(causal) / plan.chunk + sympy.Min(N * plan.coarse * plan.chunk / plan.cluster, every)
 
 
 def exact_cost(shape: Shape) -> sympy.Expr:

@@ -148,7 +148,7 @@ def _insert(graph: fx.Graph, decision: Decision, rule: str) -> None:
         if plan.routes:
             k_len = graph.call_method("size", (key, 2))
             route = torch.ops.prescore.route.default
-            routes = call("route", route, query, mean, spread, bias, settings, causal, k_len, a.scale)
+            routes = call("route", route, query, order, mean, spread, bias, settings, causal, k_len, a.scale)
         attend = torch.ops.prescore.attend.default
         out = call("attend", attend, query, key, value, valid, order, routes, *rows, settings, causal, a.scale)
         if decision.mask.mean and valid is not None:

@@ -17,7 +17,7 @@ import os
 import pytest
 import torch
 
-from prescore_compile.kernels import reference
+from prescore_compile.kernels import coarse, reference
 from prescore_compile.kernels import summary as summaries
 from prescore_compile.kernels.plan import Plan
 from prescore_compile.kernels.reference import Operands
@@ -29,6 +29,7 @@ collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpre
 # Small, and between them every source: window, sinks, selected keys, centroids, routes.
 PLANS = {
     "routes": Plan(chunk=32, window=16, sinks=3, routes=3),
+    "two levels": Plan(chunk=32, window=16, sinks=3, routes=3, coarse=2),
     "wide clusters": Plan(chunk=64, window=0, sinks=5, routes=2, cluster=32),
     "keep": Plan(chunk=32, window=8, sinks=2, keep=4, routes=0),
     "keep and routes": Plan(chunk=32, window=16, sinks=2, keep=5, routes=3),
@@ -38,6 +39,7 @@ PLANS = {
 EVERYTHING = {
     "window": Plan(window=None, sinks=0, routes=0),
     "routes": Plan(chunk=32, window=8, sinks=4, routes=10**6),
+    "two levels": Plan(chunk=32, window=8, sinks=4, routes=10**6, coarse=10**6),
     "rows": Plan(chunk=128, window=8, sinks=4, routes=0, keep=128),  # up to 256 keys
 }
 
@@ -84,7 +86,8 @@ def summary_of(site: Operands, plan: Plan) -> Summary:
 
 
 def routes_of(site: Operands, summary: Summary, plan: Plan) -> torch.Tensor:
-    return reference.route(site.query, summary, plan, site.causal, site.key.shape[2], site.scale)
+    route = coarse.route if plan.coarse else reference.route
+    return route(site.query, summary, plan, site.causal, site.key.shape[2], site.scale)
 
 
 def in_double(site: Operands) -> Operands:

@@ -75,8 +75,8 @@ def test_what_a_case_raises_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 def test_the_model_grows_as_the_formulas_do() -> None:
     device = model.DEVICES["H100"]
 
-    def site(length: int, chunks: int = 0) -> model.Site:
-        return model.Site(cost.Shape(1, 32, 8, 128, 128, True), length, Plan(), chunks)
+    def site(length: int, coarse: int = 0) -> model.Site:
+        return model.Site(cost.Shape(1, 32, 8, 128, 128, True), length, Plan(coarse=coarse))
 
     short, long = (model.stages(site(n), device) for n in (65536, 131072))
     assert math.isclose(long["exact"] / short["exact"], 4, rel_tol=0.01)

@@ -14,6 +14,7 @@ BAD = {
     "keep": (True, "from 0 to"),
     "centroids": (8, "routes"),
     "routes": ("27", ">= 0"),
+    "coarse": (3, "0, or at least 4: 27 routes need as many clusters"),
     "seed": (-3, "from 0 to"),
     "min_seq_len": (None, ">= 0"),
     "inner": ("inductr", "inductor, aot_eager, eager"),
@@ -40,8 +41,8 @@ def test_unknown_options_are_errors() -> None:
 
 def test_every_field_can_be_set_and_is_frozen() -> None:
     options = dict(
-        method="kmeans", chunk=64, window=32, sinks=4, keep=8, centroids=2, cluster=32, routes=0, min_seq_len=1,
-        seed=3, inner="eager", include=["a.*"], exclude=["a.b"], only_if_faster=False, dump="stages",
+        method="kmeans", chunk=64, window=32, sinks=4, keep=8, centroids=2, cluster=32, routes=0, coarse=6,
+        min_seq_len=1, seed=3, inner="eager", include=["a.*"], exclude=["a.b"], only_if_faster=False, dump="stages",
     )  # fmt: skip
     config = Config.from_options(options)
     assert {key: getattr(config, key) for key in options} == options | {"include": ("a.*",), "exclude": ("a.b",)}

@@ -28,7 +28,7 @@ def test_opcheck(name: str) -> None:
     parts = [part.detach() for part in ops.summarize(k, v, valid, scores, settings)]
     routes = None
     if plan.routes:
-        route_args = (q.detach(), *parts[1:4], settings, causal, 150, scale)
+        route_args = (q.detach(), *parts[:4], settings, causal, 150, scale)
         torch.library.opcheck(ops.route, route_args)
         routes = ops.route(*route_args)
     rows = [parts[6].requires_grad_(), parts[7].requires_grad_(), parts[8]]

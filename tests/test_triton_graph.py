@@ -59,16 +59,24 @@ def graph_of(function: Any, *args: Any, dynamic: bool = False) -> fx.Graph:
     return found[0].graph
 
 
-def kernels(graph: fx.Graph) -> dict[str, set[str]]:
-    """The kernels that are launched, in order, and the arguments that each writes."""
-    found = {}
+def _launches(graph: fx.Graph) -> list[tuple[str, set[str]]]:
+    found = []
     for node in graph.nodes:
         if node.op == "call_function" and "triton_kernel_wrapper" in str(node.target):
             kernel = kernel_side_table.get_kernel(node.kwargs["kernel_idx"])
-            name = getattr(kernel, "fn", kernel).__name__
-            assert name not in found, "a kernel is launched twice"
-            found[name] = set(node.kwargs["tensors_to_clone"])
+            found.append((getattr(kernel, "fn", kernel).__name__, set(node.kwargs["tensors_to_clone"])))
     return found
+
+
+def launched(graph: fx.Graph) -> list[str]:
+    """The kernels that are launched, in order."""
+    return [name for name, _ in _launches(graph)]
+
+
+def kernels(graph: fx.Graph) -> dict[str, set[str]]:
+    """The same, none of them twice, and the arguments that each writes."""
+    assert len(set(launched(graph))) == len(launched(graph)), "a kernel is launched twice"
+    return dict(_launches(graph))
 
 
 def arguments(plan: Plan) -> tuple[Any, ...]:

@@ -222,13 +222,11 @@ def route_source(spec: Spec, per_chunk: int, listed: bool) -> str:
     return source("route", about, (EXCHANGE if sort else "") + fill(KERNEL, parts))
 
 
-def route(
-    query: torch.Tensor, summary: Summary, plan: Plan, causal: bool, k_len: Any, scale: float, chunks: int = 0
-) -> torch.Tensor:
-    """``reference.route``, or ``coarse.route`` with the clusters of each query's ``chunks`` best chunks."""
-    if not chunks:
+def route(query: torch.Tensor, summary: Summary, plan: Plan, causal: bool, k_len: Any, scale: float) -> torch.Tensor:
+    """``reference.route``, or ``coarse.route`` where the plan has two levels."""
+    if not plan.coarse or plan.window is None:
         return _walk(query, summary, plan, causal, k_len, scale, plan.chunk // plan.cluster, {})
-    first = Plan(**plan.settings() | {"routes": chunks})
+    first = Plan(**plan.settings() | {"routes": plan.coarse, "coarse": 0})
     found = _walk(query, coarse(summary, plan), first, causal, k_len, scale, 1, {})
     spec = spec_of(query, summary.mean.shape[1], first, causal, target())
     heads = summary.mean.shape[1]

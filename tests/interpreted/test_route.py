@@ -14,17 +14,14 @@ from prescore_compile.kernels.reference import Operands
 from prescore_compile.kernels.summary import Summary
 from prescore_compile.kernels.triton.route import route, route_source, spec_of
 
-ROUTED = {name: plan for name, plan in PLANS.items() if plan.routes}
+ROUTED = {name: plan for name, plan in PLANS.items() if plan.routes and not plan.coarse}
 
 
-def check(site: Operands, summary: Summary, plan: Plan, chunks: int = 0) -> torch.Tensor:
+def check(site: Operands, summary: Summary, plan: Plan) -> torch.Tensor:
     """The same routes, but where rounding decides between scores that are nearly equal."""
     length = site.key.shape[2]
-    got = route(site.query, summary, plan, site.causal, length, site.scale, chunks)
-    if chunks:
-        want = coarse.route(site.query, summary, plan, site.causal, length, site.scale, chunks)
-    else:
-        want = routes_of(site, summary, plan)
+    got = route(site.query, summary, plan, site.causal, length, site.scale)
+    want = routes_of(site, summary, plan)
     assert got.shape == want.shape and got.dtype == want.dtype
     assert torch.equal(got >= 0, want >= 0)
     differ = (got != want).any(3)
@@ -45,20 +42,20 @@ def test_routes_are_the_references(name: str, length: int, heads: int, kv_heads:
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_two_levels(causal: bool) -> None:
-    plan = Plan(chunk=32, window=8, sinks=3, routes=3)
+    plan = Plan(chunk=32, window=8, sinks=3, routes=3, coarse=2)
     site = operands(150, causal=causal, batch=1, heads=2, kv_heads=1)
     summary = summary_of(site, plan)
-    assert (coarse.route(site.query, summary, plan, causal, 150, site.scale, 2) != routes_of(site, summary, plan)).any()
-    check(site, summary, plan, chunks=2)
+    one_level = reference.route(site.query, summary, plan, causal, 150, site.scale)
+    assert (routes_of(site, summary, plan) != one_level).any()
+    check(site, summary, plan)
 
 
 def test_two_levels_with_every_chunk_are_one() -> None:
-    plan = ROUTED["routes"]
+    plan = Plan(**ROUTED["routes"].settings() | {"coarse": 99})
     site = operands(150)
     summary = summary_of(site, plan)
-    assert torch.equal(
-        coarse.route(site.query, summary, plan, True, 150, site.scale, 99), routes_of(site, summary, plan)
-    )
+    one_level = reference.route(site.query, summary, plan, True, 150, site.scale)
+    assert torch.equal(routes_of(site, summary, plan), one_level)
 
 
 def test_a_chunks_representative_is_that_of_its_keys() -> None:
