@@ -13,6 +13,7 @@ from . import cost
 from .compat import hint, known_equal, value_of
 from .config import Config
 from .masks import Mask, lift
+from .plans import SiteKey
 from .report import SiteReport
 from .rules import failed_at, rule_of
 from .site import Attention, Site
@@ -34,18 +35,33 @@ class Decision:
         return not self.reason
 
 
-def decide(site: Site, config: Config) -> Decision:
-    """Check, in this order: the user's wish, what is computed, the mask, the length, the gain.
+def decide(site: Site, config: Config, key: str = "") -> Decision:
+    """Check, in this order: the user's wish, what is computed, the mask, the plan file, the length, the gain.
+
+    ``key``: the site's name in a plan file.
 
     With dynamic lengths the comparison with ``min_seq_len`` (or the break-even length) becomes a
     guard: two compiled graphs, one on each side, never one a length.
     """
     reason = "" if config.covers(site.module) else "excluded"
     reason = reason or _unsupported(site)
+    plan: Plan | None = None
     mask = Mask("?") if reason else lift(site)
     if not reason and site.attention is not None:
-        reason = mask.reason or _lengths(site.attention, mask, config)
-    return Decision(site, mask, reason, None if reason else config.plan)
+        plan, reason = (None, mask.reason) if mask.reason else _planned(site.attention, mask, config, key)
+        if plan is not None:
+            reason = _lengths(site.attention, mask, config, plan)
+    return Decision(site, mask, reason, None if reason else plan)
+
+
+def _planned(attention: Attention, mask: Mask, config: Config, key: str) -> tuple[Plan | None, str]:
+    """The site's plan, or why there is none."""
+    plans = config.site_plans
+    if plans is None:
+        return config.default_plan, ""
+    shape = _shape(attention, mask.causal)
+    sizes = {name: getattr(shape, name) for name in ("heads", "kv_heads", "head_dim", "value_dim", "causal")}
+    return plans.find(SiteKey(key, **sizes))
 
 
 def _unsupported(site: Site) -> str:
@@ -89,18 +105,18 @@ def _transformed(site: Site) -> bool:
     return depth != 0
 
 
-def _lengths(attention: Attention, mask: Mask, config: Config) -> str:
+def _lengths(attention: Attention, mask: Mask, config: Config, plan: Plan) -> str:
     q_len, length = attention.size(attention.q), attention.size(attention.k)
     same = known_equal(q_len, length)
-    if not same and not mask.causal and config.window is not None:
+    if not same and not mask.causal and plan.window is not None:
         return "cross_attention"
-    if not same and config.keep and config.method == "peak":
+    if not same and plan.keep and plan.method == "peak":
         return "cross_attention: method peak scores keys by the queries at their own positions"
     if not bool(length >= config.min_seq_len):
         return "too_short"
     if not config.only_if_faster:
         return ""
-    even = cost.break_even(_shape(attention, mask.causal), config.plan)
+    even = cost.break_even(_shape(attention, mask.causal), plan)
     if even is None or not bool(length >= even):
         return f"not_faster: breaks even at {even} keys" if even else "not_faster: at no length"
     return ""
@@ -128,8 +144,8 @@ def _costs(shape: cost.Shape, plan: Plan | None, length: int) -> tuple[int, int 
     return exact, prescored, cost.at(cost.density(plan, shape.causal), length)
 
 
-def describe(decision: Decision, kind: str) -> SiteReport:
-    """The decision as data, with its costs at the sizes compiled for."""
+def describe(decision: Decision, kind: str, key: str = "") -> SiteReport:
+    """The decision as data, with its costs at the sizes compiled for; ``key``: the site's name in a plan file."""
     site, plan, attention = decision.site, decision.plan, decision.site.attention
     exact: int | None = None
     prescored: int | None = None
@@ -157,4 +173,7 @@ def describe(decision: Decision, kind: str) -> SiteReport:
         density=share,
         rule=rule_of(site, kind),
         failed="" if decision.rewrite else failed_at(site, decision.reason),
+        key=key,
+        value_dim=None if attention is None else hint(attention.size(attention.e)),
+        causal=decision.mask.causal,
     )

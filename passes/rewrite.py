@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import operator
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from torch import fx
 
 from ..kernels import ops as _registers_the_operators  # noqa: F401
+from ..kernels.plan import OptionError
 from .calls import ASSERTS, PURE, call_of, is_dead, mutates
 from .compat import connect, made_from, value_of
 from .config import Config
@@ -42,11 +44,11 @@ def rewrite(gm: fx.GraphModule, config: Config | None = None, *inputs: Any) -> t
         told each stage.
     """
     with recording(gm) as recorder:
-        return _rewrite(gm, config or Config(), inputs, recorder)
+        return _rewrite(gm, config or Config(), inputs, recorder, Counter())
 
 
 def _rewrite(
-    gm: fx.GraphModule, config: Config, inputs: Sequence[Any], recorder: Recorder
+    gm: fx.GraphModule, config: Config, inputs: Sequence[Any], recorder: Recorder, named: Counter[str]
 ) -> tuple[fx.GraphModule, Report]:
     recorder.stage(CAPTURED, gm)
     gm = fx.GraphModule(gm, copy.deepcopy(gm.graph), gm.__class__.__name__)
@@ -55,13 +57,13 @@ def _rewrite(
     for name, child in bodies(gm):
         child = fx.GraphModule(child, copy.deepcopy(child.graph), child.__class__.__name__)
         connect(gm, name, child)
-        body, found = _rewrite(child, config, (), recorder.body(child, name))
+        body, found = _rewrite(child, config, (), recorder.body(child, name), named)
         setattr(gm, name, body)
         inner.sites.extend(found.sites)
     add_missing_shapes(gm, inputs)
     expansions = expand(gm)
     origin = {node: expansion for expansion in expansions for node in expansion.nodes}
-    decided = [_decided(site, config, origin) for site in find_here(gm)]
+    decided = [_decided(site, config, origin, _key(site, named)) for site in find_here(gm)]
     decisions, own = [decision for decision, _ in decided], [site for _, site in decided]
     report = Report(own + inner.sites)
     recorder.decided(gm, own, [_captured(origin, decision).name for decision in decisions])
@@ -84,14 +86,22 @@ def _rewrite(
     return gm, report
 
 
-def _decided(site: Site, config: Config, origin: dict[fx.Node, Expansion]) -> tuple[Decision, SiteReport]:
+def _key(site: Site, named: Counter[str]) -> str:
+    """The site's name in a plan file; ``named``: how many sites of a module there were before."""
+    named[site.module] += 1
+    return f"{site.module}#{named[site.module] - 1}"
+
+
+def _decided(site: Site, config: Config, origin: dict[fx.Node, Expansion], key: str) -> tuple[Decision, SiteReport]:
     try:
-        decision = decide(site, config)
-        return decision, describe(decision, _composite(origin, decision))
+        decision = decide(site, config, key)
+        return decision, describe(decision, _composite(origin, decision), key)
+    except OptionError:  # a plan that was measured for another site
+        raise
     except Exception as error:  # sizes that only the run time knows, say: it must cost the speed, never the model
         reason = f"unproved_axes: {type(error).__name__}: {error}"
         decision = Decision(replace(site, attention=None, reason=reason), Mask("?"), reason, None)
-        return decision, describe(decision, _composite(origin, decision))
+        return decision, describe(decision, _composite(origin, decision), key)
 
 
 def _composite(origin: dict[fx.Node, Expansion], decision: Decision) -> str:
