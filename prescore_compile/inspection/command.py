@@ -76,7 +76,7 @@ def _inspect(arguments: argparse.Namespace) -> Any:
         raise ValueError("--format model-explorer: got no --out; allowed: a folder, for two graphs and their mapping")
     if arguments.seq_len < 1:
         raise ValueError(f"--seq-len: got {arguments.seq_len}; allowed: 1 or more")
-    config = Config.from_options(dict(_option(text) for text in arguments.options))
+    config = Config.from_options(dict(option(text) for text in arguments.options))
     target = load(arguments.target, arguments.seq_len)
     try:
         log = stages(target.model, target.args, target.kwargs, config, arguments.dynamic or None)
@@ -85,7 +85,8 @@ def _inspect(arguments: argparse.Namespace) -> Any:
     return Inspection(target.title, log)
 
 
-def _option(text: str) -> tuple[str, Any]:
+def option(text: str) -> tuple[str, Any]:
+    """``OPTION=VALUE`` of the command line."""
     key, equals, value = text.partition("=")
     if not equals:
         raise ValueError(f"--set: got {text!r}; allowed: OPTION=VALUE, as in min_seq_len=0")
