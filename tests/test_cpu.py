@@ -64,7 +64,9 @@ def test_bfloat16_is_what_float32_gives_rounded(dim: int, value_dim: int, group:
     assert torch.equal(cpu.attend(site, summary, routes, plan), cpu.attend(whole, rows, routes, plan).bfloat16())
     member = summaries._chunk_mask(site.key, site.valid, plan.chunk).flatten(2)
     for got, want in zip(
-        cpu.clusters(site.key, site.value, member, plan), cpu.clusters(whole.key, whole.value, member, plan), strict=True
+        cpu.clusters(site.key, site.value, member, plan),
+        cpu.clusters(whole.key, whole.value, member, plan),
+        strict=True,
     ):
         assert torch.equal(got, want)
 
