@@ -16,7 +16,7 @@ import torch
 
 from prescore_compile import smollm
 
-from . import language
+from . import language, page
 from .methods import methods
 from .store import RESULTS, Store
 from .texts import CHOSEN_ON, HELD_OUT
@@ -32,7 +32,14 @@ def main() -> None:
     parser.add_argument("--texts", nargs="+", default=[*HELD_OUT, *CHOSEN_ON])
     parser.add_argument("--methods", nargs="+", default=["*"], help="globs over the methods' names")
     parser.add_argument("--out", type=Path, default=RESULTS / "quality.json")
+    parser.add_argument("--page", action="store_true", help="only tell what is stored")
     arguments = parser.parse_args()
+    if arguments.page:
+        found = page.cells(arguments.out)
+        for target in arguments.densities:
+            print(f"\n{page.texts(found, (0.75 * target, target))}\n\n{page.recalls(found, (0.75 * target, target))}")
+        arguments.out.with_suffix(".svg").write_text(page.plot(found))
+        return
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     about = {"model": smollm.GGUF, "length": arguments.length, "torch": torch.__version__}
     store = Store(arguments.out, about)
@@ -41,7 +48,7 @@ def main() -> None:
     for target in arguments.densities:
         wanted = [m for m in methods(arguments.length, target) if any(fnmatch(m.name, g) for g in arguments.methods)]
         if "recall" in arguments.part:
-            for task, recall in language.tasks(tokenizer, arguments.length).items():
+            for task, recall in language.tasks(tokenizer, arguments.length, arguments.texts).items():
                 language.run_recall(store, model, task, recall, wanted)
         if "text" in arguments.part:
             for name in arguments.texts:

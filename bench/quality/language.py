@@ -80,9 +80,10 @@ def check(model: Any, tokenizer: Any) -> None:
         assert off < 1e-4, f"replacing attention by itself moved the model's output by {off:.2g}"
 
 
-def tasks(tokenizer: Any, length: int) -> dict[str, Recall]:
-    """Copies (two depths each) in three texts, and 24 facts in two contexts each drawn anew."""
-    found = {f"copy {name}": copied(tokenizer, name, length) for name in ("manual", "news", "glossary")}
-    for seed, name in enumerate(("manual", "news", "glossary")):
+def tasks(tokenizer: Any, length: int, names: Iterable[str]) -> dict[str, Recall]:
+    """For each text: copies from two depths, and 24 facts planted in it."""
+    found = {}
+    for seed, name in enumerate(names):
+        found[f"copy {name}"] = copied(tokenizer, name, length)
         found[f"facts {name}"] = planted(tokenizer, name, length, seed)
     return found

@@ -23,9 +23,11 @@ class Replaced(TorchFunctionMode):
     With ``keep`` the calls' queries, keys and values are kept in ``seen``.
     """
 
-    def __init__(self, attend: Attend, before: list[Operands] | None = None, keep: bool = False) -> None:
+    def __init__(
+        self, attend: Attend, before: list[Operands] | None = None, keep: bool = False, causal: bool = True
+    ) -> None:
         super().__init__()
-        self.attend, self.before, self.keep = attend, before, keep
+        self.attend, self.before, self.keep, self.causal = attend, before, keep, causal
         self.seen: list[Operands] = []
         self.calls = 0
 
@@ -40,7 +42,7 @@ class Replaced(TorchFunctionMode):
                 old = self.before[self.calls]
                 first = old.query.shape[2]
                 query, key, value = (torch.cat([a, b], 2) for a, b in zip(old[:3], (query, key, value), strict=True))
-            site = Operands(query, key, value, None, True, scale)
+            site = Operands(query, key, value, None, self.causal, scale)
             self.calls += 1
             if self.keep:
                 self.seen.append(site)

@@ -183,8 +183,8 @@ class Hyper:
         keys = key.shape[2]
         blocks = max(1, min(keys // self.block, query.shape[2] // self.block))
         used = keys // blocks * blocks
-        by_query = self._hash(query @ planes).argsort(2, stable=True)
-        by_key = self._hash(key @ planes).argsort(2, stable=True)[:, :, :used]
+        by_query = self._hash(query @ planes).argsort(dim=2, stable=True)
+        by_key = self._hash(key @ planes).argsort(dim=2, stable=True)[:, :, :used]
         rows = math.ceil(query.shape[2] / blocks) * blocks
         q = torch.nn.functional.pad(_rows(query, by_query), (0, 0, 0, rows - query.shape[2]))
         q, k, v = (t.unflatten(2, (blocks, -1)) for t in (q, _rows(key, by_key), _rows(value, by_key)))
