@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -54,6 +55,12 @@ def value_of(node: fx.Node) -> Any:
     """What a node computes, as fake tensor or SymInt: Dynamo's ``example_value``, export's ``val``."""
     found = node.meta.get("example_value")
     return node.meta.get("val") if found is None else found
+
+
+def copied(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy with the same weights; its code is made only when it is asked for, where that holds for ``gm``."""
+    kind = _LazyGraphModule if isinstance(gm, _LazyGraphModule) else fx.GraphModule
+    return kind(gm, copy.deepcopy(gm.graph), type(gm).__name__)
 
 
 def has_shapes(gm: fx.GraphModule) -> bool:

@@ -12,7 +12,7 @@ from ..kernels.triton import device
 from . import cost
 from .compat import hint, known_equal, value_of
 from .config import Config
-from .masks import Mask, lift
+from .masks import Lifted, Mask, lift
 from .report import SiteReport
 from .rules import failed_at, rule_of
 from .site import Attention, Site
@@ -34,15 +34,15 @@ class Decision:
         return not self.reason
 
 
-def decide(site: Site, config: Config) -> Decision:
+def decide(site: Site, config: Config, known: Lifted | None = None) -> Decision:
     """Check, in this order: the user's wish, what is computed, the mask, the length, the gain.
 
     With dynamic lengths the comparison with ``min_seq_len`` (or the break-even length) becomes a
-    guard: two compiled graphs, one on each side, never one a length.
+    guard: two compiled graphs, one on each side, never one a length. ``known``: as for ``lift``.
     """
     reason = "" if config.covers(site.module) else "excluded"
     reason = reason or _unsupported(site)
-    mask = Mask("?") if reason else lift(site)
+    mask = Mask("?") if reason else lift(site, known)
     if not reason and site.attention is not None:
         reason = mask.reason or _lengths(site.attention, mask, config)
     return Decision(site, mask, reason, None if reason else config.plan)
@@ -54,7 +54,7 @@ def _unsupported(site: Site) -> str:
         return site.reason
     if not isinstance(attention.dropout, (int, float)) or attention.dropout != 0:
         return f"dropout: {attention.dropout}"
-    if _transformed(site):
+    if site.transformed:
         return "function_transform"
     tensors = [value_of(o.node) for o in (attention.query, attention.key, attention.value)]
     dtypes = [t.dtype for t in tensors]
@@ -75,18 +75,6 @@ def _unsupported(site: Site) -> str:
     if attention.softcap is not None:
         return f"softcap: {attention.softcap:g}"
     return "no_compiler" if on_cpu and not cpu.available() else ""
-
-
-def _transformed(site: Site) -> bool:
-    """Whether the site lies between the begin and the end of a torch.func transform."""
-    depth = 0
-    for node in site.output.graph.nodes:
-        if node is site.output:
-            break
-        if "_functorch" in str(getattr(node.target, "__module__", "")):
-            name = node.target.__name__
-            depth += name.endswith("increment_nesting") - name.endswith("decrement_nesting")
-    return depth != 0
 
 
 def _lengths(attention: Attention, mask: Mask, config: Config) -> str:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import operator
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -13,13 +13,13 @@ from torch import fx
 
 from ..kernels import ops as _registers_the_operators  # noqa: F401
 from .calls import ASSERTS, PURE, call_of, is_dead, mutates
-from .compat import connect, made_from, value_of
+from .compat import connect, copied, made_from, value_of
 from .config import Config
 from .decide import Decision, decide, describe
 from .emit import Sizes, canonical, laid_out_as, original
 from .expand import Expansion, composite, expand, restore
 from .find import add_missing_shapes, bodies, find_here
-from .masks import Mask
+from .masks import Lifted, Mask
 from .memory import storage_of
 from .report import Report, SiteReport
 from .sdpa import fused_call
@@ -48,12 +48,12 @@ def rewrite(gm: fx.GraphModule, config: Config | None = None, *inputs: Any) -> t
 def _rewrite(
     gm: fx.GraphModule, config: Config, inputs: Sequence[Any], recorder: Recorder
 ) -> tuple[fx.GraphModule, Report]:
+    gm = copied(gm)
     recorder.stage(CAPTURED, gm)
-    gm = fx.GraphModule(gm, copy.deepcopy(gm.graph), gm.__class__.__name__)
     inner = Report()
     # The bodies of higher-order operators (activation checkpoints, branches) are graphs of their own.
     for name, child in bodies(gm):
-        child = fx.GraphModule(child, copy.deepcopy(child.graph), child.__class__.__name__)
+        child = copied(child)
         connect(gm, name, child)
         body, found = _rewrite(child, config, (), recorder.body(child, name))
         setattr(gm, name, body)
@@ -61,7 +61,8 @@ def _rewrite(
     add_missing_shapes(gm, inputs)
     expansions = expand(gm)
     origin = {node: expansion for expansion in expansions for node in expansion.nodes}
-    decided = [_decided(site, config, origin) for site in find_here(gm)]
+    known: Lifted = {}
+    decided = [_decided(site, config, origin, known) for site in find_here(gm)]
     decisions, own = [decision for decision, _ in decided], [site for _, site in decided]
     report = Report(own + inner.sites)
     recorder.decided(gm, own, [_captured(origin, decision).name for decision in decisions])
@@ -84,9 +85,11 @@ def _rewrite(
     return gm, report
 
 
-def _decided(site: Site, config: Config, origin: dict[fx.Node, Expansion]) -> tuple[Decision, SiteReport]:
+def _decided(
+    site: Site, config: Config, origin: dict[fx.Node, Expansion], known: Lifted
+) -> tuple[Decision, SiteReport]:
     try:
-        decision = decide(site, config)
+        decision = decide(site, config, known)
         return decision, describe(decision, _composite(origin, decision))
     except Exception as error:  # sizes that only the run time knows, say: it must cost the speed, never the model
         reason = f"unproved_axes: {type(error).__name__}: {error}"
@@ -191,6 +194,7 @@ def _drop_dead(graph: fx.Graph, outputs: Iterable[fx.Node], producers: set[fx.No
     Only operators that are known to do nothing else; the inner compiler drops any other.
     """
     place = {node: at for at, node in enumerate(graph.nodes)}
+    holders = Counter(storage_of(value_of(node)) for node in graph.nodes)
     first = set(outputs) | producers
     todo = {node for node in first if node in place}
     while todo:
@@ -198,26 +202,33 @@ def _drop_dead(graph: fx.Graph, outputs: Iterable[fx.Node], producers: set[fx.No
         todo.remove(node)
         for user in list(node.users):
             if is_dead(user):
-                _erase(graph, user)
+                _erase(graph, user, holders)
         known = node in first or call_of(node).name in PURE | ASSERTS or fused_call(node) is not None
-        if known and not node.users and _writes_nothing_else(node) and node.op not in ("placeholder", "output"):
+        if (
+            known
+            and not node.users
+            and _writes_nothing_else(node, holders)
+            and node.op not in ("placeholder", "output")
+        ):
             todo.update(node.all_input_nodes)
-            graph.erase_node(node)
+            _erase(graph, node, holders)
 
 
-def _writes_nothing_else(node: fx.Node) -> bool:
-    """Whether what the node writes to is held by no other node that is left, an input of the graph say."""
+def _writes_nothing_else(node: fx.Node, holders: Counter[int]) -> bool:
+    """Whether what the node writes to is held by no other node that is left, an input of the graph say;
+    ``holders``: how many nodes hold a storage."""
     for target in mutates(node):
         if not isinstance(target, fx.Node) or target.op in ("placeholder", "get_attr"):
             return False
         place = storage_of(value_of(target))
-        if any(storage_of(value_of(n)) == place for n in node.graph.nodes if n not in (node, target)):
+        if holders[place] > sum(storage_of(value_of(n)) == place for n in {node, target}):
             return False
     return True
 
 
-def _erase(graph: fx.Graph, node: fx.Node) -> None:
+def _erase(graph: fx.Graph, node: fx.Node, holders: Counter[int]) -> None:
     """Erase a node and its users, all of them dead."""
     for user in list(node.users):
-        _erase(graph, user)
+        _erase(graph, user, holders)
+    holders[storage_of(value_of(node))] -= 1
     graph.erase_node(node)
