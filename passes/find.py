@@ -111,7 +111,7 @@ def _fused(node: fx.Node, call: Any, memory: Memory) -> Site:
     try:
         return _site(output_of(node), node, "sdpa", prove_fused(node, call, memory), "", memory)
     except Miss as miss:
-        return _site(node, node, "sdpa", None, str(miss), memory)
+        return replace(_site(node, node, "sdpa", None, str(miss), memory), missed=miss.node)
     except Exception as error:  # an unforeseen spelling must cost the speed, never the model
         return _site(node, node, "sdpa", None, _unforeseen(error), memory)
 
@@ -120,7 +120,7 @@ def _hand_written(softmax: fx.Node, memory: Memory) -> Site | None:
     try:
         found = match(softmax, memory)
     except Miss as miss:
-        return _site(softmax, softmax, "hand-written", None, str(miss), memory)
+        return replace(_site(softmax, softmax, "hand-written", None, str(miss), memory), missed=miss.node)
     except Exception as error:
         return _site(softmax, softmax, "hand-written", None, _unforeseen(error), memory)
     if found is None:

@@ -122,6 +122,7 @@ class Site:
         reason: why not, a code of ``reasons.REASONS`` perhaps with detail; "" if it is.
         module, source, code: where the user wrote it.
         memory: of its graph.
+        missed: the node that the reason is about, where one is known.
         transformed: it lies between the begin and the end of a torch.func transform.
     """
 
@@ -133,6 +134,7 @@ class Site:
     source: str
     code: str
     memory: Memory
+    missed: fx.Node | None = None
     transformed: bool = False
 
 
