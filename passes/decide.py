@@ -123,8 +123,12 @@ def describe(decision: Decision, kind: str) -> SiteReport:
     prescored: int | None = None
     share: float | None = None
     sizes: dict[str, Any] = {}
+    kernel: dict[str, Any] = {}
+    device_type = ""
     if attention is not None:
         a = attention
+        device_type = value_of(a.query.node).device.type
+        kernel = _kernel(decision, a) if plan else {}
         named = {"batch": a.batch, "heads": a.heads, "kv_heads": a.kv_heads, "q_len": (a.q,), "k_len": (a.k,)}
         named["head_dim"] = (a.d,)
         sizes = {name: str(a.size(*coordinates)) for name, coordinates in named.items()}
@@ -145,4 +149,18 @@ def describe(decision: Decision, kind: str) -> SiteReport:
         density=share,
         rule=rule_of(site, kind),
         failed="" if decision.rewrite else failed_at(site, decision.reason),
+        device=device_type,
+        kernel=kernel,
     )
+
+
+def _kernel(decision: Decision, a: Attention) -> dict[str, Any]:
+    """What the kernels of a rewritten site are specialised with, beside its plan."""
+    return {
+        "dim": int(a.size(a.d)),
+        "value_dim": int(a.size(a.e)),
+        "group": int(a.size(*a.heads)) // int(a.size(*a.kv_heads)),
+        "dtype": str(value_of(decision.site.output).dtype).removeprefix("torch."),
+        "causal": decision.mask.causal,
+        "valid": decision.mask.keys is not None,
+    }

@@ -29,6 +29,8 @@ class SiteReport:
         density: attended pairs, routing counted in / exact pairs; None where kept.
         rule: how it was recognised (rules.RULES). failed: ``file:line: code`` of the first condition that
             failed, where kept: the mask's line for a mask.
+        device: "cpu" or "cuda"; "" where nothing is proved. kernel: what its generated kernels are specialised
+            with beside the plan, as ``kernels.triton.sources`` takes it.
     """
 
     module: str
@@ -45,6 +47,8 @@ class SiteReport:
     density: float | None
     rule: str = ""
     failed: str = ""
+    device: str = ""
+    kernel: dict[str, Any] = field(default_factory=dict)
 
     def data(self) -> dict[str, Any]:
         """The fields as JSON takes them."""
