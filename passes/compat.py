@@ -73,6 +73,20 @@ def add_shapes(gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
     FakeTensorProp(gm, FakeTensorMode(allow_non_fake_inputs=True)).propagate(*inputs)
 
 
+def add_value(node: fx.Node) -> None:
+    """Set ``node.meta["val"]`` of a call on nodes that say what they compute; nothing where that cannot be run."""
+    try:
+        args: Any = fx.map_arg(node.args, value_of)
+        kwargs: Any = fx.map_arg(node.kwargs, value_of)
+        with torch.no_grad():
+            if node.op == "call_method":
+                node.meta["val"] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
+            elif callable(node.target):
+                node.meta["val"] = node.target(*args, **kwargs)
+    except Exception:  # it is for readers: what is not known is not shown
+        return
+
+
 def trace(function: Callable[..., Any], fakes: Sequence[Any]) -> fx.GraphModule:
     """The ATen graph, differentiable, of a function called with these fake tensors."""
     mode = detect_fake_mode(fakes)

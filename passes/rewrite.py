@@ -13,7 +13,7 @@ from torch import fx
 
 from ..kernels import ops as _registers_the_operators  # noqa: F401
 from .calls import ASSERTS, PURE, call_of, is_dead, mutates
-from .compat import connect, copied, made_from, value_of
+from .compat import add_value, connect, copied, made_from, value_of
 from .config import Config
 from .decide import Decision, decide, describe
 from .emit import Sizes, canonical, laid_out_as, original
@@ -165,6 +165,7 @@ def _insert(graph: fx.Graph, decision: Decision, rule: str) -> None:
             if kind in site.output.meta:
                 node.meta[kind] = site.output.meta[kind]
         made_from(node, site.output, rule)
+        add_value(node)
         node = node.next
     for kind in ("example_value", "val", "tensor_meta"):
         if kind in site.output.meta:
