@@ -73,9 +73,17 @@ def add_shapes(gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
     FakeTensorProp(gm, FakeTensorMode(allow_non_fake_inputs=True)).propagate(*inputs)
 
 
-def add_value(node: fx.Node) -> None:
-    """Set ``node.meta["val"]`` of a call on nodes that say what they compute; nothing where that cannot be run."""
+def add_value(node: fx.Node, known: dict[str, Any]) -> None:
+    """Set ``node.meta["val"]`` of a call on nodes that say what they compute; nothing where that cannot be run.
+
+    ``known``: of earlier calls: the same call on alike tensors is run once.
+    """
     try:
+        given = fx.map_arg((node.args, node.kwargs), lambda n: _look(value_of(n)))
+        key = f"{node.target} {given}"
+        if key in known:
+            node.meta["val"] = known[key]
+            return
         args: Any = fx.map_arg(node.args, value_of)
         kwargs: Any = fx.map_arg(node.kwargs, value_of)
         with torch.no_grad():
@@ -83,8 +91,15 @@ def add_value(node: fx.Node) -> None:
                 node.meta["val"] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
             elif callable(node.target):
                 node.meta["val"] = node.target(*args, **kwargs)
+        known[key] = node.meta["val"]
     except Exception:  # it is for readers: what is not known is not shown
         return
+
+
+def _look(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"{value.dtype} {tuple(value.shape)} {value.stride()} {value.device}"
+    return f"({', '.join(map(_look, value))})" if isinstance(value, (tuple, list)) else repr(value)
 
 
 def trace(function: Callable[..., Any], fakes: Sequence[Any]) -> fx.GraphModule:

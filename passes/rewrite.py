@@ -67,9 +67,10 @@ def _rewrite(
     report = Report(own + inner.sites)
     recorder.decided(gm, own, [_captured(origin, decision).name for decision in decisions])
     rewritten = [decision for decision in decisions if decision.rewrite]
+    values: dict[str, Any] = {}
     for decision, site in zip(decisions, own, strict=True):
         if decision.rewrite:
-            _insert(gm.graph, decision, site.rule)
+            _insert(gm.graph, decision, site.rule, values)
     recorder.stage(INSERTED, gm)
     producers = {node for decision in rewritten for node in decision.mask.producers}
     _drop_dead(gm.graph, [decision.site.output for decision in rewritten], producers)
@@ -114,7 +115,7 @@ def _drop_call(graph: fx.Graph, expansion: Expansion) -> None:
             graph.erase_node(node)
 
 
-def _insert(graph: fx.Graph, decision: Decision, rule: str) -> None:
+def _insert(graph: fx.Graph, decision: Decision, rule: str, values: dict[str, Any]) -> None:
     site, plan, attention = decision.site, decision.plan, decision.site.attention
     assert plan is not None and attention is not None
     a, causal, settings = attention, decision.mask.causal, plan.text
@@ -165,7 +166,7 @@ def _insert(graph: fx.Graph, decision: Decision, rule: str) -> None:
             if kind in site.output.meta:
                 node.meta[kind] = site.output.meta[kind]
         made_from(node, site.output, rule)
-        add_value(node)
+        add_value(node, values)
         node = node.next
     for kind in ("example_value", "val", "tensor_meta"):
         if kind in site.output.meta:
