@@ -12,7 +12,7 @@ from ..kernels.triton import device
 from . import cost
 from .compat import hint, known_equal, value_of
 from .config import Config
-from .masks import Mask, lift
+from .masks import Lifted, Mask, lift
 from .plans import SiteKey
 from .report import SiteReport
 from .rules import failed_at, rule_of
@@ -35,18 +35,18 @@ class Decision:
         return not self.reason
 
 
-def decide(site: Site, config: Config, key: str = "") -> Decision:
+def decide(site: Site, config: Config, key: str = "", known: Lifted | None = None) -> Decision:
     """Check, in this order: the user's wish, what is computed, the mask, the plan file, the length, the gain.
 
     ``key``: the site's name in a plan file.
 
     With dynamic lengths the comparison with ``min_seq_len`` (or the break-even length) becomes a
-    guard: two compiled graphs, one on each side, never one a length.
+    guard: two compiled graphs, one on each side, never one a length. ``known``: as for ``lift``.
     """
     reason = "" if config.covers(site.module) else "excluded"
     reason = reason or _unsupported(site)
     plan: Plan | None = None
-    mask = Mask("?") if reason else lift(site)
+    mask = Mask("?") if reason else lift(site, known)
     if not reason and site.attention is not None:
         plan, reason = (None, mask.reason) if mask.reason else _planned(site.attention, mask, config, key)
         if plan is not None:
@@ -70,7 +70,7 @@ def _unsupported(site: Site) -> str:
         return site.reason
     if not isinstance(attention.dropout, (int, float)) or attention.dropout != 0:
         return f"dropout: {attention.dropout}"
-    if _transformed(site):
+    if site.transformed:
         return "function_transform"
     tensors = [value_of(o.node) for o in (attention.query, attention.key, attention.value)]
     dtypes = [t.dtype for t in tensors]
@@ -91,18 +91,6 @@ def _unsupported(site: Site) -> str:
     if attention.softcap is not None:
         return f"softcap: {attention.softcap:g}"
     return "no_compiler" if on_cpu and not cpu.available() else ""
-
-
-def _transformed(site: Site) -> bool:
-    """Whether the site lies between the begin and the end of a torch.func transform."""
-    depth = 0
-    for node in site.output.graph.nodes:
-        if node is site.output:
-            break
-        if "_functorch" in str(getattr(node.target, "__module__", "")):
-            name = node.target.__name__
-            depth += name.endswith("increment_nesting") - name.endswith("decrement_nesting")
-    return depth != 0
 
 
 def _lengths(attention: Attention, mask: Mask, config: Config, plan: Plan) -> str:
@@ -152,8 +140,12 @@ def describe(decision: Decision, kind: str, key: str = "") -> SiteReport:
     prescored: int | None = None
     share: float | None = None
     sizes: dict[str, Any] = {}
+    kernel: dict[str, Any] = {}
+    device_type = ""
     if attention is not None:
         a = attention
+        device_type = value_of(a.query.node).device.type
+        kernel = _kernel(decision, a) if plan else {}
         named = {"batch": a.batch, "heads": a.heads, "kv_heads": a.kv_heads, "q_len": (a.q,), "k_len": (a.k,)}
         named["head_dim"] = (a.d,)
         sizes = {name: str(a.size(*coordinates)) for name, coordinates in named.items()}
@@ -177,4 +169,18 @@ def describe(decision: Decision, kind: str, key: str = "") -> SiteReport:
         key=key,
         value_dim=None if attention is None else hint(attention.size(attention.e)),
         causal=decision.mask.causal,
+        device=device_type,
+        kernel=kernel,
     )
+
+
+def _kernel(decision: Decision, a: Attention) -> dict[str, Any]:
+    """What the kernels of a rewritten site are specialised with, beside its plan."""
+    return {
+        "dim": int(a.size(a.d)),
+        "value_dim": int(a.size(a.e)),
+        "group": int(a.size(*a.heads)) // int(a.size(*a.kv_heads)),
+        "dtype": str(value_of(decision.site.output).dtype).removeprefix("torch."),
+        "causal": decision.mask.causal,
+        "valid": decision.mask.keys is not None,
+    }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,9 +13,10 @@ from torch import fx
 
 from .compat import guard_equal, known_equal, symbolic, value_of
 from .elements import Elements, NotClosedForm
-from .indices import divide
+from .indices import divide, ranges
 from .keys import B, H, K, Keys, Q, only_of_keys
 from .maths import plain
+from .memory import Memory
 from .site import Add, Attention, Site, Term, Times
 
 LOWEST = -9e8
@@ -62,8 +63,15 @@ class _Opaque(Exception):
     """A term without a closed form, and why."""
 
 
-def lift(site: Site) -> Mask:
-    """Read the producer graphs of the site's terms."""
+Lifted = dict[Hashable, tuple[Mask, _Meaning]]
+"""What is known of a graph's masks, by all that they depend on: layers that share a mask are asked once."""
+
+
+def lift(site: Site, known: Lifted | None = None) -> Mask:
+    """Read the producer graphs of the site's terms.
+
+    ``known``: of the same graph; what is read is added.
+    """
     attention = site.attention
     assert attention is not None
     q_len, k_len = attention.size(attention.q), attention.size(attention.k)
@@ -73,23 +81,12 @@ def lift(site: Site) -> Mask:
         if not known_equal(q_len, k_len):
             return Mask("k <= q", reason="causal_misaligned")
         return Mask("k <= q", causal=True)
-    exact, reader = (Elements(site.memory, attention.sizes, rounded=rounded) for rounded in (False, True))
-    try:
-        meaning = _meaning(attention, exact)
-    except _Opaque as why:
-        try:
-            told = _meaning(attention, reader)
-        except _Opaque:
-            return Mask(_name(attention.terms), reason=f"opaque_mask: {why}")
-        text = _told(told, attention)
-        closed = told.bias != 0 and not _opaque_atoms(named(told.bias, attention))
-        return Mask(text, reason=f"unsupported_mask: {text}" if closed else f"opaque_mask: {why}")
+    known = {} if known is None else known
+    key = _question(attention)
+    if key not in known:
+        known[key] = _answer(attention, site.memory)
+    mask, meaning = known[key]
     shift = symbolic(k_len) - symbolic(q_len)
-    if meaning.bias != 0:
-        text = _told(meaning, attention)
-        code = "opaque_mask" if _opaque_atoms(named(meaning.bias, attention)) else "unsupported_mask"
-        return Mask(text, reason=f"{code}: {text}")
-    mask = _classify(attention, named(meaning.allowed, attention), exact, shift)
     if mask.keys is not None and any(site.memory.changes(node, site.output) for node in mask.keys.nodes):
         return Mask(mask.text, reason="opaque_mask: modified in place")
     # A query without keys gives 0 under -inf (where torch's softmax gives NaN), but the mean of all
@@ -100,6 +97,32 @@ def lift(site: Site) -> Mask:
     if len(meaning.finite) == 1 and meaning.uniform and (not mask.causal or shift == 0):
         return replace(mask, mean=True)
     return Mask(mask.text, reason="additive_mask: finite numbers where padded queries have no key")
+
+
+def _question(a: Attention) -> Hashable:
+    """All of an attention that its mask depends on."""
+    return a.terms, a.batch, a.heads, a.q, a.k, ranges(a.sizes), value_of(a.query.node).dtype
+
+
+def _answer(attention: Attention, memory: Memory) -> tuple[Mask, _Meaning]:
+    """The mask, as far as it does not depend on the site, and what it is made from."""
+    exact, reader = (Elements(memory, attention.sizes, rounded=rounded) for rounded in (False, True))
+    try:
+        meaning = _meaning(attention, exact)
+    except _Opaque as why:
+        try:
+            told = _meaning(attention, reader)
+        except _Opaque:
+            return Mask(_name(attention.terms), reason=f"opaque_mask: {why}"), _Meaning()
+        text = _told(told, attention)
+        closed = told.bias != 0 and not _opaque_atoms(named(told.bias, attention))
+        return Mask(text, reason=f"unsupported_mask: {text}" if closed else f"opaque_mask: {why}"), told
+    if meaning.bias != 0:
+        text = _told(meaning, attention)
+        code = "opaque_mask" if _opaque_atoms(named(meaning.bias, attention)) else "unsupported_mask"
+        return Mask(text, reason=f"{code}: {text}"), meaning
+    shift = symbolic(attention.size(attention.k)) - symbolic(attention.size(attention.q))
+    return _classify(attention, named(meaning.allowed, attention), exact, shift), meaning
 
 
 def named(expr: Any, attention: Attention) -> Any:

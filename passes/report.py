@@ -30,6 +30,8 @@ class SiteReport:
         rule: how it was recognised (rules.RULES). failed: ``file:line: code`` of the first condition that
             failed, where kept: the mask's line for a mask.
         key: the site's name in a plan file. value_dim, causal: what else a plan file checks.
+        device: "cpu" or "cuda"; "" where nothing is proved. kernel: what its generated kernels are specialised
+            with beside the plan, as ``kernels.triton.sources`` takes it.
     """
 
     module: str
@@ -49,6 +51,8 @@ class SiteReport:
     key: str = ""
     value_dim: int | None = None
     causal: bool = False
+    device: str = ""
+    kernel: dict[str, Any] = field(default_factory=dict)
 
     def data(self) -> dict[str, Any]:
         """The fields as JSON takes them."""

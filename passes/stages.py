@@ -17,7 +17,7 @@ from torch import fx
 from . import compat
 from .diff import GraphDiff, diff
 from .report import Report, SiteReport
-from .snapshot import Snapshot, snapshot
+from .snapshot import Known, Snapshot, snapshot
 
 CAPTURED, FOUND, LIFTED, DECIDED, INSERTED, LOWERED = (
     "captured", "sites found", "masks lifted", "decided", "inserted", "lowered",
@@ -228,6 +228,7 @@ class Recorder:
         self.logs = logs
         self.body_name = body
         self.graphs = [log.graph(gm, body, rewrites=True) for log in logs]
+        self._known: Known = {}
 
     def body(self, gm: fx.GraphModule, name: str) -> Recorder:
         """For the body of a higher-order operator, which is a graph of its own."""
@@ -236,7 +237,7 @@ class Recorder:
     def stage(self, name: str, gm: fx.GraphModule) -> None:
         """The graph after a step."""
         if self.graphs:
-            stage = Stage(name, snapshot(gm))
+            stage = Stage(name, snapshot(gm, self._known))
             for graph in self.graphs:
                 if graph.stages and graph.stages[-1].name == name == CAPTURED:
                     graph.stages.pop()  # seen before it was complete
@@ -252,7 +253,7 @@ class Recorder:
         """Sites (and the nodes they are), masks, decisions: three stages of a graph that does not change yet."""
         if not self.graphs:
             return
-        now = snapshot(gm)
+        now = snapshot(gm, self._known)
         notes: dict[str, str] = {}
         for name, tell in ((FOUND, told_site), (LIFTED, told_mask), (DECIDED, told_decision)):
             for site, node in zip(sites, nodes, strict=True):

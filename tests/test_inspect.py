@@ -141,6 +141,17 @@ def test_kernels_print_once_what_runs(file: Path, capsys: pytest.CaptureFixture[
     assert "no site is rewritten" in said(capsys, "kernels", f"{file}:by_name")
 
 
+def test_kernels_for_a_gpu_need_none(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = said(capsys, "kernels", f"{file}:by_name", *REWRITE, "--device", "cuda")
+    assert text.startswith("@@ cluster.py\n# 1 site: ") and "causal=False valid=False" in text
+    assert "@@ attend.py" in text and "@@ d_query.py" in text and "@triton.jit" in text and "attend.cpp" not in text
+    (kernel, *_) = json.loads(said(capsys, "kernels", f"{file}:make", *REWRITE, "--device", "hip", "--format", "json"))[
+        "kernels"
+    ]
+    assert kernel["language"] == "python" and len(kernel["sites"]) == 2
+    compile(kernel["text"], kernel["name"], "exec")
+
+
 def test_graph_breaks_are_told_apart(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = said(capsys, "explain", f"{file}:breaks")
     assert "2 sites" in text and len(re.findall(r"^graph \d+/0 of", text, re.M)) == 2

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..passes import Config
+from ..passes.sources import DEVICES
 
 DONE, WRONG_USAGE, TARGET_FAILED = 0, 2, 3
 FORMATS = {
@@ -42,6 +43,8 @@ def add_to(commands: Any) -> None:
                             help="tokens, for a Hugging Face config (default: 4096)")  # fmt: skip
         parser.add_argument("--set", action="append", default=[], metavar="OPTION=VALUE", dest="options",
                             help="an option of the backend, as in --set min_seq_len=0; can be repeated")  # fmt: skip
+        parser.add_argument("--device", choices=DEVICES, default="",
+                            help="whose kernels to show; it need not be there (default: the model's)")  # fmt: skip
         parser.add_argument("--dynamic", action="store_true", help="capture with dynamic shapes")
         parser.add_argument("--color", choices=("auto", "always", "never"), default="auto",
                             help="colour in text: on a terminal, unless NO_COLOR is set (default: auto)")  # fmt: skip
@@ -82,7 +85,7 @@ def _inspect(arguments: argparse.Namespace) -> Any:
         log = stages(target.model, target.args, target.kwargs, config, arguments.dynamic or None)
     except (Exception, SystemExit) as error:
         raise TargetFailed(f"{arguments.target}: the model raised {told(error)}") from error
-    return Inspection(target.title, log)
+    return Inspection(target.title, log, arguments.device)
 
 
 def option(text: str) -> tuple[str, Any]:
