@@ -294,7 +294,7 @@ std::vector<Span> spans(const Geometry& g) {
   return found;
 }
 
-// Balanced clusters of one chunk by a tree of median cuts; see kernels/clusters.py. A task is one
+// Balanced clusters of one chunk by a tree of median cuts; see kernels/clusterings/pca_tree.py. A task is one
 // (batch, KV head, chunk).
 struct Cluster {
   const Geometry& g;
