@@ -86,12 +86,12 @@ def score(
         sinks = _take(key.float(), place)
         place = place.where(sinks.isfinite().all(3), -1)
         window = plan.chunk if plan.window is None else plan.window
-        given = (tensor.flatten(0, 1) for tensor in (keys, mask, queries, sinks, place))
-        scores = window_peak(*given, scale, causal, window)
+        k, m, q, sinks, place = (tensor.flatten(0, 1) for tensor in (keys, mask, queries, sinks, place))
+        scores = window_peak(k, m, q, sinks, place, scale, causal, window)
     else:
         scorer = SCORERS.get(plan.method) or functools.partial(custom.call, plan.method)
         flat = (tensor.flatten(0, 2).split(CHUNKS_AT_ONCE) for tensor in (keys, mask, queries))
-        parts = [scorer(*chunks, scale, causal, plan.seed) for chunks in zip(*flat, strict=True)]
+        parts = [scorer(k, m, q, scale, causal, plan.seed) for k, m, q in zip(*flat, strict=True)]
         scores = torch.cat(parts)
     return scores.reshape(batch, heads, keys.shape[2] * plan.chunk)[..., :length].masked_fill(~finite, math.inf)
 

@@ -107,17 +107,14 @@ def test_routing_to_every_cluster_is_exact(name: str, causal: bool, padded: bool
 @pytest.mark.parametrize("clustering", CLUSTERINGS)
 @pytest.mark.parametrize("method", METHODS)
 def test_the_future_does_not_reach_the_past(method: str, clustering: str) -> None:
-    for window in (8, 32):
+    site = operands(130, batch=1)
+    for window, cut, fill in ((8, 47, 30.0), (8, 109, math.nan), (32, 75, 30.0)):
         plan = Plan(method=method, chunk=32, window=window, sinks=3, keep=4, routes=2, clustering=clustering)
-        site = operands(130, batch=1)
-        base = ops.prescored(site, plan)
-        for cut in (47, 75, 109):
-            for fill in (30.0, math.nan):
-                moved = [tensor.clone() for tensor in site[:3]]
-                for tensor in moved:
-                    tensor[:, :, cut:] = fill * torch.randn_like(tensor[:, :, cut:])
-                later = ops.prescored(type(site)(*moved, *site[3:]), plan)
-                assert torch.equal(later[:, :, :cut], base[:, :, :cut]), (window, cut, fill)
+        moved = [tensor.clone() for tensor in site[:3]]
+        for tensor in moved:
+            tensor[:, :, cut:] = fill * torch.randn_like(tensor[:, :, cut:])
+        later = ops.prescored(type(site)(*moved, *site[3:]), plan)
+        assert torch.equal(later[:, :, :cut], ops.prescored(site, plan)[:, :, :cut]), (window, cut, fill)
 
 
 @pytest.mark.parametrize("causal", [False, True])
