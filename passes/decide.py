@@ -98,8 +98,8 @@ def _lengths(attention: Attention, mask: Mask, config: Config, plan: Plan) -> st
     same = known_equal(q_len, length)
     if not same and not mask.causal and plan.window is not None:
         return "cross_attention"
-    if not same and plan.keep and plan.method == "peak":
-        return "cross_attention: method peak scores keys by the queries at their own positions"
+    if not same and plan.keep and plan.reads_queries:
+        return f"cross_attention: method {plan.method} scores keys by the queries at their own positions"
     if not bool(length >= config.min_seq_len):
         return "too_short"
     if not config.only_if_faster:

@@ -1,4 +1,4 @@
-// Clustering: the compiled form of kernels/clusters.py and of what stands for a cluster.
+// Clustering: the compiled form of kernels/clusterings/pca_tree.py and of what stands for a cluster.
 
 #pragma once
 
@@ -7,7 +7,7 @@
 
 namespace prescore {
 
-// Balanced clusters of one chunk by a tree of median cuts; see kernels/clusters.py. A task is one
+// Balanced clusters of one chunk by a tree of median cuts; see kernels/clusterings/pca_tree.py. A task is one
 // (batch, KV head, chunk).
 struct Cluster {
   const Geometry& g;
