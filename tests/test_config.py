@@ -6,7 +6,7 @@ from prescore_compile import Config
 from prescore_compile.kernels.plan import OptionError, Plan
 
 BAD = {
-    "method": ("kmean", "kmeans, kmeans_relative, kmedian, leverage, peak, random"),
+    "method": ("kmean", "kmeans, kmeans_relative, kernel_kmeans, kmedian, leverage, peak, window_peak, random"),
     "chunk": (100, "cluster"),
     "cluster": (24, "16, 32 or 64"),
     "window": (-1, ">= 0"),
