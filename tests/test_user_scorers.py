@@ -39,7 +39,7 @@ def test_what_cannot_be_found_again_is_refused(method: Any) -> None:
 @pytest.mark.parametrize("method", [user.of_one_chunk, user.of_integers])
 def test_a_wrong_result_is_an_error(method: Any) -> None:
     q, k, v, *_ = operands(100, kv_heads=4)
-    with pytest.raises(ValueError, match=r"scorer_of_a_user:of_.*got torch\..*allowed:.*\(16, 32\)"):
+    with pytest.raises(ValueError, match=r"scorer_of_a_user:of_.*got torch\..*allowed:.*\(32, 32\)"):
         attention(q, k, v, is_causal=True, config=Config.from_options(SMALL | {"method": method}))
 
 
