@@ -20,8 +20,8 @@ def kernel_kmeans(
     With ``k(x, y) = phi(x) . phi(y) = exp(-|x - y|^2 / (2 s^2))`` and C the cluster,
     ``score_j^2 = k(j, j) - 2 / |C| sum_{y in C} k(j, y) + 1 / |C|^2 sum_{x, y in C} k(x, y)``.
     ``s^2`` is the keys' mean squared distance from their mean, so the score does not change when all
-    keys are scaled or moved. Source: pre-scoring, arXiv 2505.11040, which names kernel k-means and no
-    kernel; Schölkopf, Smola and Müller 1998 for the method. One cluster for 16 keys, three
+    keys are scaled or moved. Source: pre-scoring, arXiv 2505.11040, for the idea;
+    Schölkopf, Smola and Müller 1998 for the method; the width is our choice. One cluster for 16 keys, three
     iterations, begun with the key nearest of evenly spaced ones. Cost: L^2 * D + iterations *
     L^2 * K multiply-adds a chunk. ``queries``, ``scale``, ``causal`` and ``seed`` are not read.
     """
