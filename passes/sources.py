@@ -48,7 +48,10 @@ def sources_of(report: Report, device: str = "") -> list[Source]:
 
 @functools.cache
 def _cpu() -> tuple[tuple[str, str, str], ...]:
-    return ((cpu.SOURCE.name, "c++", cpu.SOURCE.read_text(encoding="utf-8")),)
+    """The compiled kernels and the headers that they include, as one text."""
+    parts = [cpu.SOURCE.read_text(encoding="utf-8")]
+    parts += [f"// {path.parent.name}/{path.name}\n{path.read_text(encoding='utf-8')}" for path in cpu.HEADERS]
+    return ((cpu.SOURCE.name, "c++", "\n".join(parts)),)
 
 
 def _triton(site: SiteReport, target: str) -> Iterable[tuple[str, str, str]]:

@@ -137,7 +137,7 @@ def test_diff_as_text_json_and_dot(file: Path, capsys: pytest.CaptureFixture[str
 def test_kernels_print_once_what_runs(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = said(capsys, "kernels", f"{file}:by_name", *REWRITE)
     assert text.startswith("@@ attend.cpp\n# 1 site: ") and "k_len=64 head_dim=8 method=peak" in text
-    assert text.count('extern "C" {') == 2
+    assert text.count('extern "C" {') == 2 and text.count("// native/softmax.h") == 1
     assert "no site is rewritten" in said(capsys, "kernels", f"{file}:by_name")
 
 
