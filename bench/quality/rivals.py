@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import torch
@@ -33,13 +33,13 @@ def _by_runs(plan: Plan, score: Router) -> Attend:
     def attend(site: Operands, first: int) -> Tensor:
         query, key, value, _, causal, scale = site
         length, size = key.shape[2], plan.cluster
-        summary = summaries.summarize(key, value, None, None, plan, contiguous)
+        summary = summaries.summarize(key, value, None, None, replace(plan, clustering="contiguous"))
         group = query.shape[1] // key.shape[1]
         count = summary.mean.shape[2]
-        padded = torch.nn.functional.pad(key, (0, 0, 0, count * size - length), mode="replicate")
-        runs = padded.unflatten(2, (count, size)).repeat_interleave(group, 1)
-        low, high = runs.amin(3), runs.amax(3)
-        mean = summary.mean.repeat_interleave(group, 1)
+        runs = _rows(key, summary.order.long().clamp(min=0)).unflatten(2, (count, size))
+        inside = (summary.order >= 0).unflatten(2, (count, size)).unsqueeze(4)
+        low, high = runs.where(inside, math.inf).amin(3), runs.where(inside, -math.inf).amax(3)
+        low, high, mean = (t.repeat_interleave(group, 1) for t in (low, high, summary.mean))
         empty = summary.bias.repeat_interleave(group, 1) == -math.inf
         asked = query[:, :, first:]
         want = min(plan.routes, count)
@@ -70,20 +70,6 @@ def quest(plan: Plan) -> Attend:
         return query.clamp(min=0) @ high.transpose(2, 3) + query.clamp(max=0) @ low.transpose(2, 3)
 
     return _by_runs(plan, bound)
-
-
-def contiguous(key: Tensor, value: Tensor, member: Tensor, plan: Plan) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Clusters that are runs of consecutive keys, in the form of ``summary.clusters``."""
-    batch, heads, places = member.shape
-    order = torch.arange(places).expand(batch, heads, places).where(member, -1)
-    padded = torch.nn.functional.pad(key.float(), (0, 0, 0, places - key.shape[2]))
-    runs = padded.where(member.unsqueeze(3), 0).unflatten(2, (-1, plan.cluster))
-    inside = member.unflatten(2, (-1, plan.cluster)).unsqueeze(4).float()
-    count = inside.sum(3)
-    mean = runs.sum(3) / count.clamp(min=1)
-    spread = (((runs - mean.unsqueeze(3)) * inside) ** 2).sum(3) / count.clamp(min=1) * 2 * count.clamp(min=1).log()
-    bias = torch.zeros(count.shape[:3]).masked_fill(count.squeeze(3) == 0, -math.inf)
-    return order.int(), mean, spread, bias
 
 
 def oracle(plan: Plan, keys: int) -> Attend:
