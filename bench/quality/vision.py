@@ -22,10 +22,9 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 from prescore_compile import Config, explain
-from prescore_compile.kernels.layout import segments, spans
 from prescore_compile.kernels.plan import Plan
 
-from . import images
+from . import images, methods
 from .images import Images
 
 RESULTS = Path(__file__).parents[1] / "results" / "quality-vision.json"
@@ -130,13 +129,7 @@ def plans(tokens: int, target: float) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def density(plan: Plan, tokens: int) -> float:
     """Attended pairs and routing scores over the pairs of exact attention, counted; no overlap is taken off."""
-    total = 0
-    for span in spans(plan, False, tokens, tokens, 1024):
-        rows = plan.sinks + len(segments(span.finished)) * plan.rows_per_segment
-        outside = (tokens - (span.high - span.low)) // plan.cluster if plan.routes else 0
-        keys = span.high - span.low + rows + outside + min(plan.routes, outside) * plan.cluster
-        total += keys * (span.end - span.begin)
-    return total / tokens**2
+    return methods.density(plan, tokens, causal=False)
 
 
 def prescored(model: nn.Module, options: dict[str, Any]) -> Call:
