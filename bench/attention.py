@@ -210,7 +210,7 @@ def on_gpu(arguments: argparse.Namespace) -> int:
         return 2
     lengths = tuple(arguments.lengths or gpu.LENGTHS)
     out = arguments.out or RESULTS / "attention-cuda.json"
-    return gpu_run.run(gpu.cases(lengths), Config().default_plan, gpu.Machine("cuda"), out, 60 * arguments.minutes)
+    return gpu_run.run(gpu.cases(lengths), Plan(), gpu.Machine("cuda"), out, 60 * arguments.minutes)
 
 
 def main() -> None:
@@ -232,12 +232,13 @@ def main() -> None:
     if arguments.device == "cuda":
         sys.exit(on_gpu(arguments))
     torch.set_num_threads(arguments.threads)
-    plan, rows = Config().default_plan, []
+    rows = []
     lengths = arguments.lengths or [1024, 2048, 4096, 8192, 16384, 32768]
     for causal, dtype, heads, length in product(arguments.causal, arguments.dtypes, arguments.heads, lengths):
         count, kv_heads = map(int, heads.split("/"))
         case = Case(length, count, count // kv_heads, causal == "yes", getattr(torch, dtype))
         rounds = arguments.rounds if length <= 16384 else (arguments.rounds + 1) // 2
+        plan = Config().plan_for(case.causal, "cpu")
         if arguments.tiles:
             rows.append(tiles(case, plan, rounds, arguments.clock))
         else:
@@ -247,7 +248,7 @@ def main() -> None:
     print(tabulate(rows, headers="keys", floatfmt=".3g"))
     out = arguments.out or RESULTS / f"attention-cpu{'-tiles' if arguments.tiles else ''}.json"
     about = {
-        "plan": plan.settings(),
+        "plans": {kind: Config().plan_for(kind == "causal", "cpu").settings() for kind in ("causal", "two-sided")},
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "clock": arguments.clock,
