@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import sympy
@@ -25,8 +26,41 @@ LONGEST = 2**24
 
 
 @dataclass(frozen=True)
+class Prices:
+    """What stages cost on a kind of device, in multiply-adds of its exact attention.
+
+    Attributes:
+        attend: of one multiply-add of an attended pair. route: of a routing pair, its features counted in ``attend``'s
+            way. route_pair: of a routing pair whatever its features.
+        union: routed pairs that are computed, for each that is attended.
+        per_key, per_feature: a key and KV head, to cluster and copy it; and each of its features.
+        score: a key and KV head, to score it, by method. fixed: the launches.
+    """
+
+    attend: float
+    route: float
+    score: Mapping[str, int]
+    route_pair: float = 0.0
+    union: float = 1.0
+    per_key: float = 0.0
+    per_feature: float = 0.0
+    fixed: float = 0.0
+
+
+PRICES = {
+    "cpu": Prices(attend=ATTEND_PRICE, route=ROUTE_PRICE, per_key=SUMMARY_PER_KEY, score=SCORE_PER_KEY),
+    # Modelled, not measured: an H100 in bfloat16 as `bench/model.py` has it, for AMD's GPUs too. Scores are torch
+    # operations there, some 20 passes over float32 keys: assumed.
+    "cuda": Prices(
+        attend=1.5, route=0.0, route_pair=1060.0, union=3.0, per_feature=840.0, fixed=1.3e10,
+        score=dict.fromkeys(SCORE_PER_KEY, 2_000_000),
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
 class Shape:
-    """One site's fixed sizes."""
+    """One site's fixed sizes, and the kind of device, a key of ``PRICES``."""
 
     batch: int
     heads: int
@@ -34,6 +68,7 @@ class Shape:
     head_dim: int
     value_dim: int
     causal: bool
+    device: str = "cpu"
 
 
 def exact_pairs(causal: bool) -> sympy.Expr:
@@ -54,17 +89,17 @@ def attended_pairs(plan: Plan, causal: bool) -> sympy.Expr:
     return sympy.Min(total, exact_pairs(causal))
 
 
-def routing_pairs(plan: Plan, causal: bool) -> sympy.Expr:
+def routing_pairs(plan: Plan, causal: bool, union: float = 1) -> sympy.Expr:
     """(query, representative vector) pairs: a mean and a spread for each cluster, a head.
 
-    Two vectors of D a cluster cost as much as one attended key (its key and its value).
+    On the second of two levels ``union`` times as many are computed. Two vectors of D a cluster cost as much as one attended key (its key and its value).
     """
     if not plan.routes:
         return sympy.Integer(0)
     every = exact_pairs(causal) / plan.cluster
     if not plan.coarse:
         return every
-    return exact_pairs(causal) / plan.chunk + sympy.Min(N * plan.coarse * plan.chunk / plan.cluster, every)
+    return exact_pairs(causal) / plan.chunk + sympy.Min(N * union * plan.coarse * plan.chunk / plan.cluster, every)
 
 
 def exact_cost(shape: Shape) -> sympy.Expr:
@@ -84,11 +119,15 @@ def density(plan: Plan, causal: bool) -> sympy.Expr:
 
 def prescored_time(shape: Shape, plan: Plan) -> sympy.Expr:
     """Expected time in units of one exact multiply-add, everything included."""
-    keys = shape.batch * shape.kv_heads * N
-    summary = SUMMARY_PER_KEY * keys if plan.routes else 0
-    scoring = SCORE_PER_KEY[plan.method] * keys if plan.keep else 0
-    pairs = ATTEND_PRICE * attended_pairs(plan, shape.causal) + ROUTE_PRICE * routing_pairs(plan, shape.causal)
-    return _per_pair(shape) * pairs + summary + scoring
+    prices = PRICES[shape.device]
+    keys, rows = shape.batch * shape.kv_heads * N, shape.batch * shape.heads
+    summary = (prices.per_key + prices.per_feature * shape.head_dim) * keys if plan.routes else 0
+    scoring = prices.score[plan.method] * keys if plan.keep else 0
+    attended, routing = attended_pairs(plan, shape.causal), routing_pairs(plan, shape.causal, prices.union)
+    if prices.union != 1:
+        attended += (prices.union - 1) * sympy.Min(N * plan.routes * plan.cluster, attended)
+    pairs = _per_pair(shape) * (prices.attend * attended + prices.route * routing)
+    return pairs + rows * prices.route_pair * routing + summary + scoring + prices.fixed
 
 
 @functools.cache

@@ -115,6 +115,7 @@ def _shape(attention: Attention, causal: bool) -> cost.Shape:
         head_dim=hint(attention.size(attention.d)),
         value_dim=hint(attention.size(attention.e)),
         causal=causal,
+        device=value_of(attention.query.node).device.type,
     )
 
 

@@ -87,6 +87,16 @@ def test_the_model_grows_as_the_formulas_do() -> None:
     assert model.parts({"attend": 3.0, "route": 1.1}, {"attend": 1.0, "route": 1.0}) == {"attend": 3.0}
 
 
+def test_decisions_on_a_gpu_expect_what_the_model_says() -> None:
+    for dim in (64, 128):
+        for plan in (Plan(), Plan(coarse=32), Plan(routes=0)):
+            shape = cost.Shape(1, 32, 8, dim, dim, True, "cuda")
+            for length in (8192, 32768, 262144):
+                times = model.stages(model.Site(shape, length, plan), model.DEVICES["H100"])
+                said = cost.at(cost.exact_cost(shape) / cost.prescored_time(shape, plan), length)
+                assert 0.6 < said / (times["exact"] / times["total"]) < 1.6, (dim, plan, length)
+
+
 def test_roofline_scales_with_what_was_measured() -> None:
     shape = (8, 32, 8, 128)
     rows = roofline.table([1024, 1048576], ["H100", "H200"], *shape, {})

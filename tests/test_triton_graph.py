@@ -140,11 +140,16 @@ def test_autograd_and_dynamic_lengths(dynamic: bool, monkeypatch: pytest.MonkeyP
 def test_sites_on_a_gpu_are_rewritten(monkeypatch: pytest.MonkeyPatch) -> None:
     gm = fx.symbolic_trace(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True))
     with FakeTensorMode() as mode:
-        q = torch.empty(1, 4, 8192, 64, device="cuda", dtype=torch.bfloat16)
+        q = torch.empty(1, 32, 32768, 64, device="cuda", dtype=torch.bfloat16)
     FakeTensorProp(gm, mode).propagate_dont_convert_inputs(q, q, q)
     new, report = rewrite(gm)
     assert [site.decision for site in report.sites] == ["rewrite"]
     assert torch.ops.prescore.attend.default in [node.target for node in new.graph.nodes]
+    with FakeTensorMode() as mode:
+        few = torch.empty(1, 4, 2048, 64, device="cuda", dtype=torch.bfloat16)
+    short = fx.symbolic_trace(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True))
+    FakeTensorProp(short, mode).propagate_dont_convert_inputs(few, few, few)
+    assert rewrite(short)[1].sites[0].reason.startswith("not_faster: breaks even at ")
     monkeypatch.setattr(device, "_installed", lambda: False)
     _, report = rewrite(gm)
     assert report.sites[0].reason == "unsupported_device: cuda, where Triton is not installed"
