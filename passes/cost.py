@@ -92,7 +92,8 @@ def attended_pairs(plan: Plan, causal: bool) -> sympy.Expr:
 def routing_pairs(plan: Plan, causal: bool, union: float = 1) -> sympy.Expr:
     """(query, representative vector) pairs: a mean and a spread for each cluster, a head.
 
-    On the second of two levels ``union`` times as many are computed. Two vectors of D a cluster cost as much as one attended key (its key and its value).
+    On the second of two levels ``union`` times as many are computed. Two vectors of D a cluster cost as
+    much as one attended key (its key and its value).
     """
     if not plan.routes:
         return sympy.Integer(0)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import sympy
+
 from ..kernels import cpu
+from ..kernels.logits import NOTHING, Logits, parse
 from ..kernels.plan import Plan
 from ..kernels.triton import device
 from . import cost
@@ -44,8 +47,34 @@ def decide(site: Site, config: Config) -> Decision:
     reason = reason or _unsupported(site)
     mask = Mask("?") if reason else lift(site)
     if not reason and site.attention is not None:
-        reason = mask.reason or _lengths(site.attention, mask, config)
+        reason = mask.reason or _pairs(site.attention, mask, config.plan) or _lengths(site.attention, mask, config)
     return Decision(site, mask, reason, None if reason else config.plan)
+
+
+def logits_of(attention: Attention, mask: Mask) -> Logits:
+    """What the site does to its logits besides scale, causality and valid keys."""
+    return replace(mask.logits, softcap=float(attention.softcap or 0.0))
+
+
+def _pairs(attention: Attention, mask: Mask, plan: Plan) -> str:
+    """Why what is said of pairs is not taken; "" if it is."""
+    device = value_of(attention.query.node).device
+    logits = logits_of(attention, mask)
+    if logits == NOTHING:
+        return ""
+    if plan.centroids:
+        return f"{mask.needs or 'softcap: ' + format(logits.softcap, 'g')}; a centroid stands for several keys"
+    if not mask.needs:
+        return ""
+    try:
+        read = logits.lifted, logits.reach
+        told = parse(logits.text) == logits and bool(read)
+    except Exception:  # an expression that no printer knows costs the speed, never the model
+        told = False
+    here = all(value_of(node).device == device for node in mask.loads)
+    # Which keys are after a query must not show in which clusters it gets.
+    safe = mask.causal or logits.allowed == sympy.true or plan.window is None
+    return "" if device.type == "cuda" and told and here and safe else mask.needs
 
 
 def _unsupported(site: Site) -> str:
@@ -72,7 +101,7 @@ def _unsupported(site: Site) -> str:
         return f"unsupported_head_dim: {dims[0]}, {dims[1]}"
     if heads % kv_heads:
         return f"unsupported_heads: {heads}, {kv_heads}"
-    if attention.softcap is not None:
+    if attention.softcap is not None and on_cpu:
         return f"softcap: {attention.softcap:g}"
     return "no_compiler" if on_cpu and not cpu.available() else ""
 

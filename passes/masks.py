@@ -11,6 +11,7 @@ import torch
 from sympy.core.function import AppliedUndef
 from torch import fx
 
+from ..kernels.logits import NOTHING, Logits
 from .compat import guard_equal, known_equal, symbolic, value_of
 from .elements import Elements, NotClosedForm
 from .indices import divide
@@ -33,6 +34,8 @@ class Mask:
         text: the mask in plain maths. causal: key ``k`` only for ``k <= q + Nk - Nq``.
         keys: which keys are valid. None: every key is.
         mean: a query that may attend no key gets the mean of all values (a finite number forbids).
+        logits: what it says of pairs beyond that, which only generated kernels take; ``loads`` are the nodes that
+            it reads, in the order of their names. needs: the reason where those do not run.
         reason: why it cannot be used, a code of ``reasons.REASONS`` perhaps with detail; "" if it can.
         producers: the nodes that built the mask, which nothing may need any more.
     """
@@ -41,6 +44,9 @@ class Mask:
     causal: bool = False
     keys: Keys | None = None
     mean: bool = False
+    logits: Logits = NOTHING
+    loads: tuple[fx.Node, ...] = ()
+    needs: str = ""
     reason: str = ""
     producers: tuple[fx.Node, ...] = ()
 
@@ -85,19 +91,29 @@ def lift(site: Site) -> Mask:
         closed = told.bias != 0 and not _opaque_atoms(named(told.bias, attention))
         return Mask(text, reason=f"unsupported_mask: {text}" if closed else f"opaque_mask: {why}")
     shift = symbolic(k_len) - symbolic(q_len)
-    if meaning.bias != 0:
+    bias = named(meaning.bias, attention)
+    if bias != 0 and _opaque_atoms(bias):
         text = _told(meaning, attention)
-        code = "opaque_mask" if _opaque_atoms(named(meaning.bias, attention)) else "unsupported_mask"
-        return Mask(text, reason=f"{code}: {text}")
+        return Mask(text, reason=f"opaque_mask: {text}")
     mask = _classify(attention, named(meaning.allowed, attention), exact, shift)
-    if mask.keys is not None and any(site.memory.changes(node, site.output) for node in mask.keys.nodes):
+    if bias != 0 and not mask.reason:
+        text = _told(meaning, attention)
+        mask = replace(mask, text=text, needs=f"unsupported_mask: {text}")
+    elif bias != 0:
+        return Mask(_told(meaning, attention), reason=mask.reason)
+    mask = _of_pairs(mask, bias, exact)
+    nodes = [*mask.loads, *(mask.keys.nodes if mask.keys is not None else ())]
+    if any(site.memory.changes(node, site.output) for node in nodes):
         return Mask(mask.text, reason="opaque_mask: modified in place")
     # A query without keys gives 0 under -inf (where torch's softmax gives NaN), but the mean of all
     # values under a finite number.
     always_a_key = mask.keys is None and shift.is_nonnegative
+    if mask.logits.allowed != sympy.true:
+        itself = sympy.simplify(mask.logits.allowed.subs(K, Q + shift)) == sympy.true
+        always_a_key = always_a_key and shift == 0 and itself
     if mask.reason or not meaning.finite or always_a_key:
         return mask
-    if len(meaning.finite) == 1 and meaning.uniform and (not mask.causal or shift == 0):
+    if len(meaning.finite) == 1 and meaning.uniform and not mask.needs and (not mask.causal or shift == 0):
         return replace(mask, mean=True)
     return Mask(mask.text, reason="additive_mask: finite numbers where padded queries have no key")
 
@@ -233,17 +249,31 @@ def _split(added: Any, lowest: float) -> _Meaning:
 
 def _classify(attention: Attention, meaning: Any, elements: Elements, shift: sympy.Expr) -> Mask:
     text = plain(meaning)
-    causal, keys = False, []
+    causal, keys, pairs = False, [], []
     for term in _conjuncts(meaning):
         if _is_causal(term, shift) or (_is_causal(term, sympy.S.Zero) and _self_attention(attention)):
             causal = True
         elif only_of_keys(term):
             keys.append(term)
+        elif _opaque_atoms(term):
+            return Mask(text, reason=f"opaque_mask: {plain(term)}")
         else:
-            code = "opaque_mask" if _opaque_atoms(term) else "unsupported_mask"
-            return Mask(text, reason=f"{code}: {plain(term)}")
+            pairs.append(term)
     valid = Keys(sympy.And(*keys), elements.loads) if keys else None
-    return Mask(text, causal, valid, producers=tuple(elements.seen))
+    needs = f"unsupported_mask: {plain(pairs[0])}" if pairs else ""
+    return Mask(text, causal, valid, logits=Logits(sympy.And(*pairs)), needs=needs, producers=tuple(elements.seen))
+
+
+def _of_pairs(mask: Mask, bias: Any, elements: Elements) -> Mask:
+    """With the bias, and what is read by short names, so that layers share their kernels."""
+    found = (mask.logits.allowed, sympy.sympify(bias))
+    names = sorted({atom.func.__name__ for expr in found for atom in expr.atoms(AppliedUndef)})
+    short = {name: sympy.Function(f"t{at}") for at, name in enumerate(names)}
+
+    def renamed(expr: Any) -> Any:
+        return expr.replace(lambda e: isinstance(e, AppliedUndef), lambda e: short[e.func.__name__](*e.args))
+
+    return replace(mask, logits=Logits(*map(renamed, found)), loads=tuple(elements.loads[name] for name in names))
 
 
 def _conjuncts(meaning: Any) -> Iterable[Any]:

@@ -17,7 +17,8 @@ from sympy.printing.str import StrPrinter
 
 from .spec import Lifted, parameter
 
-SYMBOLS = frozenset("bhqk")
+SYMBOLS = frozenset(["b", "h", "q", "k", "c", "k_low", "k_high"])
+"""The last three are a chunk and its first and last key, for ``route``."""
 
 
 def lifted(allowed: Any = sympy.true, bias: Any = 0) -> Lifted:

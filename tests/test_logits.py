@@ -1,0 +1,136 @@
+"""Softcaps, biases and masks of pairs: as the operators compute them, and through the graph pass for a GPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import sympy
+import torch
+import torch.nn.functional as F
+from conftest import EVERYTHING, PLANS, in_double, operands
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+
+from prescore_compile.kernels import ops
+from prescore_compile.kernels.logits import B, H, K, Logits, Q, parse
+from prescore_compile.kernels.plan import Plan
+from prescore_compile.passes import Config, rewrite
+
+N = 150
+DOCUMENT = torch.arange(N).div(40, rounding_mode="floor").expand(2, N)
+T0 = sympy.Function("t0")
+CASES: dict[str, tuple[Logits, Any]] = {
+    "sliding window": (Logits(K >= Q - 70), lambda h, q, k: (k >= q - 70, 0.0)),
+    "chunked": (
+        Logits(sympy.Eq(sympy.floor(K / 48), sympy.floor(Q / 48))),
+        lambda h, q, k: (k // 48 == q // 48, 0.0),
+    ),
+    "prefix": (Logits(sympy.Or(K <= Q, K < 50)), lambda h, q, k: ((k <= q) | (k < 50), 0.0)),
+    "documents": (
+        Logits(sympy.Eq(T0(B, Q), T0(B, K))),
+        lambda h, q, k: (DOCUMENT[0][q] == DOCUMENT[0][k], 0.0),
+    ),
+    "alibi": (
+        Logits(bias=-sympy.Rational(1, 4) * 2 ** (-H / 2) * (Q - K)),
+        lambda h, q, k: (k >= 0, -0.25 * 2 ** (-h / 2) * (q - k)),
+    ),
+    "softcap": (Logits(softcap=1.5), lambda h, q, k: (k >= 0, 0.0)),
+}
+
+
+def exact(site: Any, logits: Logits, rule: Any) -> torch.Tensor:
+    h, q, k = torch.meshgrid(torch.arange(4), torch.arange(N), torch.arange(N), indexing="ij")
+    allowed, bias = rule(h, q, k)
+    found = site.query @ site.key.repeat_interleave(2, 1).mT * site.scale
+    if logits.softcap:
+        found = logits.softcap * torch.tanh(found / logits.softcap)
+    allowed = allowed & (k <= q) if site.causal else allowed
+    return torch.softmax((found + bias).masked_fill(~allowed, -torch.inf), 3) @ site.value.repeat_interleave(2, 1)
+
+
+def tensors(logits: Logits) -> dict[str, torch.Tensor]:
+    return dict.fromkeys(logits.tensors, DOCUMENT)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("plan", ["window", "routes", "two levels"])
+@pytest.mark.parametrize("name", CASES)
+def test_a_plan_that_keeps_everything_is_exact(name: str, plan: str, causal: bool) -> None:
+    logits, rule = CASES[name]
+    assert parse(logits.text) == logits
+    site = in_double(operands(N, causal=causal))
+    leaves = [tensor.requires_grad_() for tensor in site[:3]]
+    got = ops.prescored(site, EVERYTHING[plan], logits, tensors(logits))
+    want = exact(site, logits, rule)
+    torch.testing.assert_close(got, want)
+    grad = torch.randn_like(want)
+    for g, w in zip(torch.autograd.grad(got, leaves, grad), torch.autograd.grad(want, leaves, grad), strict=True):
+        torch.testing.assert_close(g, w)
+
+
+@pytest.mark.parametrize("name", ["sliding window", "documents", "alibi", "softcap"])
+@pytest.mark.parametrize("plan", ["keep and routes", "two levels"])
+def test_perturbing_the_future_leaves_the_past_bit_equal(plan: str, name: str) -> None:
+    logits, _ = CASES[name]
+    site = operands(N)
+    base = ops.prescored(site, PLANS[plan], logits, tensors(logits))
+    for tensor in site[:3]:
+        tensor[:, :, 101:] = 7.0
+    assert torch.equal(ops.prescored(site, PLANS[plan], logits, tensors(logits))[:, :, :101], base[:, :, :101])
+
+
+def test_routes_do_not_go_where_no_key_is_allowed() -> None:
+    plan = Plan(chunk=32, window=0, sinks=0, routes=3)
+    site = operands(N, causal=True)
+    parts = ops.summarize(site.key, site.value, None, None, plan.text)
+    reachable = {
+        "documents": lambda q, c: c >= q // 40 * 40 // 32,
+        "sliding window": lambda q, c: 32 * c + 31 >= q - 70,
+    }
+    for name, may in reachable.items():
+        logits, _ = CASES[name]
+        more = (plan.text, True, N, site.scale, logits.text, list(tensors(logits).values()))
+        routes = ops.route(site.query, *parts[:4], *more)
+        q = torch.arange(N)[:, None].expand_as(routes)
+        assert ((routes < 0) | may(q, routes // 2)).all()
+
+
+def traced(function: Any, *shapes: Any, device: str) -> fx.GraphModule:
+    gm = fx.symbolic_trace(function)
+    with FakeTensorMode() as mode:
+        given = [torch.empty(*shape, device=device, dtype=dtype) for shape, dtype in shapes]
+    FakeTensorProp(gm, mode).propagate_dont_convert_inputs(*given)
+    return gm
+
+
+def windowed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, document: torch.Tensor) -> torch.Tensor:
+    at = torch.arange(32768, device="cuda")
+    mask = (at <= at[:, None]) & (at > at[:, None] - 9000)
+    mask = mask & (document[:, None, :, None] == document[:, None, None, :])
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def capped(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, slope: torch.Tensor) -> torch.Tensor:
+    at = torch.arange(32768, device="cuda")
+    logits = torch.tanh(q @ k.mT * 0.125 / 50) * 50
+    return logits.masked_fill(at > at[:, None], -torch.inf).softmax(-1) @ v
+
+
+@pytest.mark.parametrize(
+    ("function", "last", "text"),
+    [
+        (windowed, ((1, 32768), torch.int64), "softcap 0.0; add 0; where (k >= q - 8999) & Eq(t0(b, k), t0(b, q))"),
+        (capped, ((1,), torch.float32), "softcap 50.0; add 0; where True"),
+    ],
+)
+def test_sites_on_a_gpu_take_masks_and_softcaps(function: Any, last: Any, text: str) -> None:
+    heads = ((1, 32, 32768, 128), torch.bfloat16)
+    gm = traced(function, heads, heads, heads, last, device="cuda")
+    new, report = rewrite(gm)
+    assert [site.decision for site in report.sites] == ["rewrite"], report.sites[0].reason
+    calls = [node for node in new.graph.nodes if node.target is torch.ops.prescore.attend.default]
+    assert calls[0].args[-2] == text and len(calls[0].args[-1]) == len(parse(text).tensors)
+    _, report = rewrite(gm, Config(routes=0, keep=8, centroids=2))
+    assert "a centroid stands for several keys" in report.sites[0].reason
