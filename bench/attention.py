@@ -148,7 +148,7 @@ def on_gpu(arguments: argparse.Namespace) -> int:
         return 2
     lengths = tuple(arguments.lengths or gpu.LENGTHS)
     out = arguments.out or RESULTS / "attention-cuda.json"
-    return gpu_run.run(gpu.cases(lengths), Config().plan, gpu.Machine("cuda"), out, 60 * arguments.minutes)
+    return gpu_run.run(gpu.cases(lengths), Config().default_plan, gpu.Machine("cuda"), out, 60 * arguments.minutes)
 
 
 def main() -> None:
@@ -166,7 +166,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.device == "cuda":
         sys.exit(on_gpu(arguments))
-    plan, rows = Config().plan, []
+    plan, rows = Config().default_plan, []
     for group in arguments.groups:
         for length in arguments.lengths or [1024, 2048, 4096, 8192, 16384]:
             case = Case(length, arguments.heads, group, True, getattr(torch, arguments.dtype))

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from prescore_compile.kernels.clusters import POWER_ITERATIONS
+from prescore_compile.kernels.clusterings.pca_tree import POWER_ITERATIONS
 from prescore_compile.kernels.plan import Plan
 from prescore_compile.passes import cost
 

@@ -27,6 +27,7 @@ from .reference import Operands
 from .summary import Summary
 
 SOURCE = Path(__file__).with_name("attend.cpp")
+HEADERS = sorted(SOURCE.with_name("native").glob("*.h"))
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", "-pthread")
 TILE = 128
 """Queries a tile; docs/cpu.md has the measurement."""
@@ -53,6 +54,7 @@ class _View(ctypes.Structure):
         ("batch", ctypes.c_int64),
         ("head", ctypes.c_int64),
         ("position", ctypes.c_int64),
+        ("bfloat16", ctypes.c_int64),
     ]
 
 
@@ -133,7 +135,8 @@ def attend(site: Operands, summary: Summary, routes: torch.Tensor, plan: Plan, t
     """
     batch, heads, q_len, dim = site.query.shape
     value_dim, k_len = site.value.shape[3], site.key.shape[2]
-    out = torch.empty(batch, q_len, heads, value_dim).transpose(1, 2)
+    dtype = site.query.dtype if site.query.dtype == torch.bfloat16 else torch.float32
+    out = torch.empty(batch, q_len, heads, value_dim, dtype=dtype).transpose(1, 2)
     if not out.numel():
         return out.to(site.query.dtype)
     if k_len == 0:
@@ -142,7 +145,7 @@ def attend(site: Operands, summary: Summary, routes: torch.Tensor, plan: Plan, t
         plan, site.query.shape, site.key.shape, value_dim, k_len, site.causal, routes.shape[3], site.scale, tile
     )
     views, alive = zip(*(_view(t) for t in (site.query, site.key, site.value, out)), strict=True)
-    rows = (summary.row_key.float().contiguous(), summary.row_value.float().contiguous())
+    row_views, rows_alive = zip(*(_view(t) for t in (summary.row_key, summary.row_value)), strict=True)
     valid = None if site.valid is None else site.valid.contiguous()
     order, routes = summary.order.contiguous(), routes.contiguous()
     index, bias = summary.row_index.contiguous(), summary.row_bias.contiguous()
@@ -150,9 +153,11 @@ def attend(site: Operands, summary: Summary, routes: torch.Tensor, plan: Plan, t
         ctypes.byref(geometry),
         *(ctypes.byref(view) for view in views),
         None if valid is None else _pointer(valid),
-        *(_pointer(t) for t in (order, routes, index, *rows, bias)),
+        *(_pointer(t) for t in (order, routes, index)),
+        *(ctypes.byref(view) for view in row_views),
+        _pointer(bias),
     )
-    del alive
+    del alive, rows_alive
     return out.to(site.query.dtype)
 
 
@@ -197,11 +202,11 @@ def _geometry(
 
 
 def _view(tensor: torch.Tensor) -> tuple[_View, torch.Tensor]:
-    """A float32 view of the tensor and the tensor that owns its memory."""
-    owner = tensor.float()
+    """A view of the tensor, or of a float32 copy, and the tensor that owns its memory."""
+    owner = tensor if tensor.dtype == torch.bfloat16 else tensor.float()
     if owner.stride(3) != 1 and owner.shape[3] > 1:
         owner = owner.contiguous()
-    return _View(owner.data_ptr(), *owner.stride()[:3]), owner
+    return _View(owner.data_ptr(), *owner.stride()[:3], int(owner.dtype == torch.bfloat16)), owner
 
 
 def _pointer(tensor: torch.Tensor) -> ctypes.c_void_p:
@@ -215,7 +220,8 @@ def _compiler() -> str | None:
 
 def _build(compiler: str) -> Path:
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    parts = (SOURCE.read_text(), version, " ".join(FLAGS), _machine())
+    sources = (path.read_text() for path in (SOURCE, *HEADERS))
+    parts = (*sources, version, " ".join(FLAGS), _machine())
     name = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20] + ".so"
     try:
         return _compile(compiler, cache_dir() / name)

@@ -20,6 +20,7 @@ from typing import Any
 import sympy
 import torch
 from sympy.core.function import AppliedUndef
+from sympy.printing.str import StrPrinter
 
 from .triton.maths import lifted
 from .triton.spec import Lifted
@@ -54,7 +55,10 @@ class Logits:
     @property
     def text(self) -> str:
         """How it travels; "" where nothing is done."""
-        return "" if self == NOTHING else f"softcap {self.softcap!r}; add {self.bias}; where {self.allowed}"
+        if self == NOTHING:
+            return ""
+        bias, allowed = (_Printer().doprint(expr) for expr in (self.bias, self.allowed))
+        return f"softcap {self.softcap!r}; add {bias}; where {allowed}"
 
     @property
     def tensors(self) -> list[str]:
@@ -95,6 +99,11 @@ class Logits:
 NOTHING = Logits()
 
 
+class _Printer(StrPrinter):  # type: ignore[misc]
+    def _print_Float(self, expr: Any) -> str:
+        return repr(float(expr))
+
+
 @functools.cache
 def parse(text: str) -> Logits:
     """What has this text."""
@@ -104,11 +113,19 @@ def parse(text: str) -> Logits:
     return Logits(_parsed(allowed), _parsed(bias), float(cap))
 
 
+def settled(logits: Logits) -> Logits:
+    """The same in the form that its text is read as, if there is one; as it is if not."""
+    try:
+        found = parse(logits.text)
+        return found if parse(found.text).text == found.text else logits
+    except Exception:  # a spelling that Python does not read back: the caller finds out with ``parse``
+        return logits
+
+
 def _parsed(text: str) -> Any:
     names = dict(_SYMBOLS)
     tree = sympy.sympify(sympy.parse_expr(text, local_dict=names))
-    functions = {a.func.__name__: sympy.Function(a.func.__name__) for a in tree.atoms(AppliedUndef)}
-    return sympy.parse_expr(text, local_dict=names | functions) if functions else tree
+    return tree.xreplace({number: sympy.Float(float(number)) for number in tree.atoms(sympy.Float)})
 
 
 def named(logits: Logits, tensors: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -160,7 +177,7 @@ def by_chunk(logits: Logits, tensors: Mapping[str, torch.Tensor], chunk: int) ->
     return found
 
 
-def places(batch: int, heads: int, queries: torch.Tensor, keys: torch.Tensor) -> dict[str, torch.Tensor]:
+def pair_places(batch: int, heads: int, queries: torch.Tensor, keys: torch.Tensor) -> dict[str, torch.Tensor]:
     """b, h, q and k that broadcast to ``[B, H, T, X]``; ``queries`` ``[T]``, ``keys`` ``[X]`` or ``[B, H, 1, X]``."""
     at = functools.partial(torch.arange, device=queries.device)
     return {"b": at(batch).view(-1, 1, 1, 1), "h": at(heads).view(-1, 1, 1), "q": queries.view(-1, 1), "k": keys}

@@ -85,8 +85,9 @@ def summarize_eager(
     key: Tensor, value: Tensor, valid: Tensor | None, scores: Tensor | None, plan: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``summarize`` by the compiled CPU kernel or the reference."""
-    cluster = cpu.clusters if _compiled(key) else summaries.clusters
-    return tuple(summaries.summarize(key, value, valid, scores, Plan.parse(plan), cluster))  # type: ignore[return-value]
+    settings = Plan.parse(plan)
+    cluster = cpu.clusters if settings.clustering == "pca_tree" and _compiled(key) else summaries.clusters
+    return tuple(summaries.summarize(key, value, valid, scores, settings, cluster))  # type: ignore[return-value]
 
 
 @torch.library.custom_op("prescore::rows", mutates_args=())

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from .scorers import READS_QUERIES, custom
+
 METHODS = (
-    "kmeans", "kmeans_relative", "kmedian", "leverage", "peak", "random", "norm", "inverse_norm", "query"
+    "kmeans", "kmeans_relative", "kernel_kmeans", "kmedian", "leverage", "peak", "window_peak", "random", "norm",
+    "inverse_norm", "query"
 )  # fmt: skip
+CLUSTERINGS = ("pca_tree", "kmeans", "kmedian", "leverage", "principal", "contiguous")
 
 
 class OptionError(ValueError):
@@ -41,16 +46,19 @@ class Plan:
     KV head (everything else). ``window=None`` means no limit: the plan that keeps everything.
 
     Attributes:
-        method: the scorer that ranks keys for ``keep``: one of ``METHODS``.
+        method: the scorer that ranks keys for ``keep``: one of ``METHODS``, or a user's own function
+            (see ``kernels.scorers.custom``), which is kept as ``"module:function"``.
         chunk: consecutive keys that are scored and clustered together when they are finished.
         window: at least this many keys before a query are attended exactly (and, at a
             bidirectional site, after it); the window begins and ends at chunk borders.
             0 leaves a causal query its own chunk and a bidirectional one no window.
         sinks: the first valid keys of a sequence, always attended.
-        keep: selected keys a segment; 0 inserts no score.
+        keep: selected keys a segment, at most; 0 inserts no score.
+        threshold: of the keys, only those are selected that score at least this; 0.0: any key.
         centroids: residual centroids a segment, standing in for keys that were not selected;
             needs ``routes=0`` (a routed key would be counted twice).
         cluster: keys a cluster; ``chunk / cluster`` is a power of two.
+        clustering: what groups a chunk's keys into clusters: one of ``CLUSTERINGS``.
         routes: clusters that a query attends; 0 inserts no route.
         coarse: chunks that a query looks into for its routes, chosen by representatives of their own (two
             levels; see ``kernels.coarse``); 0: it looks at every cluster.
@@ -62,8 +70,10 @@ class Plan:
     window: int | None = 128
     sinks: int = 16
     keep: int = 0
+    threshold: float = 0.0
     centroids: int = 0
     cluster: int = 16
+    clustering: str = "pca_tree"
     routes: int = 27
     coarse: int = 0
     seed: int = 0
@@ -71,8 +81,9 @@ class Plan:
     """The settings as ``"method=peak chunk=128 ..."``: how a plan travels through a graph."""
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise OptionError("method", self.method, "one of " + ", ".join(METHODS))
+        object.__setattr__(self, "method", _method(self.method))
+        if self.clustering not in CLUSTERINGS:
+            raise OptionError("clustering", self.clustering, "one of " + ", ".join(CLUSTERINGS))
         check_int("cluster", self.cluster, 16, 64)
         if self.cluster not in (16, 32, 64):
             raise OptionError("cluster", self.cluster, "16, 32 or 64")
@@ -84,6 +95,10 @@ class Plan:
             check_int("window", self.window, 0)
         check_int("sinks", self.sinks, 0, 65536)
         check_int("keep", self.keep, 0, self.chunk)
+        number = isinstance(self.threshold, (int, float)) and not isinstance(self.threshold, bool)
+        if not number or not 0 <= self.threshold < math.inf:
+            raise OptionError("threshold", self.threshold, "a finite number >= 0")
+        object.__setattr__(self, "threshold", float(self.threshold))
         check_int("centroids", self.centroids, 0, self.chunk)
         check_int("routes", self.routes, 0)
         check_int("coarse", self.coarse, 0)
@@ -106,6 +121,11 @@ class Plan:
         """Rows that one segment contributes: selected keys, then centroids."""
         return self.keep + self.centroids
 
+    @property
+    def reads_queries(self) -> bool:
+        """Whether the method scores keys by the queries at their own positions."""
+        return self.method in READS_QUERIES or (":" in self.method and custom.reads_queries(self.method))
+
     def settings(self) -> dict[str, Any]:
         """The plan as a plain dict, in field order."""
         return {name: getattr(self, name) for name in PLAN_FIELDS}
@@ -116,6 +136,21 @@ class Plan:
         return _parse(text)
 
 
+def _method(method: object) -> str:
+    """The name of a method; ``OptionError`` unless it is one."""
+    if isinstance(method, str) and method in METHODS:
+        return method
+    try:
+        if callable(method):
+            return custom.name_of(method)
+        if isinstance(method, str) and ":" in method and not set(method) & set(" ="):
+            custom.find(method)
+            return method
+    except ValueError as error:
+        raise OptionError("method", method, str(error)) from error
+    raise OptionError("method", method, f"one of {', '.join(METHODS)}; or {custom.ALLOWED}")
+
+
 PLAN_FIELDS = tuple(f.name for f in fields(Plan) if f.init)
 
 
@@ -123,6 +158,8 @@ PLAN_FIELDS = tuple(f.name for f in fields(Plan) if f.init)
 def _parse(text: str) -> Plan:
     values: dict[str, Any] = dict(setting.split("=") for setting in text.split())
     for name, value in values.items():
-        if name != "method":
+        if name == "threshold":
+            values[name] = float(value)
+        elif name not in ("method", "clustering"):
             values[name] = None if value == "None" else int(value)
     return Plan(**values)

@@ -22,7 +22,7 @@ import sympy
 import torch
 
 from .layout import Span, segments, spans
-from .logits import NOTHING, Logits, by_chunk, places, reach, value
+from .logits import NOTHING, Logits, by_chunk, pair_places, reach, value
 from .plan import Plan
 from .summary import Summary
 
@@ -120,7 +120,7 @@ def reached(
     if not logits.allowed.has(sympy.Symbol) and logits.bias == 0:
         return scores
     q = torch.arange(span.begin, span.end, device=scores.device)
-    at = places(*scores.shape[:2], q, chunks)
+    at = pair_places(scores.shape[0], scores.shape[1], q, chunks)
     at |= {"c": chunks, "k_low": chunks * plan.chunk, "k_high": ((chunks + 1) * plan.chunk).clamp(max=k_len) - 1}
     known = by_chunk(logits, tensors, plan.chunk)
     scores = scores + value(logits.first_bias, at, known)
@@ -177,7 +177,7 @@ def places_of(site: Operands, summary: Summary, span: Span) -> tuple[dict[str, t
     q = torch.arange(span.begin, span.end, device=site.query.device)
     k = torch.arange(site.key.shape[2], device=site.query.device)
     rows = _per_query_head(summary.row_index.long().clamp(min=0), site.query).unsqueeze(2)
-    return places(batch, heads, q, k), places(batch, heads, q, rows)
+    return pair_places(batch, heads, q, k), pair_places(batch, heads, q, rows)
 
 
 def attend_backward(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -9,11 +10,12 @@ from typing import NamedTuple
 import torch
 from torch.nn.functional import pad
 
-from .clusters import pca_tree
+from .clusterings import CLUSTERINGS
 from .layout import chunk_count
 from .plan import Plan
-from .scorers import READS_QUERIES, SCORERS
+from .scorers import SCORERS, custom
 from .scorers.kmeans import lloyd, strided
+from .scorers.window_peak import window_peak
 
 CHUNKS_AT_ONCE = 256
 RESIDUAL_ITERATIONS = 2
@@ -22,7 +24,7 @@ LEVELS = 20
 NEG_INF = float("-inf")
 
 
-Clustering = Callable[
+Clusters = Callable[
     [torch.Tensor, torch.Tensor, torch.Tensor, Plan], tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 ]
 
@@ -73,31 +75,25 @@ def score(
     ``valid`` ``[B, Nk]`` bool. A key that is not finite scores +inf: it must be met, not hidden.
     """
     batch, heads, length, dim = key.shape
-    group = query.shape[1] // heads
     finite = key.isfinite().all(3)
-    keys = _chunks(key.float(), plan.chunk).flatten(0, 2)
-    queries = keys.new_empty(len(keys), 0, plan.chunk, dim)
-    if plan.method in READS_QUERIES:
-        queries = _chunks(query.float(), plan.chunk)
-        queries = queries.unflatten(1, (heads, group)).transpose(2, 3).flatten(0, 2)
-    mask = _chunk_mask(key, valid, plan.chunk) & _pad_places(finite, plan.chunk).unflatten(
-        2, (chunk_count(length, plan.chunk), plan.chunk)
-    )
-    mask = mask.flatten(0, 2)
-    parts = [
-        SCORERS[plan.method](
-            keys[at : at + CHUNKS_AT_ONCE],
-            mask[at : at + CHUNKS_AT_ONCE],
-            queries[at : at + CHUNKS_AT_ONCE],
-            scale,
-            causal,
-            plan.seed,
-        )
-        for at in range(0, len(keys), CHUNKS_AT_ONCE)
-    ]
-    scores = torch.cat(parts) if parts else keys.new_zeros(0, plan.chunk)
-    places = chunk_count(length, plan.chunk) * plan.chunk
-    return scores.view(batch, heads, places)[..., :length].masked_fill(~finite, math.inf)
+    keys = _chunks(key.float(), plan.chunk)
+    mask = _chunk_mask(key, valid, plan.chunk) & _pad_places(finite, plan.chunk).view(keys.shape[:4])
+    queries = keys.new_empty(*keys.shape[:3], 0, plan.chunk, dim)
+    if plan.reads_queries:
+        queries = _chunks(query.float(), plan.chunk).unflatten(1, (heads, query.shape[1] // heads)).transpose(2, 3)
+    if plan.method == "window_peak":
+        place = sink_index(key, valid, plan.sinks).unsqueeze(1).expand(-1, heads, -1)
+        sinks = _take(key.float(), place)
+        place = place.where(sinks.isfinite().all(3), -1)
+        window = plan.chunk if plan.window is None else plan.window
+        k, m, q, sinks, place = (tensor.flatten(0, 1) for tensor in (keys, mask, queries, sinks, place))
+        scores = window_peak(k, m, q, sinks, place, scale, causal, window)
+    else:
+        scorer = SCORERS.get(plan.method) or functools.partial(custom.call, plan.method)
+        flat = (tensor.flatten(0, 2).split(CHUNKS_AT_ONCE) for tensor in (keys, mask, queries))
+        parts = [scorer(k, m, q, scale, causal, plan.seed) for k, m, q in zip(*flat, strict=True)]
+        scores = torch.cat(parts)
+    return scores.reshape(batch, heads, keys.shape[2] * plan.chunk)[..., :length].masked_fill(~finite, math.inf)
 
 
 def sink_index(key: torch.Tensor, valid: torch.Tensor | None, sinks: int) -> torch.Tensor:
@@ -117,7 +113,7 @@ def summarize(
     valid: torch.Tensor | None,
     scores: torch.Tensor | None,
     plan: Plan,
-    cluster: Clustering | None = None,
+    cluster: Clusters | None = None,
 ) -> Summary:
     """Cluster and select the keys of every chunk; see ``Summary``.
 
@@ -182,11 +178,11 @@ def clusters(
     places = keys.shape[2] * plan.chunk
     keys, inside = keys.flatten(0, 2), member.reshape(-1, plan.chunk)
     parts = [
-        _represent(keys[at : at + CHUNKS_AT_ONCE], inside[at : at + CHUNKS_AT_ONCE], plan.cluster)
+        _represent(keys[at : at + CHUNKS_AT_ONCE], inside[at : at + CHUNKS_AT_ONCE], plan)
         for at in range(0, len(keys), CHUNKS_AT_ONCE)
     ]
     if not parts:
-        parts = [_represent(keys, inside, plan.cluster)]
+        parts = [_represent(keys, inside, plan)]
     order, mean, spread, size = (torch.cat(p) for p in zip(*parts, strict=True))
     first = torch.arange(0, places, plan.chunk, device=key.device)
     order = order.view(batch, heads, places // plan.chunk, plan.chunk) + first.unsqueeze(1)
@@ -201,10 +197,11 @@ def clusters(
 
 
 def _represent(
-    keys: torch.Tensor, member: torch.Tensor, cluster: int
+    keys: torch.Tensor, member: torch.Tensor, plan: Plan
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Order of the chunks' keys by cluster, and each cluster's mean, spread and size."""
-    order = pca_tree(keys, member, cluster)
+    cluster = plan.cluster
+    order = CLUSTERINGS[plan.clustering](keys, member, cluster)
     live = keys.where(member.unsqueeze(2), 0)
     inside = live.gather(1, order.unsqueeze(2).expand_as(keys)).unflatten(1, (-1, cluster))
     weight = member.gather(1, order).unflatten(1, (-1, cluster)).unsqueeze(3).to(keys.dtype)
@@ -266,10 +263,12 @@ def _levels_used(owner: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 def _best_of_chunks(scores: torch.Tensor, member: torch.Tensor, plan: Plan) -> tuple[torch.Tensor, torch.Tensor]:
     """Places ``[B, Hkv, C, keep]`` of each chunk's ``keep`` best members, ascending, and their scores.
 
-    Ties go to the first; a place that is no member scores -inf, any member more.
+    Ties go to the first; a place that is no member, or scores less than the threshold, gets -inf, any other more.
     """
     lowest = torch.finfo(scores.dtype).min
     ranked = _pad_places(scores, plan.chunk).nan_to_num(nan=math.inf, posinf=math.inf, neginf=lowest)
+    if plan.threshold:
+        member = member & (ranked >= plan.threshold)
     ranked = ranked.masked_fill(~member, NEG_INF).unflatten(2, (-1, plan.chunk))
     best = ranked.argsort(dim=3, descending=True, stable=True)[..., : plan.keep].sort(3).values
     first = torch.arange(0, member.shape[2], plan.chunk, device=scores.device)

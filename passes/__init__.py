@@ -3,6 +3,7 @@
 from .config import Config
 from .diff import GraphDiff, diff
 from .find import find
+from .plans import Calibration, SitePlan
 from .reasons import REASONS
 from .report import Report, SiteReport
 from .rewrite import rewrite
@@ -12,10 +13,12 @@ from .snapshot import Snapshot, snapshot
 __all__ = [
     "REASONS",
     "Attention",
+    "Calibration",
     "Config",
     "GraphDiff",
     "Report",
     "Site",
+    "SitePlan",
     "SiteReport",
     "Snapshot",
     "diff",

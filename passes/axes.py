@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
@@ -19,7 +20,24 @@ Result = TypeVar("Result")
 
 
 class Miss(Exception):
-    """Nearly an attention; the message is a coded reason."""
+    """Nearly an attention; the message is a coded reason.
+
+    ``node``: what did not hold is about it. A miss that is raised without one gets that of the innermost ``about``.
+    """
+
+    def __init__(self, reason: str, node: fx.Node | None = None) -> None:
+        super().__init__(reason)
+        self.node = node
+
+
+@contextmanager
+def about(node: fx.Node) -> Iterator[None]:
+    """What is missed inside is about ``node``, where nothing nearer is named."""
+    try:
+        yield
+    except Miss as miss:
+        miss.node = miss.node or node
+        raise
 
 
 @dataclass
@@ -117,7 +135,7 @@ class Prover:
     def whole(self, node: fx.Node, index: Index, role: str) -> Operand:
         found = operand(node, index, value_of(node).shape, self.sizes)
         if found is None:
-            raise Miss(f"unproved_axes: of the {role}")
+            raise Miss(f"unproved_axes: of the {role}", node)
         return found
 
     def unrepeated(self, node: fx.Node, index: Index, role: str, own: Sequence[Any]) -> Operand:
@@ -152,13 +170,13 @@ class Prover:
         mine = [c for at in self.index for c in self.sizes if sympy.sympify(at).has(c) and c != k]
         in_q, in_k, in_v = ({c for c in mine if c in o.coordinates} for o in (query, key, value))
         if in_k - in_q:
-            raise Miss("broadcast_query: the key has an axis that the query lacks")
+            raise Miss("broadcast_query: the key has an axis that the query lacks", key.node)
         if set(mine) != in_q:
             raise Miss("unproved_axes: the logits have an axis that neither query nor key has")
         if in_v != in_k:
             if self.undo_repeats:
                 raise Regroup
-            raise Miss("broadcast_value: key and value do not have the same batch and head axes")
+            raise Miss("broadcast_value: key and value do not have the same batch and head axes", value.node)
         alone = [c for c in mine if c not in in_k]
         shared = [c for c in mine if c in in_k]
         # The last shared axis is the heads; anything before it counts as batch. A first axis is batch.

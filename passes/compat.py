@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -56,6 +57,12 @@ def value_of(node: fx.Node) -> Any:
     return node.meta.get("val") if found is None else found
 
 
+def copied(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy with the same weights; its code is made only when it is asked for, where that holds for ``gm``."""
+    kind = _LazyGraphModule if isinstance(gm, _LazyGraphModule) else fx.GraphModule
+    return kind(gm, copy.deepcopy(gm.graph), type(gm).__name__)
+
+
 def has_shapes(gm: fx.GraphModule) -> bool:
     """Whether a graph's nodes say what they compute."""
     return any("example_value" in node.meta or "val" in node.meta for node in gm.graph.nodes)
@@ -64,6 +71,35 @@ def has_shapes(gm: fx.GraphModule) -> bool:
 def add_shapes(gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
     """Run fake inputs through the graph and set ``node.meta["val"]``."""
     FakeTensorProp(gm, FakeTensorMode(allow_non_fake_inputs=True)).propagate(*inputs)
+
+
+def add_value(node: fx.Node, known: dict[str, Any]) -> None:
+    """Set ``node.meta["val"]`` of a call on nodes that say what they compute; nothing where that cannot be run.
+
+    ``known``: of earlier calls: the same call on alike tensors is run once.
+    """
+    try:
+        given = fx.map_arg((node.args, node.kwargs), lambda n: _look(value_of(n)))
+        key = f"{node.target} {given}"
+        if key in known:
+            node.meta["val"] = known[key]
+            return
+        args: Any = fx.map_arg(node.args, value_of)
+        kwargs: Any = fx.map_arg(node.kwargs, value_of)
+        with torch.no_grad():
+            if node.op == "call_method":
+                node.meta["val"] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
+            elif callable(node.target):
+                node.meta["val"] = node.target(*args, **kwargs)
+        known[key] = node.meta["val"]
+    except Exception:  # it is for readers: what is not known is not shown
+        return
+
+
+def _look(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"{value.dtype} {tuple(value.shape)} {value.stride()} {value.device}"
+    return f"({', '.join(map(_look, value))})" if isinstance(value, (tuple, list)) else repr(value)
 
 
 def trace(function: Callable[..., Any], fakes: Sequence[Any]) -> fx.GraphModule:

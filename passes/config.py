@@ -9,6 +9,8 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from ..kernels.plan import OptionError, Plan, check_int
+from .planfile import load
+from .plans import Calibration
 
 INNER = ("inductor", "aot_eager", "eager")
 
@@ -26,6 +28,8 @@ class Config(Plan):
         include: globs over module paths; a site whose path matches none runs exact.
         exclude: globs over module paths; a site whose path matches one runs exact.
         only_if_faster: keep sites exact where the cost model expects no gain.
+        plan: a plan for each site, as ``calibrate`` makes it: a file's path, its data, or a ``Calibration``. Sites
+            that it does not know run exact; not together with settings of a ``Plan``.
         dump: folder to write every stage of every graph to, as Python; also ``PRESCORE_DUMP=folder``.
 
     Raises:
@@ -37,6 +41,7 @@ class Config(Plan):
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
     only_if_faster: bool = True
+    plan: Calibration | str | os.PathLike[str] | Mapping[str, Any] | None = None
     dump: str | None = None
 
     def __post_init__(self) -> None:
@@ -55,6 +60,14 @@ class Config(Plan):
             if not isinstance(value, (list, tuple)) or not all(isinstance(glob, str) for glob in value):
                 raise OptionError(key, value, "a list or tuple of glob strings")
             object.__setattr__(self, key, tuple(value))
+        if self.plan is not None:
+            object.__setattr__(self, "plan", load(self.plan))
+            usual = Plan().settings()
+            given = {key: value for key, value in self.settings().items() if value != usual[key]}
+            if given:
+                raise OptionError(
+                    "plan", "a plan file", f"not together with {_listed(given)}: it says what each site runs with"
+                )
 
     @classmethod
     def exact(cls, **options: Any) -> Config:
@@ -74,11 +87,20 @@ class Config(Plan):
         return cls(**(options or {}))
 
     @property
-    def plan(self) -> Plan:
-        """The plan of every rewritten site."""
+    def default_plan(self) -> Plan:
+        """The plan of every rewritten site, where ``plan`` gives none."""
         return Plan(**self.settings())
+
+    @property
+    def site_plans(self) -> Calibration | None:
+        """What ``plan`` holds."""
+        return self.plan if isinstance(self.plan, Calibration) else None
 
     def covers(self, module: str) -> bool:
         """Whether ``include`` and ``exclude`` let a site of this module path be rewritten."""
         included = any(fnmatchcase(module, glob) for glob in self.include)
         return included and not any(fnmatchcase(module, glob) for glob in self.exclude)
+
+
+def _listed(settings: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key}={value!r}" for key, value in settings.items())

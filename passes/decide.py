@@ -7,15 +7,19 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import sympy
+from sympy.core.function import AppliedUndef
+from torch import fx
 
 from ..kernels import cpu
 from ..kernels.logits import NOTHING, Logits, parse
 from ..kernels.plan import Plan
 from ..kernels.triton import device
 from . import cost
-from .compat import hint, known_equal, value_of
+from .compat import hint, known_equal, symbolic, value_of
 from .config import Config
-from .masks import Mask, lift
+from .keys import K, Q
+from .masks import Lifted, Mask, attends_itself, lift
+from .plans import SiteKey
 from .report import SiteReport
 from .rules import failed_at, rule_of
 from .site import Attention, Site
@@ -37,18 +41,33 @@ class Decision:
         return not self.reason
 
 
-def decide(site: Site, config: Config) -> Decision:
-    """Check, in this order: the user's wish, what is computed, the mask, the length, the gain.
+def decide(site: Site, config: Config, key: str = "", known: Lifted | None = None) -> Decision:
+    """Check, in this order: the user's wish, what is computed, the mask, the plan file, the length, the gain.
+
+    ``key``: the site's name in a plan file.
 
     With dynamic lengths the comparison with ``min_seq_len`` (or the break-even length) becomes a
-    guard: two compiled graphs, one on each side, never one a length.
+    guard: two compiled graphs, one on each side, never one a length. ``known``: as for ``lift``.
     """
     reason = "" if config.covers(site.module) else "excluded"
     reason = reason or _unsupported(site)
-    mask = Mask("?") if reason else lift(site)
+    plan: Plan | None = None
+    mask = Mask("?") if reason else lift(site, known)
     if not reason and site.attention is not None:
-        reason = mask.reason or _pairs(site.attention, mask, config.plan) or _lengths(site.attention, mask, config)
-    return Decision(site, mask, reason, None if reason else config.plan)
+        plan, reason = (None, mask.reason) if mask.reason else _planned(site.attention, mask, config, key)
+        if plan is not None:
+            reason = _pairs(site.attention, mask, plan) or _lengths(site.attention, mask, config, plan)
+    return Decision(site, mask, reason, None if reason else plan)
+
+
+def _planned(attention: Attention, mask: Mask, config: Config, key: str) -> tuple[Plan | None, str]:
+    """The site's plan, or why there is none."""
+    plans = config.site_plans
+    if plans is None:
+        return config.default_plan, ""
+    shape = _shape(attention, mask.causal)
+    sizes = {name: getattr(shape, name) for name in ("heads", "kv_heads", "head_dim", "value_dim", "causal")}
+    return plans.find(SiteKey(key, **sizes))
 
 
 def logits_of(attention: Attention, mask: Mask) -> Logits:
@@ -66,15 +85,34 @@ def _pairs(attention: Attention, mask: Mask, plan: Plan) -> str:
         return f"{mask.needs or 'softcap: ' + format(logits.softcap, 'g')}; a centroid stands for several keys"
     if not mask.needs:
         return ""
+    taken = device.type == "cuda" and _told(logits) and _safe(attention, mask, plan)
+    return "" if taken and all(value_of(node).device == device for node in mask.loads) else mask.needs
+
+
+def _told(logits: Logits) -> bool:
+    """Whether the operators and the kernels can say it."""
     try:
-        read = logits.lifted, logits.reach
-        told = parse(logits.text) == logits and bool(read)
+        return parse(logits.text).text == logits.text and bool(logits.lifted) and bool(logits.reach)
     except Exception:  # an expression that no printer knows costs the speed, never the model
-        told = False
-    here = all(value_of(node).device == device for node in mask.loads)
-    # Which keys are after a query must not show in which clusters it gets.
-    safe = mask.causal or logits.allowed == sympy.true or plan.window is None
-    return "" if device.type == "cuda" and told and here and safe else mask.needs
+        return False
+
+
+def _safe(attention: Attention, mask: Mask, plan: Plan) -> bool:
+    """Whether a query never loses what it may attend, nor sees what it may not through its choices."""
+    logits = mask.logits
+    floats = {name for name, node in zip(logits.tensors, mask.loads, strict=True) if _is_float(node)}
+    read = sympy.sympify(logits.bias).atoms(AppliedUndef)
+    if any(atom.func.__name__ in floats and (atom.has(K) or atom.has(Q)) for atom in read):
+        return False  # may forbid keys, with numbers that only the run time knows
+    if logits.allowed == sympy.true or plan.window is None:
+        return True
+    # Which keys are after a query must not show in which clusters it gets; it must always have a key in its window.
+    shift = symbolic(attention.size(attention.k)) - symbolic(attention.size(attention.q))
+    return mask.causal and attends_itself(logits.allowed, shift)
+
+
+def _is_float(node: fx.Node) -> bool:
+    return bool(value_of(node).dtype.is_floating_point)
 
 
 def _unsupported(site: Site) -> str:
@@ -83,7 +121,7 @@ def _unsupported(site: Site) -> str:
         return site.reason
     if not isinstance(attention.dropout, (int, float)) or attention.dropout != 0:
         return f"dropout: {attention.dropout}"
-    if _transformed(site):
+    if site.transformed:
         return "function_transform"
     tensors = [value_of(o.node) for o in (attention.query, attention.key, attention.value)]
     dtypes = [t.dtype for t in tensors]
@@ -106,30 +144,18 @@ def _unsupported(site: Site) -> str:
     return "no_compiler" if on_cpu and not cpu.available() else ""
 
 
-def _transformed(site: Site) -> bool:
-    """Whether the site lies between the begin and the end of a torch.func transform."""
-    depth = 0
-    for node in site.output.graph.nodes:
-        if node is site.output:
-            break
-        if "_functorch" in str(getattr(node.target, "__module__", "")):
-            name = node.target.__name__
-            depth += name.endswith("increment_nesting") - name.endswith("decrement_nesting")
-    return depth != 0
-
-
-def _lengths(attention: Attention, mask: Mask, config: Config) -> str:
+def _lengths(attention: Attention, mask: Mask, config: Config, plan: Plan) -> str:
     q_len, length = attention.size(attention.q), attention.size(attention.k)
     same = known_equal(q_len, length)
-    if not same and not mask.causal and config.window is not None:
+    if not same and not mask.causal and plan.window is not None:
         return "cross_attention"
-    if not same and config.keep and config.method == "peak":
-        return "cross_attention: method peak scores keys by the queries at their own positions"
+    if not same and plan.keep and plan.reads_queries:
+        return f"cross_attention: method {plan.method} scores keys by the queries at their own positions"
     if not bool(length >= config.min_seq_len):
         return "too_short"
     if not config.only_if_faster:
         return ""
-    even = cost.break_even(_shape(attention, mask.causal), config.plan)
+    even = cost.break_even(_shape(attention, mask.causal), plan)
     if even is None or not bool(length >= even):
         return f"not_faster: breaks even at {even} keys" if even else "not_faster: at no length"
     return ""
@@ -158,15 +184,19 @@ def _costs(shape: cost.Shape, plan: Plan | None, length: int) -> tuple[int, int 
     return exact, prescored, cost.at(cost.density(plan, shape.causal), length)
 
 
-def describe(decision: Decision, kind: str) -> SiteReport:
-    """The decision as data, with its costs at the sizes compiled for."""
+def describe(decision: Decision, kind: str, key: str = "") -> SiteReport:
+    """The decision as data, with its costs at the sizes compiled for; ``key``: the site's name in a plan file."""
     site, plan, attention = decision.site, decision.plan, decision.site.attention
     exact: int | None = None
     prescored: int | None = None
     share: float | None = None
     sizes: dict[str, Any] = {}
+    kernel: dict[str, Any] = {}
+    device_type = ""
     if attention is not None:
         a = attention
+        device_type = value_of(a.query.node).device.type
+        kernel = _kernel(decision, a) if plan else {}
         named = {"batch": a.batch, "heads": a.heads, "kv_heads": a.kv_heads, "q_len": (a.q,), "k_len": (a.k,)}
         named["head_dim"] = (a.d,)
         sizes = {name: str(a.size(*coordinates)) for name, coordinates in named.items()}
@@ -187,4 +217,21 @@ def describe(decision: Decision, kind: str) -> SiteReport:
         density=share,
         rule=rule_of(site, kind),
         failed="" if decision.rewrite else failed_at(site, decision.reason),
+        key=key,
+        value_dim=None if attention is None else hint(attention.size(attention.e)),
+        causal=decision.mask.causal,
+        device=device_type,
+        kernel=kernel,
     )
+
+
+def _kernel(decision: Decision, a: Attention) -> dict[str, Any]:
+    """What the kernels of a rewritten site are specialised with, beside its plan."""
+    return {
+        "dim": int(a.size(a.d)),
+        "value_dim": int(a.size(a.e)),
+        "group": int(a.size(*a.heads)) // int(a.size(*a.kv_heads)),
+        "dtype": str(value_of(decision.site.output).dtype).removeprefix("torch."),
+        "causal": decision.mask.causal,
+        "valid": decision.mask.keys is not None,
+    }

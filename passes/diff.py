@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-import networkx
-
 from .matching import increasing, matching
 from .snapshot import Graph, Node, Snapshot, snapshot
 
@@ -105,6 +103,8 @@ class GraphDiff:
         """
         rewired = dict(self.rewired)
         changed = [("-", at) for at in self.removed] + [("+", at) for at in (*self.added, *rewired.values())]
+        import networkx  # slow to import, and seldom needed
+
         graph = networkx.Graph()
         graph.add_nodes_from(changed)
         for sign, side in (("-", self.before), ("+", self.after)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -56,6 +57,7 @@ def find_here(gm: fx.GraphModule) -> list[Site]:
     """``find`` without the bodies, in a graph that has shapes."""
     memory = Memory(gm.graph)
     sites: list[Site] = []
+    transformed = _transformed(gm.graph)
     for node in gm.graph.nodes:
         call = fused_call(node)
         alive = any(user.users or user.op == "output" for user in node.users)
@@ -70,7 +72,19 @@ def find_here(gm: fx.GraphModule) -> list[Site]:
             site = _hand_written(node, memory)
             if site is not None:
                 sites.append(site)
-    return sites
+    return [replace(site, transformed=True) if site.output in transformed else site for site in sites]
+
+
+def _transformed(graph: fx.Graph) -> set[fx.Node]:
+    """What lies between the begin and the end of a torch.func transform."""
+    depth, found = 0, set()
+    for node in graph.nodes:
+        if depth:
+            found.add(node)
+        if "_functorch" in str(getattr(node.target, "__module__", "")):
+            name = node.target.__name__
+            depth += name.endswith("increment_nesting") - name.endswith("decrement_nesting")
+    return found
 
 
 def add_missing_shapes(gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
@@ -97,7 +111,7 @@ def _fused(node: fx.Node, call: Any, memory: Memory) -> Site:
     try:
         return _site(output_of(node), node, "sdpa", prove_fused(node, call, memory), "", memory)
     except Miss as miss:
-        return _site(node, node, "sdpa", None, str(miss), memory)
+        return replace(_site(node, node, "sdpa", None, str(miss), memory), missed=miss.node)
     except Exception as error:  # an unforeseen spelling must cost the speed, never the model
         return _site(node, node, "sdpa", None, _unforeseen(error), memory)
 
@@ -106,7 +120,7 @@ def _hand_written(softmax: fx.Node, memory: Memory) -> Site | None:
     try:
         found = match(softmax, memory)
     except Miss as miss:
-        return _site(softmax, softmax, "hand-written", None, str(miss), memory)
+        return replace(_site(softmax, softmax, "hand-written", None, str(miss), memory), missed=miss.node)
     except Exception as error:
         return _site(softmax, softmax, "hand-written", None, _unforeseen(error), memory)
     if found is None:

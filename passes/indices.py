@@ -7,6 +7,7 @@ is a bijection. ``divide`` knows the ranges, so that splitting and merging axes 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -22,7 +23,11 @@ Index = tuple[Any, ...]
 Sizes = Mapping[sympy.Symbol, Any]
 """How many values each coordinate takes: ints or SymInts."""
 
+Ranges = tuple[tuple[sympy.Symbol, sympy.Expr], ...]
+"""The same as expressions. Layers that are alike ask the same of them, which is worked out once."""
+
 ZERO = sympy.Integer(0)
+_MOST_KNOWN = 4096
 
 
 class NotAView(Exception):
@@ -43,9 +48,18 @@ def broadcast(shape: Sequence[Any], index: Index) -> Index:
     return tuple(ZERO if is_one(size) else at for at, size in zip(own, shape, strict=True))
 
 
+def ranges(sizes: Sizes) -> Ranges:
+    return tuple((c, symbolic(size)) for c, size in sizes.items())
+
+
 def divide(value: Any, by: Any, sizes: Sizes) -> tuple[Any, Any]:
     """``(value // by, value % by)`` for non-negative ``value``, simplified by the coordinates' ranges."""
-    whole, rest = ZERO, ZERO
+    return _divided(value, by, ranges(sizes))
+
+
+@functools.lru_cache(_MOST_KNOWN)
+def _divided(value: Any, by: Any, known: Ranges) -> tuple[Any, Any]:
+    whole, rest, sizes = ZERO, ZERO, dict(known)
     for term in sympy.Add.make_args(sympy.expand(value)):
         quotient = sympy.cancel(term / by)
         if sympy.denom(quotient) == 1:
@@ -58,20 +72,24 @@ def divide(value: Any, by: Any, sizes: Sizes) -> tuple[Any, Any]:
     return whole, sympy.expand(rest)
 
 
-def _below(value: Any, limit: Any, sizes: Sizes) -> bool:
+def _below(value: Any, limit: Any, sizes: Mapping[sympy.Symbol, sympy.Expr]) -> bool:
     """Whether ``0 <= value < limit`` whatever the coordinates are."""
     highest = ZERO
     for term in sympy.Add.make_args(value):
         inside = [s for s in term.free_symbols if s in sizes]
         if len(inside) > 1 or not term.is_nonnegative or (inside and sympy.degree(term, inside[0]) != 1):
             return False
-        highest += term.subs(inside[0], symbolic(sizes[inside[0]]) - 1) if inside else term
+        highest += term.subs(inside[0], sizes[inside[0]] - 1) if inside else term
     return bool(sympy.expand(limit - 1 - highest).is_nonnegative)
 
 
 def regroup(index: Index, shape: Sequence[Any], other: Sequence[Any], sizes: Sizes) -> Index:
     """The index in ``other`` of element ``index`` of ``shape``, both row-major over the same elements."""
-    old, new = [symbolic(s) for s in shape], [symbolic(s) for s in other]
+    return _moved(index, tuple(map(symbolic, shape)), tuple(map(symbolic, other)), ranges(sizes))
+
+
+@functools.lru_cache(_MOST_KNOWN)
+def _moved(index: Index, old: tuple[Any, ...], new: tuple[Any, ...], known: Ranges) -> Index:
     found: list[Any] = []
     i = j = 0
     while i < len(old) or j < len(new):
@@ -86,12 +104,12 @@ def regroup(index: Index, shape: Sequence[Any], other: Sequence[Any], sizes: Siz
             elif i < len(old) and j < len(new):
                 i, j = i + 1, j + 1
             else:
-                raise NotAView(f"shapes {tuple(shape)} and {tuple(other)} hold different elements")
-        found += _regrouped(index[begin:i], old[begin:i], new[start:j], sizes)
+                raise NotAView(f"shapes {old} and {new} hold different elements")
+        found += _regrouped(index[begin:i], old[begin:i], new[start:j], known)
     return tuple(found)
 
 
-def _regrouped(index: Index, old: list[Any], new: list[Any], sizes: Sizes) -> list[Any]:
+def _regrouped(index: Index, old: Sequence[Any], new: Sequence[Any], known: Ranges) -> list[Any]:
     kept = [at for at, size in zip(index, old, strict=True) if size != 1]
     if len(kept) == 1 and sum(size != 1 for size in new) == 1:
         return [ZERO if size == 1 else kept[0] for size in new]
@@ -100,7 +118,7 @@ def _regrouped(index: Index, old: list[Any], new: list[Any], sizes: Sizes) -> li
         linear = linear * size + at
     found: list[Any] = []
     for size in reversed(new[1:]):
-        linear, rest = (linear, ZERO) if size == 1 else divide(linear, size, sizes)
+        linear, rest = (linear, ZERO) if size == 1 else _divided(linear, size, known)
         found.append(rest)
     return [sympy.expand(linear), *reversed(found)] if new else []
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,12 +12,13 @@ import torch
 from sympy.core.function import AppliedUndef
 from torch import fx
 
-from ..kernels.logits import NOTHING, Logits
+from ..kernels.logits import NOTHING, Logits, settled
 from .compat import guard_equal, known_equal, symbolic, value_of
 from .elements import Elements, NotClosedForm
-from .indices import divide
+from .indices import divide, ranges
 from .keys import B, H, K, Keys, Q, only_of_keys
 from .maths import plain
+from .memory import Memory
 from .site import Add, Attention, Site, Term, Times
 
 LOWEST = -9e8
@@ -68,8 +70,15 @@ class _Opaque(Exception):
     """A term without a closed form, and why."""
 
 
-def lift(site: Site) -> Mask:
-    """Read the producer graphs of the site's terms."""
+Lifted = dict[Hashable, tuple[Mask, _Meaning]]
+"""What is known of a graph's masks, by all that they depend on: layers that share a mask are asked once."""
+
+
+def lift(site: Site, known: Lifted | None = None) -> Mask:
+    """Read the producer graphs of the site's terms.
+
+    ``known``: of the same graph; what is read is added.
+    """
     attention = site.attention
     assert attention is not None
     q_len, k_len = attention.size(attention.q), attention.size(attention.k)
@@ -79,43 +88,74 @@ def lift(site: Site) -> Mask:
         if not known_equal(q_len, k_len):
             return Mask("k <= q", reason="causal_misaligned")
         return Mask("k <= q", causal=True)
-    exact, reader = (Elements(site.memory, attention.sizes, rounded=rounded) for rounded in (False, True))
-    try:
-        meaning = _meaning(attention, exact)
-    except _Opaque as why:
-        try:
-            told = _meaning(attention, reader)
-        except _Opaque:
-            return Mask(_name(attention.terms), reason=f"opaque_mask: {why}")
-        text = _told(told, attention)
-        closed = told.bias != 0 and not _opaque_atoms(named(told.bias, attention))
-        return Mask(text, reason=f"unsupported_mask: {text}" if closed else f"opaque_mask: {why}")
+    known = {} if known is None else known
+    key = _question(attention)
+    if key not in known:
+        known[key] = _answer(attention, site.memory)
+    mask, meaning = known[key]
     shift = symbolic(k_len) - symbolic(q_len)
-    bias = named(meaning.bias, attention)
-    if bias != 0 and _opaque_atoms(bias):
-        text = _told(meaning, attention)
-        return Mask(text, reason=f"opaque_mask: {text}")
-    mask = _classify(attention, named(meaning.allowed, attention), exact, shift)
-    if bias != 0 and not mask.reason:
-        text = _told(meaning, attention)
-        mask = replace(mask, text=text, needs=f"unsupported_mask: {text}")
-    elif bias != 0:
-        return Mask(_told(meaning, attention), reason=mask.reason)
-    mask = _of_pairs(mask, bias, exact)
     nodes = [*mask.loads, *(mask.keys.nodes if mask.keys is not None else ())]
     if any(site.memory.changes(node, site.output) for node in nodes):
         return Mask(mask.text, reason="opaque_mask: modified in place")
     # A query without keys gives 0 under -inf (where torch's softmax gives NaN), but the mean of all
     # values under a finite number.
     always_a_key = mask.keys is None and shift.is_nonnegative
-    if mask.logits.allowed != sympy.true:
-        itself = sympy.simplify(mask.logits.allowed.subs(K, Q + shift)) == sympy.true
-        always_a_key = always_a_key and shift == 0 and itself
-    if mask.reason or not meaning.finite or always_a_key:
+    if mask.reason or not meaning.finite or (always_a_key and _every_query(mask.logits.allowed, shift)):
         return mask
     if len(meaning.finite) == 1 and meaning.uniform and not mask.needs and (not mask.causal or shift == 0):
         return replace(mask, mean=True)
     return Mask(mask.text, reason="additive_mask: finite numbers where padded queries have no key")
+
+
+def _question(a: Attention) -> Hashable:
+    """All of an attention that its mask depends on."""
+    return a.terms, a.batch, a.heads, a.q, a.k, ranges(a.sizes), value_of(a.query.node).dtype
+
+
+def _answer(attention: Attention, memory: Memory) -> tuple[Mask, _Meaning]:
+    """The mask, as far as it does not depend on the site, and what it is made from."""
+    exact, reader = (Elements(memory, attention.sizes, rounded=rounded) for rounded in (False, True))
+    try:
+        meaning = _meaning(attention, exact)
+    except _Opaque as why:
+        try:
+            told = _meaning(attention, reader)
+        except _Opaque:
+            return Mask(_name(attention.terms), reason=f"opaque_mask: {why}"), _Meaning()
+        text = _told(told, attention)
+        closed = told.bias != 0 and not _opaque_atoms(named(told.bias, attention))
+        return Mask(text, reason=f"unsupported_mask: {text}" if closed else f"opaque_mask: {why}"), told
+    bias = named(meaning.bias, attention)
+    if bias != 0 and _opaque_atoms(bias):
+        text = _told(meaning, attention)
+        return Mask(text, reason=f"opaque_mask: {text}"), meaning
+    shift = symbolic(attention.size(attention.k)) - symbolic(attention.size(attention.q))
+    mask = _classify(attention, named(meaning.allowed, attention), exact, shift)
+    if bias != 0:
+        text = _told(meaning, attention)
+        mask = (
+            Mask(text, reason=mask.reason)
+            if mask.reason
+            else replace(mask, text=text, needs=f"unsupported_mask: {text}")
+        )
+    return _of_pairs(mask, bias, exact), meaning
+
+
+@functools.cache
+def attends_itself(allowed: Any, shift: Any) -> bool:
+    """Whether what is said of pairs lets each query attend the key at its own position, ``q + shift``.
+
+    What is said of a query alone does not count: where it says no, the query has no key at all.
+    """
+    of_keys = sympy.And(*(term for term in sympy.And.make_args(allowed) if term.has(K)))
+    return bool(sympy.simplify(of_keys.subs(K, Q + shift)) == sympy.true)
+
+
+def _every_query(allowed: Any, shift: Any) -> bool:
+    """Whether each query may attend a key."""
+    return allowed == sympy.true or (
+        all(term.has(K) for term in sympy.And.make_args(allowed)) and shift == 0 and attends_itself(allowed, shift)
+    )
 
 
 def named(expr: Any, attention: Attention) -> Any:
@@ -268,17 +308,20 @@ def _of_pairs(mask: Mask, bias: Any, elements: Elements) -> Mask:
     """With the bias, and what is read by short names, so that layers share their kernels."""
     found = (mask.logits.allowed, sympy.sympify(bias))
     names = sorted({atom.func.__name__ for expr in found for atom in expr.atoms(AppliedUndef)})
-    short = {name: sympy.Function(f"t{at}") for at, name in enumerate(names)}
+    short = {name: sympy.Function(f"t{at:02}") for at, name in enumerate(names)}
 
     def renamed(expr: Any) -> Any:
         return expr.replace(lambda e: isinstance(e, AppliedUndef), lambda e: short[e.func.__name__](*e.args))
 
-    return replace(mask, logits=Logits(*map(renamed, found)), loads=tuple(elements.loads[name] for name in names))
+    logits = settled(Logits(*map(renamed, found)))
+    loads = tuple(elements.loads[names[int(name[1:])]] for name in logits.tensors)
+    return replace(mask, logits=logits, loads=loads)
 
 
 def _conjuncts(meaning: Any) -> Iterable[Any]:
     if meaning == sympy.true:
         return ()
+    meaning = _tidy(sympy.to_nnf(meaning, simplify=False))
     return meaning.args if isinstance(meaning, sympy.And) else (meaning,)
 
 

@@ -16,7 +16,7 @@ import sympy
 import torch
 from torch import fx
 
-from .axes import Axes, Miss, Prover, prove
+from .axes import Axes, Miss, Prover, about, prove
 from .calls import SHAPE_ONLY, Call, call_of, dropout_of, is_dead, is_float
 from .compat import gradient_stops, known_equal, symbolic, value_of
 from .contract import Labels, Product, product
@@ -115,7 +115,8 @@ class _Matcher(Prover):
     def _logits(self, node: Any, index: Index) -> _Logits | None:
         if not isinstance(node, fx.Node) or not is_float(value_of(node)) or (node, index) in self._not_logits:
             return None
-        found = self._made(node, index)
+        with about(node):
+            found = self._made(node, index)
         if found is None:  # what is used twice a step would double the work with each
             self._not_logits.add((node, index))
         return found
@@ -360,23 +361,28 @@ class _Matcher(Prover):
             if not goals:
                 return None
             if len(users) > 1:
-                raise Miss(
-                    f"weights_observed: also by {next((u for u in users if u not in goals[:1]), users[-1]).name}"
-                )
+                other = next((u for u in users if u not in goals[:1]), users[-1])
+                raise Miss(f"weights_observed: also by {other.name}", other)
             (user,) = users
-            call = call_of(user)
-            if "out" in user.kwargs or "out" in self.softmax.kwargs:
-                raise Miss("modified_in_place: out=")
-            found = product(user, call)
-            if found is not None:
-                if found.left is found.right:
-                    raise Miss("unproved_axes: the weights meet themselves")
-                if way.node is found.added:
-                    raise Miss("weights_changed: baddbmm adds them")
-                way.user, way.product = user, found
-                return way
-            self._step(way, user, call)
+            with about(user):
+                if self._arrives(way, user):
+                    return way
+                self._step(way, user, call_of(user))
         raise Miss("weights_changed: too often")
+
+    def _arrives(self, way: _Weights, user: fx.Node) -> bool:
+        """Whether ``user`` is the product with the values."""
+        if "out" in user.kwargs or "out" in self.softmax.kwargs:
+            raise Miss("modified_in_place: out=")
+        found = product(user, call_of(user))
+        if found is None:
+            return False
+        if found.left is found.right:
+            raise Miss("unproved_axes: the weights meet themselves")
+        if way.node is found.added:
+            raise Miss("weights_changed: baddbmm adds them")
+        way.user, way.product = user, found
+        return True
 
     def _step(self, way: _Weights, user: fx.Node, call: Call) -> None:
         if self.memory.stale(way.node):
@@ -429,17 +435,19 @@ class _Matcher(Prover):
         k = None if key_axis == 0 else key_axis
         d, e = coordinate("d"), coordinate("e")
         self.cut([*logits.index, *weights.index, *(x for t in logits.terms for x in getattr(t, "index", ()))])
-        first, second = self._sides(logits.product, logits.index, d)
+        with about(logits.node):
+            first, second = self._sides(logits.product, logits.index, d)
         # The operand that has the key axis is the key; with one key, the right one.
         query, key = (second, first) if k is not None and sympy.Tuple(*first[1]).has(k) else (first, second)
         if k is not None and sympy.Tuple(*query[1]).has(k):
-            raise Miss("wrong_axis: query and key share the axis of the softmax")
+            raise Miss("wrong_axis: query and key share the axis of the softmax", query[0])
         if k is not None and not sympy.Tuple(*key[1]).has(k):
-            raise Miss("wrong_axis: the key has no axis that the softmax runs over")
-        value, out = self._value(weights, k, e)
+            raise Miss("wrong_axis: the key has no axis that the softmax runs over", key[0])
+        with about(weights.user):
+            value, out = self._value(weights, k, e)
         for (node, _), made in ((query, self.softmax), (key, self.softmax), (value, weights.user)):
             if gradient_stops(node, made):
-                raise Miss("unsupported_logits: without a gradient that its operands want")
+                raise Miss("unsupported_logits: without a gradient that its operands want", node)
         dtype = value_of(weights.user).dtype
         rounded = [t for t in self.dtypes if torch.finfo(t).eps > torch.finfo(dtype).eps]
         if rounded:
@@ -447,18 +455,18 @@ class _Matcher(Prover):
         query, key = ((self._uncast(node, dtype), at) for node, at in (query, key))
         finer = [n for n, _ in (query, key) if torch.finfo(value_of(n).dtype).eps < torch.finfo(dtype).eps]
         if finer and torch.finfo(value_of(logits.node).dtype).eps < torch.finfo(dtype).eps:
-            raise Miss(f"unsupported_logits: of more bits than the output, {value_of(finer[0]).dtype}")
+            raise Miss(f"unsupported_logits: of more bits than the output, {value_of(finer[0]).dtype}", finer[0])
         query_at = self.whole(query[0], query[1], "query")
         key_at, value_at = self.unrepeated(*key, "key", (k, d)), self.unrepeated(*value, "value", (k, e))
         result = operand(weights.user, out, value_of(weights.user).shape, self.sizes)
         if result is None:
-            raise Miss("unproved_axes: of the output")
+            raise Miss("unproved_axes: of the output", weights.user)
         roles = self.roles(query_at, key_at, value_at, k)
         for node in (query_at.node, key_at.node, value_at.node, *(node for node, _, _ in logits.factors)):
             if self.memory.changes(node, weights.user) or self.memory.stale(node):
-                raise Miss(f"modified_in_place: {node.name}")
+                raise Miss(f"modified_in_place: {node.name}", node)
         if weights.product.added is not None or weights.product.alpha != 1:
-            raise Miss("weights_changed: baddbmm adds something to the output")
+            raise Miss("weights_changed: baddbmm adds something to the output", weights.user)
         scale = logits.scale if logits.softcap is None else logits.scale * logits.softcap
         return Attention(
             query=query_at,
@@ -493,7 +501,7 @@ class _Matcher(Prover):
         if not numbers:
             return scale
         if len(numbers) > 1 or scale != 1:
-            raise Miss("unsupported_logits: scaled by several numbers of the run time")
+            raise Miss("unsupported_logits: scaled by several numbers of the run time", numbers[-1])
         return numbers[0]
 
     def _factors(self, logits: _Logits, k: Any) -> tuple[Factor, ...]:
@@ -501,7 +509,7 @@ class _Matcher(Prover):
         for node, index, inverse in logits.factors:
             at = operand(node, index, value_of(node).shape, self.sizes)
             if at is None or (k is not None and k in at.coordinates) or any(len(axis) > 1 for axis in at.axes):
-                raise Miss("unsupported_logits: scaled by a tensor with a key axis")
+                raise Miss("unsupported_logits: scaled by a tensor with a key axis", node)
             found.append(Factor(at, inverse))
         return tuple(found)
 

@@ -7,6 +7,9 @@ REASONS = {
     "not_faster": "The cost model expects no gain at this length. Set only_if_faster=False to insist, "
     "or choose a plan with fewer routes or rows.",
     "excluded": "include or exclude leaves this module path out.",
+    "not_in_plan": "The plan file does not know this site: it was made for another model, or for this one inside of "
+    "something else. Calibrate what is compiled.",
+    "plan_exact": "The plan file leaves this site exact.",
     "dropout": "Attention dropout is on. Call model.eval(), or train without attention dropout.",
     "opaque_mask": "The mask is not a closed form of batch, head, query and key indices. Build it from "
     "aranges and comparisons inside the compiled region, or pass is_causal=True.",

@@ -29,6 +29,9 @@ class SiteReport:
         density: attended pairs, routing counted in / exact pairs; None where kept.
         rule: how it was recognised (rules.RULES). failed: ``file:line: code`` of the first condition that
             failed, where kept: the mask's line for a mask.
+        key: the site's name in a plan file. value_dim, causal: what else a plan file checks.
+        device: "cpu" or "cuda"; "" where nothing is proved. kernel: what its generated kernels are specialised
+            with beside the plan, as ``kernels.triton.sources`` takes it.
     """
 
     module: str
@@ -45,6 +48,11 @@ class SiteReport:
     density: float | None
     rule: str = ""
     failed: str = ""
+    key: str = ""
+    value_dim: int | None = None
+    causal: bool = False
+    device: str = ""
+    kernel: dict[str, Any] = field(default_factory=dict)
 
     def data(self) -> dict[str, Any]:
         """The fields as JSON takes them."""
@@ -53,9 +61,13 @@ class SiteReport:
 
 @dataclass
 class Report:
-    """The sites of every graph of a compile, in the order of the graphs."""
+    """The sites of every graph of a compile, in the order of the graphs.
+
+    ``absent``: sites of the plan file that no graph has.
+    """
 
     sites: list[SiteReport] = field(default_factory=list)
+    absent: list[str] = field(default_factory=list)
 
     @property
     def rewritten(self) -> list[SiteReport]:
@@ -73,8 +85,12 @@ class Report:
         if not self.sites:
             return "no attention found"
         head = f"{len(self.sites)} sites: {len(self.rewritten)} rewritten, {len(self.kept)} kept exact"
-        table = tabulate([_row(site) for site in self.sites], headers="keys", disable_numparse=True)
-        return "\n".join([head, "", str(table), *_plans(self.rewritten)])
+        several = len({site.plan for site in self.rewritten}) > 1
+        rows = [
+            _row(site) | ({"plan": label(site.plan) if site.plan else "-"} if several else {}) for site in self.sites
+        ]
+        table = tabulate(rows, headers="keys", disable_numparse=True)
+        return "\n".join([head, "", str(table), *_plans(self.rewritten), *_absent(self.absent)])
 
 
 def _row(site: SiteReport) -> dict[str, Any]:
@@ -101,6 +117,16 @@ def _tail(path: str) -> str:
 
 def _giga(cost: int | None) -> str:
     return "-" if cost is None else f"{cost / 1e9:.3g} GMAC"
+
+
+def label(plan: Plan) -> str:
+    """A short name: the settings that differ from the default plan's."""
+    usual = Plan().settings()
+    return " ".join(f"{k}={v}" for k, v in plan.settings().items() if v != usual[k]) or "default"
+
+
+def _absent(names: list[str]) -> list[str]:
+    return ["", "in the plan file, but in no graph: " + ", ".join(names)] if names else []
 
 
 def _plans(sites: list[SiteReport]) -> list[str]:

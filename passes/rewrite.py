@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import operator
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -12,14 +12,15 @@ import torch
 from torch import fx
 
 from ..kernels import ops as _registers_the_operators  # noqa: F401
+from ..kernels.plan import OptionError
 from .calls import ASSERTS, PURE, call_of, is_dead, mutates
-from .compat import connect, made_from, value_of
+from .compat import add_value, connect, copied, made_from, value_of
 from .config import Config
 from .decide import Decision, decide, describe, logits_of
 from .emit import Sizes, canonical, laid_out_as, original
 from .expand import Expansion, composite, expand, restore
 from .find import add_missing_shapes, bodies, find_here
-from .masks import Mask
+from .masks import Lifted, Mask
 from .memory import storage_of
 from .report import Report, SiteReport
 from .sdpa import fused_call
@@ -42,33 +43,35 @@ def rewrite(gm: fx.GraphModule, config: Config | None = None, *inputs: Any) -> t
         told each stage.
     """
     with recording(gm) as recorder:
-        return _rewrite(gm, config or Config(), inputs, recorder)
+        return _rewrite(gm, config or Config(), inputs, recorder, Counter())
 
 
 def _rewrite(
-    gm: fx.GraphModule, config: Config, inputs: Sequence[Any], recorder: Recorder
+    gm: fx.GraphModule, config: Config, inputs: Sequence[Any], recorder: Recorder, named: Counter[str]
 ) -> tuple[fx.GraphModule, Report]:
+    gm = copied(gm)
     recorder.stage(CAPTURED, gm)
-    gm = fx.GraphModule(gm, copy.deepcopy(gm.graph), gm.__class__.__name__)
     inner = Report()
     # The bodies of higher-order operators (activation checkpoints, branches) are graphs of their own.
     for name, child in bodies(gm):
-        child = fx.GraphModule(child, copy.deepcopy(child.graph), child.__class__.__name__)
+        child = copied(child)
         connect(gm, name, child)
-        body, found = _rewrite(child, config, (), recorder.body(child, name))
+        body, found = _rewrite(child, config, (), recorder.body(child, name), named)
         setattr(gm, name, body)
         inner.sites.extend(found.sites)
     add_missing_shapes(gm, inputs)
     expansions = expand(gm)
     origin = {node: expansion for expansion in expansions for node in expansion.nodes}
-    decided = [_decided(site, config, origin) for site in find_here(gm)]
+    known: Lifted = {}
+    decided = [_decided(site, config, origin, _key(site, named), known) for site in find_here(gm)]
     decisions, own = [decision for decision, _ in decided], [site for _, site in decided]
     report = Report(own + inner.sites)
     recorder.decided(gm, own, [_captured(origin, decision).name for decision in decisions])
     rewritten = [decision for decision in decisions if decision.rewrite]
+    values: dict[str, Any] = {}
     for decision, site in zip(decisions, own, strict=True):
         if decision.rewrite:
-            _insert(gm.graph, decision, site.rule)
+            _insert(gm.graph, decision, site.rule, values)
     recorder.stage(INSERTED, gm)
     producers = {node for decision in rewritten for node in decision.mask.producers}
     _drop_dead(gm.graph, [decision.site.output for decision in rewritten], producers)
@@ -84,14 +87,24 @@ def _rewrite(
     return gm, report
 
 
-def _decided(site: Site, config: Config, origin: dict[fx.Node, Expansion]) -> tuple[Decision, SiteReport]:
+def _key(site: Site, named: Counter[str]) -> str:
+    """The site's name in a plan file; ``named``: how many sites of a module there were before."""
+    named[site.module] += 1
+    return f"{site.module}#{named[site.module] - 1}"
+
+
+def _decided(
+    site: Site, config: Config, origin: dict[fx.Node, Expansion], key: str, known: Lifted
+) -> tuple[Decision, SiteReport]:
     try:
-        decision = decide(site, config)
-        return decision, describe(decision, _composite(origin, decision))
+        decision = decide(site, config, key, known)
+        return decision, describe(decision, _composite(origin, decision), key)
+    except OptionError:  # a plan that was measured for another site
+        raise
     except Exception as error:  # sizes that only the run time knows, say: it must cost the speed, never the model
         reason = f"unproved_axes: {type(error).__name__}: {error}"
         decision = Decision(replace(site, attention=None, reason=reason), Mask("?"), reason, None)
-        return decision, describe(decision, _composite(origin, decision))
+        return decision, describe(decision, _composite(origin, decision), key)
 
 
 def _composite(origin: dict[fx.Node, Expansion], decision: Decision) -> str:
@@ -111,7 +124,7 @@ def _drop_call(graph: fx.Graph, expansion: Expansion) -> None:
             graph.erase_node(node)
 
 
-def _insert(graph: fx.Graph, decision: Decision, rule: str) -> None:
+def _insert(graph: fx.Graph, decision: Decision, rule: str, values: dict[str, Any]) -> None:
     site, plan, attention = decision.site, decision.plan, decision.site.attention
     assert plan is not None and attention is not None
     a, causal, settings = attention, decision.mask.causal, plan.text
@@ -163,6 +176,7 @@ def _insert(graph: fx.Graph, decision: Decision, rule: str) -> None:
             if kind in site.output.meta:
                 node.meta[kind] = site.output.meta[kind]
         made_from(node, site.output, rule)
+        add_value(node, values)
         node = node.next
     for kind in ("example_value", "val", "tensor_meta"):
         if kind in site.output.meta:
@@ -192,6 +206,7 @@ def _drop_dead(graph: fx.Graph, outputs: Iterable[fx.Node], producers: set[fx.No
     Only operators that are known to do nothing else; the inner compiler drops any other.
     """
     place = {node: at for at, node in enumerate(graph.nodes)}
+    holders = Counter(storage_of(value_of(node)) for node in graph.nodes)
     first = set(outputs) | producers
     todo = {node for node in first if node in place}
     while todo:
@@ -199,26 +214,33 @@ def _drop_dead(graph: fx.Graph, outputs: Iterable[fx.Node], producers: set[fx.No
         todo.remove(node)
         for user in list(node.users):
             if is_dead(user):
-                _erase(graph, user)
+                _erase(graph, user, holders)
         known = node in first or call_of(node).name in PURE | ASSERTS or fused_call(node) is not None
-        if known and not node.users and _writes_nothing_else(node) and node.op not in ("placeholder", "output"):
+        if (
+            known
+            and not node.users
+            and _writes_nothing_else(node, holders)
+            and node.op not in ("placeholder", "output")
+        ):
             todo.update(node.all_input_nodes)
-            graph.erase_node(node)
+            _erase(graph, node, holders)
 
 
-def _writes_nothing_else(node: fx.Node) -> bool:
-    """Whether what the node writes to is held by no other node that is left, an input of the graph say."""
+def _writes_nothing_else(node: fx.Node, holders: Counter[int]) -> bool:
+    """Whether what the node writes to is held by no other node that is left, an input of the graph say;
+    ``holders``: how many nodes hold a storage."""
     for target in mutates(node):
         if not isinstance(target, fx.Node) or target.op in ("placeholder", "get_attr"):
             return False
         place = storage_of(value_of(target))
-        if any(storage_of(value_of(n)) == place for n in node.graph.nodes if n not in (node, target)):
+        if holders[place] > sum(storage_of(value_of(n)) == place for n in {node, target}):
             return False
     return True
 
 
-def _erase(graph: fx.Graph, node: fx.Node) -> None:
+def _erase(graph: fx.Graph, node: fx.Node, holders: Counter[int]) -> None:
     """Erase a node and its users, all of them dead."""
     for user in list(node.users):
-        _erase(graph, user)
+        _erase(graph, user, holders)
+    holders[storage_of(value_of(node))] -= 1
     graph.erase_node(node)

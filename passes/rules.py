@@ -31,10 +31,15 @@ def rule_of(site: Site, kind: str) -> str:
 
 
 def failed_at(site: Site, reason: str) -> str:
-    """``file:line: code`` of what the reason is about: a mask's own line, an operator's that the reason
-    names, else the attention's."""
+    """``file:line: code`` of what the reason is about: a mask's own line, that of the node that the matcher missed at
+    or of an operator that the reason names, else the attention's."""
     code, _, detail = reason.partition(": ")
-    about = _masks(site) if code in _MASK_REASONS else _named(site.output, detail) if detail else []
+    if code in _MASK_REASONS:
+        about = _masks(site)
+    elif site.missed is not None and reason == site.reason:
+        about = [site.missed]
+    else:
+        about = _named(site.output, detail) if detail else []
     places = [source_line(node) for node in about]
     found = next((place for place in places if place[0]), (site.source, site.code))
     return ": ".join(found) if found[0] else ""

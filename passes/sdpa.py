@@ -103,7 +103,7 @@ def _attempt(node: fx.Node, call: Mapping[str, Any], memory: Memory, axes: Axes,
     roles = prover.roles(query_at, key_at, value_at, k)
     for at in (query_at.node, key_at.node, value_at.node):
         if at not in (query, key, value) and memory.changes(at, node):
-            raise Miss(f"modified_in_place: {at.name}")
+            raise Miss(f"modified_in_place: {at.name}", at)
     return Attention(
         query=query_at,
         key=key_at,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,8 +11,8 @@ from typing import Any
 import sympy
 from torch import fx
 
-from .compat import known_equal, symbolic
-from .indices import Index
+from .compat import known_equal
+from .indices import Index, Ranges, ranges
 from .memory import Memory
 
 Coordinates = tuple[sympy.Symbol, ...]
@@ -121,6 +122,8 @@ class Site:
         reason: why not, a code of ``reasons.REASONS`` perhaps with detail; "" if it is.
         module, source, code: where the user wrote it.
         memory: of its graph.
+        missed: the node that the reason is about, where one is known.
+        transformed: it lies between the begin and the end of a torch.func transform.
     """
 
     output: fx.Node
@@ -131,11 +134,18 @@ class Site:
     source: str
     code: str
     memory: Memory
+    missed: fx.Node | None = None
+    transformed: bool = False
 
 
 def merged(expr: Any, sizes: Mapping[sympy.Symbol, Any]) -> Coordinates | None:
     """The coordinates that ``expr`` merges into one axis, major first; None if it is something else."""
-    expr = sympy.expand(expr)
+    return _merged(sympy.sympify(expr), ranges(sizes))
+
+
+@functools.lru_cache(4096)
+def _merged(expr: Any, known: Ranges) -> Coordinates | None:
+    expr, sizes = sympy.expand(expr), dict(known)
     rest = {s: expr.coeff(s) for s in expr.free_symbols if s in sizes}
     if sympy.expand(expr - sum(c * s for s, c in rest.items())) != 0:
         return None
@@ -147,7 +157,7 @@ def merged(expr: Any, sizes: Mapping[sympy.Symbol, Any]) -> Coordinates | None:
             return None
         del rest[minor]
         found.insert(0, minor)
-        stride = stride * symbolic(sizes[minor])
+        stride = stride * sizes[minor]
     return tuple(found)
 
 

@@ -5,17 +5,20 @@ Passes change graphs in place; a snapshot stays. It holds no tensor and no ``fx.
 
 from __future__ import annotations
 
+import operator
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import networkx
 import torch
 from torch import fx
 
 from .compat import module_path, origins, source_line, value_of
+
+if TYPE_CHECKING:
+    import networkx
 
 HOLE = "\0"
 """Stands for an input in ``Node.template``."""
@@ -53,6 +56,13 @@ class Node:
     source: str = ""
     code: str = ""
     origins: tuple[str, ...] = ()
+
+    def reading(self, inputs: tuple[int, ...]) -> Node:
+        """The same node with other inputs."""  # ``dataclasses.replace`` takes four times as long, for each node
+        return Node(
+            self.name, self.op, self.target, self.template, inputs,
+            self.value, self.module, self.source, self.code, self.origins,
+        )  # fmt: skip
 
     @property
     def label(self) -> tuple[str, str, str]:
@@ -113,6 +123,8 @@ class Snapshot:
 
     def dag(self) -> networkx.MultiDiGraph:
         """The dataflow: nodes are places in the graph (with the ``Node`` as "node"), edges have a "slot"."""
+        import networkx  # slow to import, and seldom needed
+
         graph = networkx.MultiDiGraph()
         graph.add_nodes_from((at, {"node": node}) for at, node in enumerate(self.nodes))
         graph.add_edges_from(
@@ -124,10 +136,15 @@ class Snapshot:
 
 
 Graph = fx.GraphModule | fx.Graph | Snapshot
+Known = dict[fx.Node, tuple[tuple[Any, ...], tuple[fx.Node, ...], Node]]
+"""For each node what it was made of when it was last read, the nodes that it read, and what was made of it."""
 
 
-def snapshot(graph: Graph) -> Snapshot:
+def snapshot(graph: Graph, known: Known | None = None) -> Snapshot:
     """The graph as it is now.
+
+    Args:
+        graph: is not changed. known: of an earlier snapshot; nodes that are as they were then are not read again.
 
     Raises:
         TypeError: it is not a graph.
@@ -140,33 +157,56 @@ def snapshot(graph: Graph) -> Snapshot:
     if not isinstance(graph, fx.Graph):
         raise TypeError(f"got {name}; allowed: torch.fx.GraphModule, torch.fx.Graph or passes.Snapshot")
     places = {node: at for at, node in enumerate(graph.nodes)}
+    known = {} if known is None else known
     nodes: list[Node] = []
     # Nodes of one line share a stack trace, nodes of one module a path: each is read once.
     sources = _cached(source_line, lambda node: node.meta.get("stack_trace"))
     modules = _cached(module_path, _innermost)
     for node in places:
-        inputs: list[int] = []
-        template = ""
-        if node.op != "placeholder":
-            positional = [_render(arg, places, inputs) for arg in node.args]
-            named = [f"{key}={_render(node.kwargs[key], places, inputs)}" for key in sorted(node.kwargs)]
-            template = ", ".join([*positional, *named])
-        source, code = sources(node)
-        nodes.append(
-            Node(
+        made_of = _made_of(node)
+        before, sees, found = known.get(node, ((), (), None))
+        if found is None or not _same(before, made_of):
+            reads: list[fx.Node] = []
+            template = _template(node, places, reads)
+            source, code = sources(node)
+            found = Node(
                 node.name,
                 node.op,
                 target_text(node),
                 template,
-                tuple(inputs),
+                (),
                 value_text(value_of(node)),
                 modules(node),
                 source,
                 code,
                 origins(node),
             )
-        )
+            sees = tuple(reads)
+        inputs = tuple([places[source] for source in sees])
+        if inputs != found.inputs:
+            found = found.reading(inputs)
+        known[node] = made_of, sees, found
+        nodes.append(found)
     return Snapshot(name, tuple(nodes))
+
+
+def _made_of(node: fx.Node) -> tuple[Any, ...]:
+    """All that ``snapshot`` reads of a node; FX puts new objects there, it does not change these."""
+    of = node.meta.get
+    own = (node.name, node.target, node.args, node.kwargs)
+    return (*own, value_of(node), of("stack_trace"), of("nn_module_stack"), of("from_node"))
+
+
+def _same(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
+    return all(map(operator.is_, a, b))
+
+
+def _template(node: fx.Node, places: Mapping[fx.Node, int], reads: list[fx.Node]) -> str:
+    if node.op == "placeholder":
+        return ""
+    positional = [_render(arg, places, reads) for arg in node.args]
+    named = [f"{key}={_render(node.kwargs[key], places, reads)}" for key in sorted(node.kwargs)]
+    return ", ".join([*positional, *named])
 
 
 def _cached(function: Callable[[fx.Node], Any], key: Callable[[fx.Node], Any]) -> Callable[[fx.Node], Any]:
@@ -214,21 +254,21 @@ def value_text(value: Any) -> str:
     return "" if value is None else _constant(value)
 
 
-def _render(arg: Any, places: dict[fx.Node, int], inputs: list[int]) -> str:
+def _render(arg: Any, places: Mapping[fx.Node, int], reads: list[fx.Node]) -> str:
     def inside(parts: Iterable[Any]) -> str:
-        return ", ".join(_render(part, places, inputs) for part in parts)
+        return ", ".join([_render(part, places, reads) for part in parts])
 
     if isinstance(arg, fx.Node):
         if arg not in places:
             return f"<{arg.name} of another graph>"
-        inputs.append(places[arg])
+        reads.append(arg)
         return HOLE
     if isinstance(arg, tuple):
         return f"({inside(arg)}{',' if len(arg) == 1 else ''})"
     if isinstance(arg, list):
         return f"[{inside(arg)}]"
     if isinstance(arg, dict):
-        pairs = (f"{_constant(key)}: {_render(part, places, inputs)}" for key, part in arg.items())
+        pairs = (f"{_constant(key)}: {_render(part, places, reads)}" for key, part in arg.items())
         return "{" + ", ".join(pairs) + "}"
     if isinstance(arg, slice):
         return f"slice({inside((arg.start, arg.stop, arg.step))})"

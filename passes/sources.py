@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ..kernels import cpu
+from ..kernels import cpu, triton
 from .report import Report, SiteReport
+
+DEVICES = ("cpu", "cuda", "hip")
 
 
 @dataclass(frozen=True)
@@ -26,24 +29,37 @@ class Source:
     sites: tuple[str, ...]
 
 
-def sources_of(report: Report) -> list[Source]:
+def sources_of(report: Report, device: str = "") -> list[Source]:
     """The kernels of a report's rewritten sites, one for each geometry, in the order of the sites.
 
-    Generated kernels (Triton) belong here too, once there are some.
+    ``device``: one of ``DEVICES``: as if they ran there, which needs no such device; "" for where they do run.
     """
-    places: dict[tuple[tuple[str, str], ...], list[str]] = {}
+    places: dict[tuple[str, tuple[tuple[str, str], ...]], list[SiteReport]] = {}
     for site in report.rewritten:
-        places.setdefault(tuple(_geometry(site).items()), []).append(site.module or site.source)
-    text = cpu.SOURCE.read_text(encoding="utf-8") if places else ""
-    return [
-        Source(cpu.SOURCE.name, "c++", text, dict(geometry), _unique(modules)) for geometry, modules in places.items()
-    ]
+        key = (device or site.device or "cpu", tuple(_geometry(site).items()))
+        places.setdefault(key, []).append(site)
+    found: list[Source] = []
+    for (where, geometry), sites in places.items():
+        names = tuple(dict.fromkeys(site.module or site.source for site in sites))
+        for name, language, text in _cpu() if where == "cpu" else _triton(sites[0], where):
+            found.append(Source(name, language, text, dict(geometry), names))
+    return found
+
+
+@functools.cache
+def _cpu() -> tuple[tuple[str, str, str], ...]:
+    """The compiled kernels and the headers that they include, as one text."""
+    parts = [cpu.SOURCE.read_text(encoding="utf-8")]
+    parts += [f"// {path.parent.name}/{path.name}\n{path.read_text(encoding='utf-8')}" for path in cpu.HEADERS]
+    return ((cpu.SOURCE.name, "c++", "\n".join(parts)),)
+
+
+def _triton(site: SiteReport, target: str) -> Iterable[tuple[str, str, str]]:
+    for name, text in triton.sources(site.plan, target=target, **site.kernel).items():
+        yield f"{name}.py", "python", text
 
 
 def _geometry(site: SiteReport) -> dict[str, str]:
     plan = site.plan.settings() if site.plan else {}
-    return site.shape | {name: str(value) for name, value in plan.items()}
-
-
-def _unique(names: Iterable[str]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(names))
+    given = {name: str(value) for name, value in site.kernel.items() if name != "dim"}  # the shape has it
+    return site.shape | {name: str(value) for name, value in plan.items()} | given

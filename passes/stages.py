@@ -17,7 +17,7 @@ from torch import fx
 from . import compat
 from .diff import GraphDiff, diff
 from .report import Report, SiteReport
-from .snapshot import Snapshot, snapshot
+from .snapshot import Known, Snapshot, snapshot
 
 CAPTURED, FOUND, LIFTED, DECIDED, INSERTED, LOWERED = (
     "captured", "sites found", "masks lifted", "decided", "inserted", "lowered",
@@ -92,17 +92,19 @@ class Log:
     """The graphs that were seen, in order.
 
     ``every``: record what any pass or backend does, not only ``rewrite``; set by ``observe``.
+    ``absent``: see ``Report``; set by who knows that all graphs were seen.
     """
 
     graphs: list[GraphLog] = field(default_factory=list)
     every: bool = False
+    absent: list[str] = field(default_factory=list)
     _open: dict[Any, GraphLog] = field(default_factory=dict, repr=False)
     _seen: list[tuple[fx.GraphModule, GraphLog]] = field(default_factory=list, repr=False)
 
     @property
     def report(self) -> Report:
         """The sites of all graphs."""
-        return Report([site for graph in self.graphs for site in graph.sites])
+        return Report([site for graph in self.graphs for site in graph.sites], self.absent)
 
     def graph(self, gm: fx.GraphModule, body: str = "", rewrites: bool = False) -> GraphLog:
         """The log of the graph that is being compiled, or of ``gm`` outside of a compile.
@@ -226,6 +228,7 @@ class Recorder:
         self.logs = logs
         self.body_name = body
         self.graphs = [log.graph(gm, body, rewrites=True) for log in logs]
+        self._known: Known = {}
 
     def body(self, gm: fx.GraphModule, name: str) -> Recorder:
         """For the body of a higher-order operator, which is a graph of its own."""
@@ -234,7 +237,7 @@ class Recorder:
     def stage(self, name: str, gm: fx.GraphModule) -> None:
         """The graph after a step."""
         if self.graphs:
-            stage = Stage(name, snapshot(gm))
+            stage = Stage(name, snapshot(gm, self._known))
             for graph in self.graphs:
                 if graph.stages and graph.stages[-1].name == name == CAPTURED:
                     graph.stages.pop()  # seen before it was complete
@@ -250,7 +253,7 @@ class Recorder:
         """Sites (and the nodes they are), masks, decisions: three stages of a graph that does not change yet."""
         if not self.graphs:
             return
-        now = snapshot(gm)
+        now = snapshot(gm, self._known)
         notes: dict[str, str] = {}
         for name, tell in ((FOUND, told_site), (LIFTED, told_mask), (DECIDED, told_decision)):
             for site, node in zip(sites, nodes, strict=True):

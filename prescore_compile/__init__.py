@@ -11,18 +11,24 @@ if (_ROOT / "kernels" / "attend.cpp").is_file() and not (_Path(__file__).parent 
 
 from .attention import attention  # noqa: E402
 from .backend import explain, prescore  # noqa: E402
+from .calibration import calibrate  # noqa: E402
 from .inspection import Inspection, graph_diff  # noqa: E402
-from .passes import Config, Report, SiteReport  # noqa: E402
+from .kernels.plan import OptionError, Plan  # noqa: E402
+from .passes import Calibration, Config, Report, SiteReport  # noqa: E402
 from .passes.stages import observe  # noqa: E402
 
 __version__ = "0.1.0"
 __all__ = [
+    "Calibration",
     "Config",
     "Inspection",
+    "OptionError",
+    "Plan",
     "Report",
     "SiteReport",
     "__version__",
     "attention",
+    "calibrate",
     "explain",
     "graph_diff",
     "observe",

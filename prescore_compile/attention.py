@@ -41,12 +41,14 @@ def attention(
         ValueError: what was got and what is allowed.
     """
     config = config or Config()
+    if config.plan is not None:
+        raise ValueError("config: got one with a plan file, which is for the sites of a graph; allowed: one plan")
     valid = _check(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa, config)
     scale = max(query.shape[3], 1) ** -0.5 if scale is None else float(scale)
     empty = 0 in (*query.shape, *key.shape, *value.shape)
     if empty or key.shape[2] < config.min_seq_len:
         return _exact(query, key, value, valid, is_causal, scale)
-    return ops.prescored(Operands(query, key, value, valid, is_causal, scale), config.plan)
+    return ops.prescored(Operands(query, key, value, valid, is_causal, scale), config.default_plan)
 
 
 def _exact(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from types import FunctionType
 from typing import Any, cast
@@ -16,6 +17,7 @@ from .kernels.plan import OptionError
 from .passes import Config, Report, rewrite
 from .passes.compat import many_recompiles
 from .passes.dump import dump
+from .passes.plans import absent_from
 from .passes.stages import Log, listening
 
 Compiled = Callable[..., Any]
@@ -42,11 +44,23 @@ def prescore(
     if folder:
         log = Log()
         with listening(log):
-            gm, _ = rewrite(gm, config)
+            gm, report = rewrite(gm, config)
         dump(log, folder)
     else:
-        gm, _ = rewrite(gm, config)
+        gm, report = rewrite(gm, config)
+    _warn_of_a_foreign_plan(report)
     return compile_inner(gm, example_inputs, config, mode)
+
+
+def _warn_of_a_foreign_plan(report: Report) -> None:
+    """Where a graph's sites are not in the plan file, all of them run exact: say it once a graph."""
+    unknown = [site.key for site in report.sites if site.reason == "not_in_plan"]
+    if unknown:
+        warnings.warn(
+            f"prescore: {len(unknown)} of {len(report.sites)} attention sites are not in the plan file and run exact "
+            f"(not_in_plan), {unknown[0]} first: calibrate what is compiled",
+            stacklevel=2,
+        )
 
 
 def compile_inner(
@@ -108,7 +122,7 @@ def stages(
         rewrite(gm, config)
         return gm.forward
 
-    call = _fresh()
+    call = fresh()
     with listening(log):
         try:
             torch.compile(call, backend=capture, dynamic=dynamic, fullgraph=True)(model, args, kwargs)
@@ -123,6 +137,7 @@ def stages(
     for graph in log.graphs:
         if graph.function.startswith(f"{_call.__name__} ("):
             graph.function = ""  # ours, which says nothing
+    log.absent = absent_from(config.site_plans if config else None, log.report.sites)
     return log
 
 
@@ -130,7 +145,7 @@ def _call(self: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, An
     return self(*args, **kwargs)
 
 
-def _fresh() -> Compiled:
+def fresh() -> Compiled:
     """A copy of ``_call`` with a code object of its own: Dynamo counts recompiles by code object, and
     looking at a model must not use up the recompiles of its ``forward``."""
     return FunctionType(_call.__code__.replace(), globals(), _call.__name__)

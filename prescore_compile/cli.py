@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from .calibration import command as calibration
 from .inspection import command
 
 
@@ -20,6 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="prescore", description="Prescored attention for unmodified models.")
     commands = parser.add_subparsers(dest="command", required=True)
     command.add_to(commands)
+    calibration.add_to(commands)
     demo = commands.add_parser(
         "demo",
         help="SmolLM2-135M on real text, exact and prescored side by side",
@@ -31,6 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if arguments.command == "demo":
         return _demo(arguments.seq_len, arguments.json)
+    if arguments.command == "calibrate":
+        return calibration.run(arguments)
     return command.run(arguments)
 
 

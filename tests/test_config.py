@@ -6,7 +6,7 @@ from prescore_compile import Config
 from prescore_compile.kernels.plan import OptionError, Plan
 
 BAD = {
-    "method": ("kmean", "kmeans, kmeans_relative, kmedian, leverage, peak, random"),
+    "method": ("kmean", "kmeans, kmeans_relative, kernel_kmeans, kmedian, leverage, peak"),
     "chunk": (100, "cluster"),
     "cluster": (24, "16, 32 or 64"),
     "window": (-1, ">= 0"),
@@ -46,10 +46,10 @@ def test_every_field_can_be_set_and_is_frozen() -> None:
     )  # fmt: skip
     config = Config.from_options(options)
     assert {key: getattr(config, key) for key in options} == options | {"include": ("a.*",), "exclude": ("a.b",)}
-    assert type(config.plan) is Plan and config.plan.chunk == 64
+    assert type(config.default_plan) is Plan and config.default_plan.chunk == 64
     with pytest.raises(AttributeError):
         config.chunk = 3  # type: ignore[misc]
-    assert hash(config.plan) == hash(Config.from_options(options).plan)
+    assert hash(config.default_plan) == hash(Config.from_options(options).default_plan)
 
 
 def test_globs() -> None:

@@ -46,6 +46,66 @@ def test_low_precision(name: str, dtype: torch.dtype) -> None:
     check_budget(got, reference.attend(site, summary, routes, plan), true)
 
 
+@pytest.mark.parametrize("group", [1, 3])
+@pytest.mark.parametrize(("dim", "value_dim"), [(5, 3), (64, 64)])
+def test_bfloat16_is_what_float32_gives_rounded(dim: int, value_dim: int, group: int) -> None:
+    """Inputs are widened as they are read and only the result is rounded: the same bits."""
+    plan = PLANS["keep and routes"]
+    site = operands(200, heads=3, kv_heads=3 // group, dim=dim, value_dim=value_dim, dtype=torch.bfloat16, padded=True)
+    site = site._replace(query=site.query.transpose(1, 2).contiguous().transpose(1, 2))
+    summary = summary_of(site, plan)
+    routes = routes_of(site, summary, plan)
+    whole = site._replace(query=site.query.float(), key=site.key.float(), value=site.value.float())
+    rows = summary._replace(row_key=summary.row_key.float(), row_value=summary.row_value.float())
+    assert torch.equal(
+        cpu.route(site.query, summary, plan, True, 200, site.scale),
+        cpu.route(whole.query, summary, plan, True, 200, site.scale),
+    )
+    assert torch.equal(cpu.attend(site, summary, routes, plan), cpu.attend(whole, rows, routes, plan).bfloat16())
+    member = summaries._chunk_mask(site.key, site.valid, plan.chunk).flatten(2)
+    for got, want in zip(
+        cpu.clusters(site.key, site.value, member, plan),
+        cpu.clusters(whole.key, whole.value, member, plan),
+        strict=True,
+    ):
+        assert torch.equal(got, want)
+
+
+def test_heads_are_packed_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More packed bytes than fit at once: every KV head meets its own clusters."""
+    plan = Plan(chunk=16, window=16, sinks=2, routes=3)
+    site = operands(2048, heads=24, kv_heads=24, dim=64, value_dim=64)
+    summary = summary_of(site, plan)
+    routes = cpu.route(site.query, summary, plan, True, 2048, site.scale)
+    whole = cpu.attend(site, summary, routes, plan)
+    for b, h in ((0, 0), (0, 23), (1, 11), (1, 23)):
+        one = Operands(*(t[b : b + 1, h : h + 1] for t in site[:3]), None, True, site.scale)
+        alone = summary._replace(
+            **{name: getattr(summary, name)[b : b + 1, h : h + 1] for name in summary._fields if name != "row_owner"}
+        )
+        assert torch.equal(cpu.attend(one, alone, routes[b : b + 1, h : h + 1], plan), whole[b : b + 1, h : h + 1])
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("count", [1, 3, 27])
+def test_route_chooses_among_many(count: int, ties: bool) -> None:
+    """Long enough that only what passes a first bar is looked at closely; ties go to the earlier, NaN first."""
+    plan = Plan(chunk=16, window=0, sinks=0, routes=count)
+    clusters = 4000
+    generator = torch.Generator().manual_seed(1)
+    mean = torch.randn(1, 1, clusters, 1, generator=generator)
+    if ties:
+        mean = mean.round()
+    bias = torch.zeros(1, 1, clusters)
+    bias[0, 0, 77], bias[0, 0, 1234] = math.nan, -math.inf
+    none = mean.new_empty(0)
+    summary = summaries.Summary(none, mean, torch.zeros_like(mean), bias, none, none, none, none, none)
+    query = torch.tensor([1.0, -2.0, 0.0]).view(1, 1, 3, 1)
+    got = cpu.route(query, summary, plan, False, clusters * 16, 1.0)
+    assert torch.equal(got, reference.route(query, summary, plan, False, clusters * 16, 1.0))
+    assert (got == 77).any(3).all()
+
+
 @pytest.mark.parametrize(("dim", "value_dim"), [(1, 1), (8, 8), (33, 65), (64, 64), (80, 80), (128, 128), (256, 256)])
 def test_any_head_dim(dim: int, value_dim: int) -> None:
     plan = PLANS["keep and routes"]

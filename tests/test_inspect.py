@@ -137,8 +137,19 @@ def test_diff_as_text_json_and_dot(file: Path, capsys: pytest.CaptureFixture[str
 def test_kernels_print_once_what_runs(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = said(capsys, "kernels", f"{file}:by_name", *REWRITE)
     assert text.startswith("@@ attend.cpp\n# 1 site: ") and "k_len=64 head_dim=8 method=peak" in text
-    assert text.count('extern "C" {') == 2
+    assert text.count('extern "C" {') == 2 and text.count("// native/softmax.h") == 1
     assert "no site is rewritten" in said(capsys, "kernels", f"{file}:by_name")
+
+
+def test_kernels_for_a_gpu_need_none(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = said(capsys, "kernels", f"{file}:by_name", *REWRITE, "--device", "cuda")
+    assert text.startswith("@@ cluster.py\n# 1 site: ") and "causal=False valid=False" in text
+    assert "@@ attend.py" in text and "@@ d_query.py" in text and "@triton.jit" in text and "attend.cpp" not in text
+    (kernel, *_) = json.loads(said(capsys, "kernels", f"{file}:make", *REWRITE, "--device", "hip", "--format", "json"))[
+        "kernels"
+    ]
+    assert kernel["language"] == "python" and len(kernel["sites"]) == 2
+    compile(kernel["text"], kernel["name"], "exec")
 
 
 def test_graph_breaks_are_told_apart(file: Path, capsys: pytest.CaptureFixture[str]) -> None:

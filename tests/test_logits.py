@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from prescore_compile.kernels import ops
-from prescore_compile.kernels.logits import B, H, K, Logits, Q, parse
+from prescore_compile.kernels.logits import B, H, K, Logits, Q, parse, settled
 from prescore_compile.kernels.plan import Plan
 from prescore_compile.passes import Config, rewrite
 
@@ -59,7 +59,7 @@ def tensors(logits: Logits) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("name", CASES)
 def test_a_plan_that_keeps_everything_is_exact(name: str, plan: str, causal: bool) -> None:
     logits, rule = CASES[name]
-    assert parse(logits.text) == logits
+    assert settled(logits).text == parse(settled(logits).text).text
     site = in_double(operands(N, causal=causal))
     leaves = [tensor.requires_grad_() for tensor in site[:3]]
     got = ops.prescored(site, EVERYTHING[plan], logits, tensors(logits))
@@ -97,40 +97,91 @@ def test_routes_do_not_go_where_no_key_is_allowed() -> None:
         assert ((routes < 0) | may(q, routes // 2)).all()
 
 
-def traced(function: Any, *shapes: Any, device: str) -> fx.GraphModule:
+LONG = 32768
+
+
+@fx.wrap
+def positions(like: torch.Tensor) -> torch.Tensor:
+    """``torch.arange(LONG)`` on the device of ``like``, as a node of its own in the traced graph."""
+    return torch.arange(LONG, device=like.device)
+
+
+def traced(function: Any, *last: torch.dtype | tuple[int, ...], device: str, dim: int = 128) -> fx.GraphModule:
+    """The graph of ``function(q, k, v, last)`` with the values of a long site on a device that is not there."""
     gm = fx.symbolic_trace(function)
+    for node in gm.graph.nodes:
+        if node.target is positions:
+            node.target, node.args, node.kwargs = torch.arange, (LONG,), {"device": torch.device(device)}
+            node.meta.pop("is_wrapped")
+    gm.recompile()
+    shape, dtype = last
     with FakeTensorMode() as mode:
-        given = [torch.empty(*shape, device=device, dtype=dtype) for shape, dtype in shapes]
+        q, k = (torch.empty(1, heads, LONG, dim, device=device, dtype=torch.bfloat16) for heads in (32, 32))
+        given = [q, k, k, torch.empty(shape, device=device, dtype=dtype)]
     FakeTensorProp(gm, mode).propagate_dont_convert_inputs(*given)
     return gm
 
 
-def windowed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, document: torch.Tensor) -> torch.Tensor:
-    at = torch.arange(32768, device="cuda")
-    mask = (at <= at[:, None]) & (at > at[:, None] - 9000)
-    mask = mask & (document[:, None, :, None] == document[:, None, None, :])
+def sliding(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, document: torch.Tensor) -> torch.Tensor:
+    at = positions(q)
+    mask = (at <= at.unsqueeze(1)) & (at > at.unsqueeze(1) - 9000)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def packed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, document: torch.Tensor) -> torch.Tensor:
+    at = positions(q)
+    mask = (at <= at.unsqueeze(1)) & (document.view(1, 1, LONG, 1) == document.view(1, 1, 1, LONG))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
 def capped(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, slope: torch.Tensor) -> torch.Tensor:
-    at = torch.arange(32768, device="cuda")
+    at = positions(q)
     logits = torch.tanh(q @ k.mT * 0.125 / 50) * 50
-    return logits.masked_fill(at > at[:, None], -torch.inf).softmax(-1) @ v
+    return logits.masked_fill(at > at.unsqueeze(1), -torch.inf).softmax(-1) @ v
 
 
-@pytest.mark.parametrize(
-    ("function", "last", "text"),
-    [
-        (windowed, ((1, 32768), torch.int64), "softcap 0.0; add 0; where (k >= q - 8999) & Eq(t0(b, k), t0(b, q))"),
-        (capped, ((1,), torch.float32), "softcap 50.0; add 0; where True"),
-    ],
-)
-def test_sites_on_a_gpu_take_masks_and_softcaps(function: Any, last: Any, text: str) -> None:
-    heads = ((1, 32, 32768, 128), torch.bfloat16)
-    gm = traced(function, heads, heads, heads, last, device="cuda")
-    new, report = rewrite(gm)
+def gemma(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, slope: torch.Tensor) -> torch.Tensor:
+    at = positions(q)
+    far = (at > at.unsqueeze(1)) | (at <= at.unsqueeze(1) - 4096)
+    logits = torch.tanh(q @ k.mT * 0.125 / 50) * 50
+    return logits.masked_fill(far, -torch.inf).softmax(-1) @ v
+
+
+def linear(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, slope: torch.Tensor) -> torch.Tensor:
+    at = positions(q)
+    logits = q @ k.mT * 0.125 + (at - at.unsqueeze(1)) * 0.01
+    return logits.masked_fill(at > at.unsqueeze(1), -torch.inf).softmax(-1).to(v.dtype) @ v
+
+
+DOCUMENTS, SLOPES = ((1, LONG), torch.int64), ((32,), torch.float32)
+SITES: dict[str, tuple[Any, Any, str, str]] = {
+    "sliding window": (
+        sliding,
+        DOCUMENTS,
+        "softcap 0.0; add 0; where k >= q - 8999",
+        "unsupported_mask: q - 8999 <= k",
+    ),
+    "documents": (packed, DOCUMENTS, "softcap 0.0; add 0; where Eq(t00(0, q), t00(0, k))", "unsupported_mask: "),
+    "softcap": (capped, SLOPES, "softcap 50.0; add 0; where True", "softcap: 50"),
+    "softcap and window": (gemma, SLOPES, "softcap 50.0; add 0; where k >= q - 4095", "softcap: 50"),
+    "linear bias": (linear, SLOPES, "softcap 0.0; add 0.01*k - 0.01*q; where True", "unsupported_mask: "),
+}
+
+
+@pytest.mark.parametrize("name", SITES)
+def test_sites_on_a_gpu_take_masks_and_softcaps(name: str) -> None:
+    function, last, text, _ = SITES[name]
+    new, report = rewrite(traced(function, *last, device="cuda"))
     assert [site.decision for site in report.sites] == ["rewrite"], report.sites[0].reason
-    calls = [node for node in new.graph.nodes if node.target is torch.ops.prescore.attend.default]
-    assert calls[0].args[-2] == text and len(calls[0].args[-1]) == len(parse(text).tensors)
-    _, report = rewrite(gm, Config(routes=0, keep=8, centroids=2))
+    for operator in (torch.ops.prescore.attend.default, torch.ops.prescore.route.default):
+        (call,) = (node for node in new.graph.nodes if node.target is operator)
+        assert call.args[-2] == text and len(call.args[-1]) == len(parse(text).tensors)
+
+
+@pytest.mark.parametrize("name", SITES)
+def test_where_masks_and_softcaps_are_not_taken_sites_stay_exact(name: str) -> None:
+    function, last, _, reason = SITES[name]
+    _, report = rewrite(traced(function, *last, device="cpu"))
+    assert report.sites[0].decision == "keep" and report.sites[0].reason.startswith(reason), report.sites[0].reason
+    _, report = rewrite(traced(function, *last, device="cuda"), Config(routes=0, keep=8, centroids=2))
     assert "a centroid stands for several keys" in report.sites[0].reason

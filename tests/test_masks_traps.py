@@ -168,4 +168,6 @@ def test_scores_of_a_chunk_do_not_depend_on_the_length() -> None:
     for method in METHODS:
         plan = Plan(method=method, chunk=32, keep=4)
         whole, part = (score(q[:, :, :n], k[:, :, :n], None, plan, True, 0.25) for n in (333, 160))
-        torch.testing.assert_close(whole[:, :, :160], part)
+        # The next chunk's queries look back into this one, and are met before anybody reads its rows.
+        told = 128 if method == "window_peak" else 160
+        torch.testing.assert_close(whole[:, :, :told], part[:, :, :told])

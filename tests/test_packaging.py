@@ -86,7 +86,7 @@ def test_wheel_contents(wheel: Path) -> None:
         f"{home}/{path.relative_to(ROOT / folder).as_posix()}"
         for folder, home in HOMES.items()
         for path in (ROOT / folder).rglob("*")
-        if path.suffix in (".py", ".cpp", ".html", ".css", ".js")
+        if path.suffix in (".py", ".cpp", ".h", ".html", ".css", ".js")
     }
     names = set(zipfile.ZipFile(wheel).namelist())
     metadata = {name for name in names if name.split("/")[0].endswith(".dist-info")}

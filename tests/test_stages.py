@@ -95,6 +95,39 @@ def test_a_near_miss_of_hand_written_attention_names_the_operators_line() -> Non
     assert site.failed.startswith(f"{__file__}:{line_of('# what is not understood')}: logits = torch.sin(logits)")
 
 
+def test_a_near_miss_names_a_line_where_its_reason_names_no_operator() -> None:
+    def axis(x: torch.Tensor) -> torch.Tensor:
+        weights = (x @ x.mT).softmax(-2)
+        return weights @ x  # the sum over another axis
+
+    def drops(x: torch.Tensor) -> torch.Tensor:
+        logits = x @ x.mT
+        logits = torch.dropout(logits, 0.5, True)  # the dropout of logits
+        return logits.softmax(-1) @ x
+
+    def reads(x: torch.Tensor) -> torch.Tensor:
+        weights = (x @ x.mT).softmax(-1)
+        seen = weights.amax()  # a second reader
+        return weights @ x + seen
+
+    marks = {axis: "# the sum over another axis", drops: "# the dropout of logits", reads: "# a second reader"}
+    for model, mark in marks.items():
+        (site,) = graph_diff(model, torch.randn(1, 2, 40, 8), config=Config(**OPTIONS)).report.sites
+        assert site.reason and site.failed.startswith(f"{__file__}:{line_of(mark)}: "), (site.reason, site.failed)
+
+
+def test_inserted_nodes_say_what_they_compute() -> None:
+    def model(x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(x, x, x, is_causal=True)
+
+    x = torch.randn(1, 2, 256, 8)
+    for dynamic in (False, True):
+        (found,) = graph_diff(model, x, config=Config(**OPTIONS), dynamic=dynamic).diffs
+        added = [found.after.nodes[at] for at in found.added]
+        assert added and all(node.value for node in added), [node.name for node in added if not node.value]
+        assert any(node.name == "prescore_attend" and node.value.startswith("float32[") for node in added)
+
+
 def test_the_dump_tells_graphs_apart_and_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PRESCORE_DUMP", str(tmp_path / "all"))
     compiled = torch.compile(broken, backend="prescore", options=OPTIONS)

@@ -4,7 +4,8 @@ Every scorer is a function ``(keys, mask, queries, scale, causal, seed) -> score
 of chunks: ``keys`` ``[M, L, D]`` float32, ``mask`` ``[M, L]`` bool (False: not a key), ``queries``
 ``[M, G, L, D]`` float32 of the chunk's own positions (G query heads share the KV head), ``scale``
 the logit scale. It returns ``[M, L]`` float32, larger = kept first. Scores of masked keys are not
-read. A chunk's scores depend on that chunk alone.
+read. A chunk's scores depend on that chunk alone. A user's own function is called by ``custom``; the
+one method that looks further than its chunk, ``window_peak``, is called with what it needs.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Callable
 
 import torch
 
+from .kernel_kmeans import kernel_kmeans
 from .kmeans import kmeans, kmeans_relative
 from .kmedian import kmedian
 from .leverage import leverage
@@ -26,6 +28,7 @@ Scorer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float, bool, int], 
 SCORERS: dict[str, Scorer] = {
     "kmeans": kmeans,
     "kmeans_relative": kmeans_relative,
+    "kernel_kmeans": kernel_kmeans,
     "kmedian": kmedian,
     "leverage": leverage,
     "peak": peak,
@@ -35,7 +38,7 @@ SCORERS: dict[str, Scorer] = {
     "query": query,
 }
 
-READS_QUERIES = frozenset({"peak", "query"})
+READS_QUERIES = frozenset({"peak", "query", "window_peak"})
 """The scorers that are given queries; for the others the group is empty (G = 0)."""
 
 __all__ = ["READS_QUERIES", "SCORERS", "Scorer"]

@@ -1,6 +1,6 @@
 """Cluster on a GPU: one program a chunk cuts it into balanced clusters and describes each of them.
 
-The tree of ``kernels.clusters.pca_tree``, level by level. A level's parts are one axis of a tile
+The tree of ``kernels.clusterings.pca_tree``, level by level. A level's parts are one axis of a tile
 ``[PARTS, PART, DIM]``, so all parts of a level are worked on at once. Each level loads the chunk's
 keys again in the order that the level before left: the chunk comes from memory once, and from the
 first-level cache after that, where moving rows between lanes would cost a pass through shared memory
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from .. import summary as summaries
-from ..clusters import POWER_ITERATIONS
+from ..clusterings.pca_tree import POWER_ITERATIONS
 from ..layout import chunk_count
 from ..plan import Plan
 from .cache import launch, load
@@ -136,8 +136,10 @@ class ClusterSpec:
 
 
 def fits(plan: Plan, dim: int, value_dim: int) -> bool:
-    """Whether a chunk fits on chip."""
-    return plan.chunk <= CHUNK and plan.chunk * tile_of(max(dim, value_dim)) <= NUMBERS
+    """Whether a chunk fits on chip and is clustered by the tree, which is the one clustering written for it."""
+    return (
+        plan.clustering == "pca_tree" and plan.chunk <= CHUNK and plan.chunk * tile_of(max(dim, value_dim)) <= NUMBERS
+    )
 
 
 def tile_of(dim: int) -> int:

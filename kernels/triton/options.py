@@ -1,7 +1,7 @@
 """How kernels are cut: rows, keys, warps and stages by target, dtype and features.
 
-Chosen so that no register spills where the compilers were asked without a GPU, for sm_80, sm_90 and
-gfx942, up to 128 features; float32 with 256 features spills on NVIDIA GPUs. None was measured on a GPU yet.
+Chosen so that default plans in 16 bits spill no register up to 128 features where the compilers were asked
+without a GPU, for sm_80, sm_90 and gfx942; what else spills is in docs/triton.md. None was measured on a GPU yet.
 """
 
 from __future__ import annotations

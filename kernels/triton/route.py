@@ -177,6 +177,7 @@ equal_count = route_count - count
 
 def spec_of(query: torch.Tensor, heads: int, plan: Plan, causal: bool, target: str) -> Spec:
     """What the kernel for these queries ``[B, H, Nq, D]`` depends on."""
+    narrow = target == "hip" and query.shape[3] > 128  # shared memory is 64 KiB there
     return Spec(
         plan=plan.text,
         dtype=DTYPES[query.dtype],
@@ -187,7 +188,7 @@ def spec_of(query: torch.Tensor, heads: int, plan: Plan, causal: bool, target: s
         causal=causal,
         valid=False,
         routes=True,
-        tile=Tile(rows=ROWS, keys=columns(plan), warps=WARPS, stages=STAGES),
+        tile=Tile(rows=ROWS, keys=columns(plan), warps=WARPS, stages=1 if narrow else STAGES),
     )
 
 

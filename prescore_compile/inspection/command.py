@@ -5,14 +5,16 @@ from __future__ import annotations
 import argparse
 import ast
 import contextlib
+import gc
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from ..passes import Config
+from ..passes.sources import DEVICES
 
 DONE, WRONG_USAGE, TARGET_FAILED = 0, 2, 3
 FORMATS = {
@@ -42,6 +44,8 @@ def add_to(commands: Any) -> None:
                             help="tokens, for a Hugging Face config (default: 4096)")  # fmt: skip
         parser.add_argument("--set", action="append", default=[], metavar="OPTION=VALUE", dest="options",
                             help="an option of the backend, as in --set min_seq_len=0; can be repeated")  # fmt: skip
+        parser.add_argument("--device", choices=DEVICES, default="",
+                            help="whose kernels to show; it need not be there (default: the model's)")  # fmt: skip
         parser.add_argument("--dynamic", action="store_true", help="capture with dynamic shapes")
         parser.add_argument("--color", choices=("auto", "always", "never"), default="auto",
                             help="colour in text: on a terminal, unless NO_COLOR is set (default: auto)")  # fmt: skip
@@ -54,8 +58,11 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         # What the target prints must not end up inside JSON.
         with contextlib.redirect_stdout(sys.stderr):
-            inspection = _inspect(arguments)
-        _write(arguments, inspection)
+            target, config = _target(arguments)
+        with uncollected():
+            with contextlib.redirect_stdout(sys.stderr):
+                inspection = _inspect(arguments, target, config)
+            _write(arguments, inspection)
     except BrokenPipeError:  # `prescore diff ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (TargetError, ValueError, OSError) as error:
@@ -67,25 +74,47 @@ def run(arguments: argparse.Namespace) -> int:
     return DONE
 
 
-def _inspect(arguments: argparse.Namespace) -> Any:
-    from ..backend import stages
-    from .inspection import Inspection
-    from .target import TargetFailed, load, told
+@contextlib.contextmanager
+def uncollected() -> Iterator[None]:
+    """Inside, Python's cyclic garbage collector does not run.
+
+    A walk over the million objects that are torch's and transformers' modules takes as long as all passes over
+    a graph of 30 layers; what it would free meanwhile is a twentieth of the process.
+    """
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+def _target(arguments: argparse.Namespace) -> tuple[Any, Config]:
+    from .target import load
 
     if arguments.format == "model-explorer" and arguments.out is None:
         raise ValueError("--format model-explorer: got no --out; allowed: a folder, for two graphs and their mapping")
     if arguments.seq_len < 1:
         raise ValueError(f"--seq-len: got {arguments.seq_len}; allowed: 1 or more")
-    config = Config.from_options(dict(_option(text) for text in arguments.options))
-    target = load(arguments.target, arguments.seq_len)
+    config = Config.from_options(dict(option(text) for text in arguments.options))
+    return load(arguments.target, arguments.seq_len), config
+
+
+def _inspect(arguments: argparse.Namespace, target: Any, config: Config) -> Any:
+    from ..backend import stages
+    from .inspection import Inspection
+    from .target import TargetFailed, told
+
     try:
         log = stages(target.model, target.args, target.kwargs, config, arguments.dynamic or None)
     except (Exception, SystemExit) as error:
         raise TargetFailed(f"{arguments.target}: the model raised {told(error)}") from error
-    return Inspection(target.title, log)
+    return Inspection(target.title, log, arguments.device)
 
 
-def _option(text: str) -> tuple[str, Any]:
+def option(text: str) -> tuple[str, Any]:
+    """``OPTION=VALUE`` of the command line."""
     key, equals, value = text.partition("=")
     if not equals:
         raise ValueError(f"--set: got {text!r}; allowed: OPTION=VALUE, as in min_seq_len=0")

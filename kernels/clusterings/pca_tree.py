@@ -1,4 +1,4 @@
-"""Balanced clusters: each chunk is cut into equal groups of keys that lie near each other."""
+"""A tree of median cuts: each chunk is cut into equal groups of keys that lie near each other."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def pca_tree(keys: torch.Tensor, member: torch.Tensor, cluster: int) -> torch.Te
     while part > cluster:
         points = live.gather(1, order.unsqueeze(2).expand(-1, -1, dim)).view(-1, part, dim)
         here = member.gather(1, order).view(-1, part)
-        along = _project(points, here).masked_fill(~here, float("inf"))
+        along = project(points, here).masked_fill(~here, float("inf"))
         rank = along.argsort(dim=1, stable=True)
         order = order.reshape(-1, part).gather(1, rank).view(chunks, length)
         part //= 2
     return order
 
 
-def _project(points: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def project(points: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Coordinates ``[M, L]`` of centred points along their leading principal direction."""
     weight = mask.unsqueeze(2).to(points.dtype)
     centred = (points - points.sum(1, keepdim=True) / weight.sum(1, keepdim=True).clamp(min=1)) * weight

@@ -1,0 +1,49 @@
+"""Tables and a plot of what the quality bench stored."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+from bench import svg
+
+
+def cells(path: Path) -> list[dict[str, Any]]:
+    return json.loads(path.read_text())["cells"] if path.is_file() else []
+
+
+def texts(found: list[dict[str, Any]], target: tuple[float, float]) -> str:
+    """Perplexity ratio / KL / top-1 agreement of each method with a density in the range, a column a text."""
+    names = list(dict.fromkeys(c["text"] for c in found if c["part"] == "text"))
+    rows: dict[tuple[str, float], dict[str, str]] = {}
+    for c in found:
+        if c["part"] == "text" and target[0] <= c["density"] <= target[1]:
+            told = f"{c['ratio']:.3f} / {c['kl']:.3f} / {c['top1']:.3f}"
+            rows.setdefault((c["method"], c["density"]), {})[c["text"]] = told
+    lines = [[m, f"{100 * d:.1f}%", *(r.get(n, "") for n in names)] for (m, d), r in rows.items()]
+    return tabulate(lines, ["method", "pairs", *names], "github", disable_numparse=True)
+
+
+def recalls(found: list[dict[str, Any]], target: tuple[float, float]) -> str:
+    """Loss over exact in nats, and accuracy (exact's), of each method, a column a task."""
+    names = list(dict.fromkeys(c["text"] for c in found if c["part"] == "recall"))
+    rows: dict[tuple[str, float], dict[str, str]] = {}
+    for c in found:
+        if c["part"] == "recall" and target[0] <= c["density"] <= target[1]:
+            told = f"+{c['loss'] - c['exact_loss']:.2f}, {c['accuracy']:.3f} ({c['exact_accuracy']:.3f})"
+            rows.setdefault((c["method"], c["density"]), {})[c["text"]] = told
+    lines = [[m, f"{100 * d:.1f}%", *(r.get(n, "") for n in names)] for (m, d), r in rows.items()]
+    return tabulate(lines, ["method", "pairs", *names], "github", disable_numparse=True)
+
+
+def plot(found: list[dict[str, Any]]) -> str:
+    """Mean KL of the measured texts by density, as SVG: a line a method."""
+    points: dict[str, dict[float, list[float]]] = {}
+    for c in found:
+        if c["part"] == "text":
+            points.setdefault(c["method"], {}).setdefault(c["density"], []).append(c["kl"])
+    series = {m: [(100 * d, sum(k) / len(k)) for d, k in by.items()] for m, by in points.items()}
+    return svg.lines("KL(exact || method), mean of the texts", "pairs, %", "nats", series)

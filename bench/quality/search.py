@@ -1,0 +1,69 @@
+"""Which routed plan is best at one density, on the texts that choices may be made on.
+
+    python -m bench.quality.search
+
+Every candidate spends the same share of the pairs; only ``CHOSEN_ON`` texts and tasks over them are read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from prescore_compile import smollm
+from prescore_compile.kernels.plan import Plan
+
+from . import language
+from .methods import Method, density, fit, planned
+from .store import RESULTS, Store
+from .texts import CHOSEN_ON
+
+
+def candidates(length: int, target: float) -> Iterator[Method]:
+    """Routed plans of one density."""
+    base = Plan()
+    plans = {
+        "chunk 128, window 128": base,
+        "chunk 128, window 64": replace(base, window=64),
+        "chunk 128, window 0": replace(base, window=0),
+        "chunk 256, window 64": replace(base, chunk=256, window=64),
+        "chunk 256, window 0": replace(base, chunk=256, window=0),
+        "chunk 512, window 0": replace(base, chunk=512, window=0),
+        "cluster 32": replace(base, cluster=32),
+        "cluster 32, chunk 512, window 0": replace(base, cluster=32, chunk=512, window=0),
+        "sinks 4": replace(base, sinks=4),
+        "4 peak keys a segment": replace(base, keep=4),
+    }
+    for name, settings in plans.items():
+
+        def make(n: int, settings: Plan = settings) -> Plan:
+            return replace(settings, routes=n)
+
+        plan = fit(make, target, length)
+        yield Method(f"{name}, {plan.routes} routes", planned(plan), density(plan, length))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--length", type=int, default=8192)
+    parser.add_argument("--density", type=float, default=0.22)
+    parser.add_argument("--out", type=Path, default=RESULTS / "quality-search.json")
+    arguments = parser.parse_args()
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    store = Store(arguments.out, {"model": smollm.GGUF, "length": arguments.length, "torch": torch.__version__})
+    model, tokenizer = smollm.load()
+    language.check(model, tokenizer)
+    tried = list(candidates(arguments.length, arguments.density))
+    for task, recall in language.tasks(tokenizer, arguments.length, CHOSEN_ON).items():
+        language.run_recall(store, model, task, recall, tried)
+    for name in CHOSEN_ON:
+        language.run_text(store, model, tokenizer, name, arguments.length, tried)
+
+
+if __name__ == "__main__":
+    main()

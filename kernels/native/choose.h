@@ -1,0 +1,109 @@
+// The best few of many scores, as ranks: integers in the order of the scores.
+
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "simd.h"
+
+namespace prescore {
+
+constexpr int32_t TOP_RANK = 0x7fffffff;
+
+// Float order as integer order; NaN above all, so that what is not finite is met.
+inline ivec rank_of(vec x) {
+  const ivec as_bits = (ivec)x;
+  const ivec key = as_bits ^ ((as_bits >> 31) & 0x7fffffff);
+  return x == x ? key : isplat(TOP_RANK);
+}
+
+constexpr int32_t LOWEST_RANK = (int32_t)0x807fffff;  // of -inf: what may not be chosen
+
+struct Chooser {
+  std::vector<int32_t> best, rank, place;
+
+  static int64_t above(const int32_t* rank, int64_t count, int32_t bar) {
+    ivec hits = {};
+    for (int64_t c = 0; c < count; c += L) hits -= iload(rank + c) > bar;
+    return sum_lanes(hits);
+  }
+
+  // The smallest bar with at most `want` ranks above it, or any with `want` to `enough`. More than
+  // `want` are above LOWEST_RANK. By bisection on the integers.
+  static int32_t bar_of(const int32_t* rank, int64_t count, int64_t want, int64_t enough) {
+    ivec least = isplat(TOP_RANK), most = isplat(LOWEST_RANK);
+    for (int64_t c = 0; c < count; c += L) {
+      const ivec r = iload(rank + c), real = r > LOWEST_RANK ? r : isplat(TOP_RANK);
+      least = real < least ? real : least;
+      most = r > most ? r : most;
+    }
+    int64_t low = TOP_RANK, bar = LOWEST_RANK;
+    for (int i = 0; i < L; ++i) {
+      low = std::min<int64_t>(low, (int64_t)least[i] - 1);
+      bar = std::max<int64_t>(bar, most[i]);
+    }
+    while (low + 1 < bar) {
+      const int64_t middle = (low + bar) / 2, n = above(rank, count, (int32_t)middle);
+      if (n >= want && n <= enough) return (int32_t)middle;
+      (n > want ? low : bar) = middle;
+    }
+    return (int32_t)bar;
+  }
+
+  // Ranks above the bar and their places, ascending; padded to whole vectors. Returns their number.
+  int64_t collect(const int32_t* from, int64_t count, int32_t bar) {
+    rank.resize(count + L);
+    place.resize(count + L);
+    int64_t taken = 0;
+    for (int64_t c = 0; c < count; c += L)
+      for (uint32_t found = bits(iload(from + c) > bar); found; found &= found - 1) {
+        const int64_t at = c + __builtin_ctz(found);
+        rank[taken] = from[at];
+        place[taken++] = (int32_t)at;
+      }
+    std::fill_n(&rank[taken], L, LOWEST_RANK);
+    return taken;
+  }
+
+  // The places of the `want` best of `count` ranks (whole vectors), ascending, then -1; LOWEST_RANK
+  // is never chosen, ties go to the earlier.
+  //
+  // Among the maxima of GROUP vectors, lane by lane, `want` above a bar mean that at least so many
+  // ranks are, and hardly any rank that is not among the best is: only those are looked at closely.
+  void choose(const int32_t* from, int64_t count, int64_t want, int32_t* out) {
+    constexpr int64_t GROUP = 4;
+    int32_t bar = LOWEST_RANK;
+    if (count >= 4 * GROUP * want) {
+      const int64_t groups = count / (GROUP * L);
+      best.resize(groups * L);
+      for (int64_t group = 0; group < groups; ++group) {
+        ivec most = iload(from + group * GROUP * L);
+        for (int64_t i = 1; i < GROUP; ++i) {
+          const ivec r = iload(from + (group * GROUP + i) * L);
+          most = r > most ? r : most;
+        }
+        istore(&best[group * L], most);
+      }
+      if (above(best.data(), groups * L, LOWEST_RANK) > want)
+        bar = bar_of(best.data(), groups * L, want, want + want / 4) - 1;
+    }
+    const int64_t candidates = collect(from, count, bar);
+    int64_t taken = 0;
+    if (candidates <= want) {
+      for (; taken < candidates; ++taken) out[taken] = place[taken];
+    } else {
+      const int64_t padded = (candidates + L - 1) / L * L;
+      const int32_t line = bar_of(rank.data(), padded, want, want);
+      int64_t ties = want - above(rank.data(), padded, line);
+      for (int64_t i = 0; taken < want; ++i) {
+        const bool tie = rank[i] == line && ties > 0;
+        ties -= tie;
+        if (rank[i] > line || tie) out[taken++] = place[i];
+      }
+    }
+    for (; taken < want; ++taken) out[taken] = -1;
+  }
+};
+
+}  // namespace prescore

@@ -1,0 +1,148 @@
+// Vectors of the machine's own width, in GCC/Clang vector extensions: AVX-512, AVX2, NEON and SSE.
+//
+// The width is the register's and not more: a vector wider than a register goes through memory at
+// every step in GCC, which makes the same code ten times slower.
+
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <limits>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace prescore {
+
+#if defined(__AVX512F__)
+constexpr int L = 16;
+#elif defined(__AVX__)
+constexpr int L = 8;
+#else
+constexpr int L = 4;
+#endif
+
+typedef float vec __attribute__((vector_size(4 * L), aligned(4), may_alias));
+typedef int32_t ivec __attribute__((vector_size(4 * L), aligned(4), may_alias));
+
+constexpr float NEG_INF = -std::numeric_limits<float>::infinity();
+
+inline vec splat(float x) { return vec{} + x; }
+inline ivec isplat(int32_t x) { return ivec{} + x; }
+inline vec load(const float* p) { return *reinterpret_cast<const vec*>(p); }
+inline ivec iload(const int32_t* p) { return *reinterpret_cast<const ivec*>(p); }
+inline void store(float* p, vec x) { *reinterpret_cast<vec*>(p) = x; }
+inline void istore(int32_t* p, ivec x) { *reinterpret_cast<ivec*>(p) = x; }
+
+// A NaN in x is passed over.
+inline vec larger(vec best, vec x) { return x > best ? x : best; }
+
+inline float max_lane(vec x) {
+  float best = x[0];
+  for (int i = 1; i < L; ++i) best = x[i] > best ? x[i] : best;
+  return best;
+}
+
+inline float sum_lanes(vec x) {
+  float total = 0;
+  for (int i = 0; i < L; ++i) total += x[i];
+  return total;
+}
+
+inline int32_t sum_lanes(ivec x) {
+  int32_t total = 0;
+  for (int i = 0; i < L; ++i) total += x[i];
+  return total;
+}
+
+// Bit i: lane i of a comparison holds.
+inline uint32_t bits(ivec holds) {
+#if defined(__AVX512F__)
+  return _mm512_cmplt_epi32_mask((__m512i)holds, _mm512_setzero_si512());
+#elif defined(__AVX2__)
+  return (uint32_t)_mm256_movemask_ps((__m256)holds);
+#else
+  uint32_t found = 0;
+  for (int i = 0; i < L; ++i) found |= (uint32_t)(holds[i] & 1) << i;
+  return found;
+#endif
+}
+
+inline ivec iota() {
+  ivec x = {};
+  for (int i = 0; i < L; ++i) x[i] = i;
+  return x;
+}
+
+// The comparison whose lane i is bit i of `mask`.
+inline ivec lanes_of(uint32_t mask) { return ((isplat((int32_t)mask) >> iota()) & 1) != 0; }
+
+inline vec root(vec x) {
+#if defined(__AVX512F__)
+  return (vec)_mm512_sqrt_ps((__m512)x);
+#elif defined(__AVX2__)
+  return (vec)_mm256_sqrt_ps((__m256)x);
+#else
+  for (int i = 0; i < L; ++i) x[i] = std::sqrt(x[i]);
+  return x;
+#endif
+}
+
+// 2^x for x <= 20 or so; a NaN stays a NaN, what is below 2^-126 becomes that. The polynomial is
+// that of Cephes' exp2f, about 2 ulp.
+inline vec exp2_vec(vec x) {
+  x = x < splat(-126.0f) ? splat(-126.0f) : x;
+  const vec shift = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  const vec n = x + shift;
+  const vec r = x - (n - shift);
+  vec p = splat(1.535336188319500e-4f);
+  p = p * r + 1.339887440266574e-3f;
+  p = p * r + 9.618437357674640e-3f;
+  p = p * r + 5.550332471162809e-2f;
+  p = p * r + 2.402264791363012e-1f;
+  p = p * r + 6.931472028550421e-1f;
+  p = p * r + 1.0f;
+  return p * (vec)(((ivec)n - (ivec)shift + 127) << 23);
+}
+
+// Products of N rows with the columns of key [dim][V * L], held in registers.
+template <int N, int V>
+inline void products(const float* const* row, int64_t dim, const float* key, vec (&sum)[N][V]) {
+  vec s[N][V] = {};
+  for (int64_t d = 0; d < dim; ++d) {
+    vec k[V];
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) k[v] = load(key + (d * V + v) * L);
+#pragma GCC unroll 16
+    for (int i = 0; i < N; ++i) {
+      const float q = row[i][d];
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) s[i][v] += k[v] * q;
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < N; ++i)
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) sum[i][v] = s[i][v];
+}
+
+// Run body.run<N>(first row) over `count` rows in near-equal groups of at most M: nearly full groups
+// keep more sums in flight than full groups and a last one of a row or two.
+template <int M, int N, typename Body>
+inline void run_group(Body& body, int64_t size, int64_t first) {
+  if (size == N) return body.template run<N>(first);
+  if constexpr (N > 1) run_group<M, N - 1>(body, size, first);
+}
+
+template <int M, typename Body>
+inline void by_groups(int64_t count, Body&& body) {
+  const int64_t groups = (count + M - 1) / M;
+  for (int64_t group = 0, first = 0; group < groups; ++group) {
+    const int64_t size = (count - first) / (groups - group);
+    run_group<M, M>(body, size, first);
+    first += size;
+  }
+}
+
+}  // namespace prescore

@@ -1,0 +1,118 @@
+// What crosses the border from Python, where windows lie, and how tasks are shared by threads.
+
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <cstring>
+#include <thread>
+#include <vector>
+
+extern "C" {
+
+struct Geometry {
+  int64_t batch, heads, kv_heads, q_len, k_len, dim, value_dim;
+  int64_t chunk, cluster, window, causal, sinks, keep, centroids, routes, tile, threads;
+  double scale;
+};
+
+struct View {  // a [batch, head, position, feature] tensor; features are contiguous
+  void* data;
+  int64_t batch, head, position;
+  int64_t bfloat16;  // 1: bfloat16, 0: float32
+};
+
+}  // extern "C"
+
+namespace prescore {
+
+inline float widen(uint16_t x) {
+  const uint32_t bits = (uint32_t)x << 16;
+  float y;
+  std::memcpy(&y, &bits, 4);
+  return y;
+}
+
+inline uint16_t narrow(float x) {  // to nearest, ties to even, as torch rounds
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  if (x != x) return 0x7fc0;
+  return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+inline int64_t offset(const View& v, int64_t b, int64_t h, int64_t n) {
+  return b * v.batch + h * v.head + n * v.position;
+}
+
+// One position's features as float32.
+inline void read(const View& v, int64_t b, int64_t h, int64_t n, int64_t dim, float* to) {
+  if (v.bfloat16) {
+    const uint16_t* from = (const uint16_t*)v.data + offset(v, b, h, n);
+    for (int64_t d = 0; d < dim; ++d) to[d] = widen(from[d]);
+  } else {
+    std::memcpy(to, (const float*)v.data + offset(v, b, h, n), dim * sizeof(float));
+  }
+}
+
+inline void write(const View& v, int64_t b, int64_t h, int64_t n, int64_t dim, const float* from) {
+  if (v.bfloat16) {
+    uint16_t* to = (uint16_t*)v.data + offset(v, b, h, n);
+    for (int64_t d = 0; d < dim; ++d) to[d] = narrow(from[d]);
+  } else {
+    std::memcpy((float*)v.data + offset(v, b, h, n), from, dim * sizeof(float));
+  }
+}
+
+// The tasks [first, last), each by whichever thread is free; a thread has one scratch for all its tasks.
+template <typename Work>
+void parallel(int64_t first, int64_t last, int64_t threads, Work& work) {
+  std::atomic<int64_t> next{first};
+  auto loop = [&] {
+    auto scratch = work.scratch();
+    for (int64_t task; (task = next.fetch_add(1)) < last;) work.run(task, scratch);
+  };
+  std::vector<std::thread> pool;
+  for (int64_t t = 1; t < std::min(threads, last - first); ++t) pool.emplace_back(loop);
+  loop();
+  for (auto& thread : pool) thread.join();
+}
+
+struct Span {
+  int64_t begin, end, low, high, finished;
+};
+
+inline int64_t floor_div(int64_t a, int64_t b) { return a / b - (a % b < 0); }
+
+// Mirrors layout.spans.
+inline std::vector<Span> spans(const Geometry& g) {
+  std::vector<Span> found;
+  const int64_t shift = g.causal ? g.k_len - g.q_len : 0;
+  const int64_t total = (g.k_len + g.chunk - 1) / g.chunk;
+  for (int64_t begin = 0; begin < g.q_len;) {
+    Span s{begin, std::min(begin + g.tile, g.q_len), 0, g.k_len, 0};
+    const int64_t pos = begin + shift;
+    if (g.window < 0) {
+      // no limit: the whole sequence
+    } else if (g.causal) {
+      const int64_t first = floor_div(pos - g.window, g.chunk);
+      s.end = std::min(s.end, (first + 1) * g.chunk + g.window - shift);
+      s.low = std::max<int64_t>(0, first) * g.chunk;
+      s.finished = s.low / g.chunk;
+    } else if (g.window == 0) {
+      s.high = 0;
+      s.finished = total;
+    } else {
+      const int64_t first = floor_div(pos - g.window, g.chunk), last = floor_div(pos + g.window, g.chunk);
+      s.end = std::min({s.end, (first + 1) * g.chunk + g.window, (last + 1) * g.chunk - g.window});
+      s.low = std::max<int64_t>(0, first) * g.chunk;
+      s.high = std::min((last + 1) * g.chunk, g.k_len);
+      s.finished = total;
+    }
+    found.push_back(s);
+    begin = s.end;
+  }
+  return found;
+}
+
+}  // namespace prescore

@@ -1,0 +1,154 @@
+// A running softmax over blocks of 16 keys: the inner part of attend.
+
+#pragma once
+
+#include <vector>
+
+#include "simd.h"
+
+namespace prescore {
+
+constexpr int W = 16, V = W / L;  // keys a block, and vectors that hold one feature of them
+constexpr uint16_t ALL = 0xffff;
+// Rows at once, as the registers allow: of logits, and of sums of values, of COLUMNS vectors each.
+constexpr int GROUP = L == 16 ? 12 : L == 8 ? 6 : 4;
+constexpr int PART = L == 16 ? 6 : GROUP;
+constexpr int COLUMNS = L == 8 ? 2 : 4;
+// A running maximum is raised only when a logit (in powers of two) passes it by this much.
+constexpr float SLACK = 11.0f;
+
+// Keys [dim][16], values `width` floats a key, finite unless said; logit biases in powers of two, or null.
+struct Block {
+  const float* key;
+  const float* value;
+  const float* bias;
+  bool finite;
+};
+
+// The rows of a tile. `width`: the value's features rounded up to 16.
+struct Rows {
+  int64_t dim, width;
+  std::vector<float> query, top, total, out;
+
+  void reset(int64_t rows, int64_t dim_, int64_t width_) {
+    dim = dim_;
+    width = width_;
+    query.resize(rows * dim);
+    top.assign(rows, NEG_INF);
+    total.assign(rows * L, 0.0f);
+    out.assign(rows * width, 0.0f);
+  }
+};
+
+// Attend one block: row[i] sees the keys of mask[i].
+struct AttendBlock {
+  Rows& rows;
+  const int32_t* row;
+  const uint16_t* mask;
+  const Block& b;
+
+  template <int N>
+  void run(int64_t first) const {
+    bool all = true;
+    for (int i = 0; i < N; ++i) all &= mask[first + i] == ALL;
+    if (all && !b.bias && b.finite)
+      weigh_logits<N, true>(row + first, mask + first);
+    else
+      weigh_logits<N, false>(row + first, mask + first);
+  }
+
+  template <int N, bool PLAIN>
+  void weigh_logits(const int32_t* at, const uint16_t* seen) const {
+    const float* q[N];
+    for (int i = 0; i < N; ++i) q[i] = &rows.query[at[i] * rows.dim];
+    vec s[N][V];
+    products<N, V>(q, rows.dim, b.key, s);
+    if constexpr (!PLAIN)
+      for (int i = 0; i < N; ++i)
+        for (int v = 0; v < V; ++v) {
+          if (b.bias) s[i][v] += load(b.bias + v * L);
+          s[i][v] = lanes_of(seen[i] >> v * L) ? s[i][v] : splat(NEG_INF);
+        }
+    vec over = splat(NEG_INF);
+    for (int i = 0; i < N; ++i)
+      for (int v = 0; v < V; ++v) over = larger(over, s[i][v] - (rows.top[at[i]] + SLACK));
+    if (bits(over > 0.0f))
+      for (int i = 0; i < N; ++i) raise(at[i], s[i]);
+    alignas(64) float weight[N][W];
+    for (int i = 0; i < N; ++i) {
+      // With no finite logit yet (all NaN or none) any finite reference will do.
+      const float top = rows.top[at[i]] > NEG_INF ? rows.top[at[i]] : 0.0f;
+      vec total = load(&rows.total[at[i] * L]);
+      for (int v = 0; v < V; ++v) {
+        vec p = exp2_vec(s[i][v] - top);
+        if constexpr (!PLAIN) p = lanes_of(seen[i] >> v * L) ? p : vec{};
+        store(&weight[i][v * L], p);
+        total += p;
+      }
+      store(&rows.total[at[i] * L], total);
+    }
+    if (PLAIN || b.finite) {
+      constexpr int HALF = N > PART ? N / 2 : N;
+      weigh_all<HALF>(at, weight);
+      if constexpr (HALF < N) weigh_all<N - HALF>(at + HALF, weight + HALF);
+    } else {
+      for (int i = 0; i < N; ++i) weigh_one_by_one(at[i], weight[i], seen[i]);
+    }
+  }
+
+  void raise(int32_t at, const vec (&s)[V]) const {
+    vec best = splat(NEG_INF);
+    for (int v = 0; v < V; ++v) best = larger(best, s[v]);
+    const float most = max_lane(best);
+    float& top = rows.top[at];
+    if (!(most > top + SLACK)) return;
+    if (top > NEG_INF) {
+      const float shrink = std::exp2(top - most);
+      store(&rows.total[at * L], load(&rows.total[at * L]) * shrink);
+      float* out = &rows.out[at * rows.width];
+      for (int64_t c = 0; c < rows.width; c += L) store(out + c, load(out + c) * shrink);
+    }
+    top = most;
+  }
+
+  template <int N, int C>
+  void weigh(const int32_t* at, const float (*weight)[W], int64_t column) const {
+    vec acc[N][C];
+#pragma GCC unroll 16
+    for (int i = 0; i < N; ++i)
+#pragma GCC unroll 8
+      for (int c = 0; c < C; ++c) acc[i][c] = load(&rows.out[at[i] * rows.width + column + c * L]);
+    for (int j = 0; j < W; ++j) {
+      vec v[C];
+#pragma GCC unroll 8
+      for (int c = 0; c < C; ++c) v[c] = load(b.value + j * rows.width + column + c * L);
+#pragma GCC unroll 16
+      for (int i = 0; i < N; ++i)
+#pragma GCC unroll 8
+        for (int c = 0; c < C; ++c) acc[i][c] += v[c] * weight[i][j];
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < N; ++i)
+#pragma GCC unroll 8
+      for (int c = 0; c < C; ++c) store(&rows.out[at[i] * rows.width + column + c * L], acc[i][c]);
+  }
+
+  template <int N>
+  void weigh_all(const int32_t* at, const float (*weight)[W]) const {
+    int64_t column = 0;
+    for (; column + COLUMNS * L <= rows.width; column += COLUMNS * L) weigh<N, COLUMNS>(at, weight, column);
+    for (; column < rows.width; column += L) weigh<N, 1>(at, weight, column);
+  }
+
+  // A value that is not finite must reach only the rows that attend it (0 * inf is NaN).
+  void weigh_one_by_one(int32_t at, const float* weight, uint32_t seen) const {
+    for (int j = 0; j < W; ++j)
+      if (seen >> j & 1)
+        for (int64_t c = 0; c < rows.width; c += L) {
+          float* out = &rows.out[at * rows.width + c];
+          store(out, load(out) + load(b.value + j * rows.width + c) * weight[j]);
+        }
+  }
+};
+
+}  // namespace prescore

@@ -1,0 +1,46 @@
+"""The plans that are tried at a site where the user names none: a ladder of densities."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from ..kernels.plan import Plan
+from ..passes import cost
+
+DENSITIES = (0.05, 0.1, 0.2, 0.35)
+WINDOW = 128
+"""Keys of a window where routes are the rest: with fewer, quality collapses."""
+CENTROIDS = 0.25
+"""Of the rows of a segment."""
+
+
+def ladder(length: int, causal: bool, base: Plan) -> list[Plan]:
+    """Plans of about these densities at ``length`` keys, by what else they do as in ``base``.
+
+    Causal: routed clusters beside a window, and a window alone (StreamingLLM). Bidirectional: routed
+    clusters beside a window, and selected keys with centroids for the others.
+    """
+    base = replace(base, keep=0, centroids=0, routes=0, window=0)
+    found = [plan for share in DENSITIES for plan in _plans(share, length, causal, base)]
+    densities = {plan: cost.at(cost.density(plan, causal), length) for plan in dict.fromkeys(found)}
+    return [plan for plan, density in sorted(densities.items(), key=lambda item: item[1]) if density < 0.75]
+
+
+def _plans(share: float, length: int, causal: bool, base: Plan) -> Iterator[Plan]:
+    """The plans of one density that there are: few keys leave no room for a window and routes."""
+    sides = 1 if causal else 2
+    keys = share * (length / 2 if causal else length) - base.sinks
+    routing = length / (2 if causal else 1) / base.cluster
+    routes = int((keys - routing - sides * (WINDOW + base.chunk / 2)) / base.cluster)
+    if routes > 0:
+        yield replace(base, window=WINDOW, routes=routes)
+    if causal:
+        window = round(keys - base.chunk / 2)
+        if window >= WINDOW / 2:
+            yield replace(base, window=window)
+        return
+    rows = round(share * base.chunk)
+    if rows >= 4:
+        centroids = round(CENTROIDS * rows)
+        yield replace(base, method="leverage", sinks=1, keep=rows - centroids, centroids=centroids)

@@ -1,0 +1,116 @@
+"""How far a model's output is from the exact model's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_leaves
+
+from ..kernels.plan import OptionError
+
+ROWS = 256
+"""Positions that are compared at a time."""
+Measure = Callable[[Any, Any], Any]
+"""The user's own: drift of an output (second) from the exact model's (first), 0 where there is none."""
+
+
+@dataclass(frozen=True)
+class Drift:
+    """A sum over positions, and how many there were."""
+
+    total: float = 0.0
+    positions: int = 0
+
+    def __add__(self, other: Drift) -> Drift:
+        return Drift(self.total + other.total, self.positions + other.positions)
+
+    @property
+    def mean(self) -> float:
+        return self.total / max(self.positions, 1)
+
+
+def resolve(measure: object, output: Any) -> str | Measure:
+    """The measure that is meant: "kl" for a model with logits, else "cosine".
+
+    Raises:
+        OptionError: it is none, or cannot be taken of this output.
+    """
+    if measure is None:
+        measure = "kl" if _member(output, "logits") is not None else "cosine"
+    if callable(measure):
+        return measure
+    if measure not in ("kl", "cosine"):
+        raise OptionError("measure", measure, "'kl', 'cosine' or a function of two outputs (exact first)")
+    tensor = _tensor(output)
+    if tensor.shape[-1] < 2:
+        allowed = f"a function of two outputs (exact first): the output is {list(tensor.shape)}, with one feature"
+        raise OptionError("measure", measure, allowed)
+    return str(measure)
+
+
+class Reference:
+    """The exact model's output for one batch, to compare others with."""
+
+    def __init__(self, output: Any, batch: Mapping[str, Any], measure: str | Measure) -> None:
+        self.measure = measure
+        if callable(measure):
+            self.output = output
+            return
+        tensor = _tensor(output)
+        self.rows = _chosen(tensor, batch)
+        if not bool(torch.isfinite(tensor[self.rows]).any(-1).all()):
+            raise ValueError("the exact model's output is not finite, so nothing can be compared with it")
+        self.output = _logarithms(tensor) if measure == "kl" else tensor
+
+    def drift(self, output: Any) -> Drift:
+        """Of another output for the same batch; infinite where it is not a number."""
+        if callable(self.measure):
+            found = Drift(float(self.measure(self.output, output)), 1)
+        else:
+            exact, other = self.output[self.rows], _tensor(output)[self.rows]
+            compare = _kl if self.measure == "kl" else _cosine
+            parts = zip(exact.split(ROWS), other.split(ROWS), strict=True)
+            found = Drift(sum(compare(a, b) for a, b in parts), len(exact))
+        return Drift(math.inf if math.isnan(found.total) else max(found.total, 0.0), found.positions)
+
+
+def _kl(exact: torch.Tensor, other: torch.Tensor) -> float:
+    found = exact.exp() * (exact - _logarithms(other))
+    return found.masked_fill_(exact == -math.inf, 0.0).sum(-1).double().sum().item()
+
+
+def _cosine(exact: torch.Tensor, other: torch.Tensor) -> float:
+    return (1 - torch.cosine_similarity(exact.double(), other.double(), dim=-1)).sum().item()
+
+
+def _logarithms(logits: torch.Tensor) -> torch.Tensor:
+    return torch.log_softmax(logits.float(), -1)
+
+
+def _chosen(tensor: torch.Tensor, batch: Mapping[str, Any]) -> torch.Tensor:
+    """Which positions count: those that the batch's ``attention_mask`` does not pad."""
+    mask = batch.get("attention_mask")
+    if isinstance(mask, torch.Tensor) and tensor.dim() == 3 and mask.shape == tensor.shape[:2]:
+        return mask.to(tensor.device) != 0
+    return torch.ones(tensor.shape[:-1], dtype=torch.bool, device=tensor.device)
+
+
+def _tensor(output: Any) -> torch.Tensor:
+    """The logits, the last hidden state, or the first floating tensor of an output."""
+    for name in ("logits", "last_hidden_state"):
+        found = _member(output, name)
+        if found is not None:
+            return found.detach()
+    leaves = [t for t in tree_leaves(output) if isinstance(t, torch.Tensor) and t.is_floating_point() and t.dim()]
+    if not leaves:
+        raise ValueError(f"the model returned {type(output).__name__} without a floating tensor to compare")
+    return leaves[0].detach()
+
+
+def _member(output: Any, name: str) -> torch.Tensor | None:
+    found = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
+    return found if isinstance(found, torch.Tensor) else None

@@ -1,0 +1,252 @@
+"""Per-site plans: measured, chosen, kept in a file, and run."""
+
+from __future__ import annotations
+
+import copy
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from prescore_compile import Calibration, Config, OptionError, Plan, calibrate, explain
+from prescore_compile.calibration import allocate
+from prescore_compile.calibration.allocate import Option
+from prescore_compile.calibration.candidates import ladder
+from prescore_compile.cli import main
+from prescore_compile.passes import cost
+from prescore_compile.passes.planfile import data, load, text
+
+CANDIDATES = [Plan(chunk=16, window=w, sinks=2, routes=r) for w, r in ((0, 0), (16, 1), (60, 0))]
+ALWAYS: dict[str, Any] = dict(min_seq_len=0, only_if_faster=False, inner="eager")
+
+
+class Block(nn.Module):
+    def __init__(self, causal: bool, breaks: bool) -> None:
+        super().__init__()
+        self.qkv, self.causal, self.breaks = nn.Linear(16, 48), causal, breaks
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (t.unflatten(-1, (2, 8)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        if self.breaks:
+            torch._dynamo.graph_break()
+        return x + F.scaled_dot_product_attention(4 * q, k, v, is_causal=self.causal).transpose(1, 2).flatten(2)
+
+
+class Model(nn.Module):
+    def __init__(self, causal: bool = True, logits: bool = True, layers: int = 3, breaks: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(Block(causal, breaks) for _ in range(layers))
+        self.head, self.logits = nn.Linear(16, 11), logits
+        self.eval()
+
+    def forward(self, x: torch.Tensor) -> Any:
+        for layer in self.layers:
+            x = layer(x)
+        return {"logits": self.head(x)} if self.logits else x
+
+
+def batch() -> torch.Tensor:
+    torch.manual_seed(1)
+    return torch.randn(1, 128, 16)
+
+
+@pytest.fixture(scope="module")
+def found() -> Calibration:
+    lines: list[str] = []
+    result = calibrate(Model(), [batch()], budget=0.6, candidates=CANDIDATES, progress=lines.append)
+    assert sum(line.startswith("[") for line in lines) == 9  # sites x candidates
+    return result
+
+
+def test_the_budget_is_kept_and_each_site_was_tried(found: Calibration) -> None:
+    assert [site.key.site for site in found.sites] == [f"layers.{i}#0" for i in range(3)]
+    assert all([trial.plan for trial in site.trials] == CANDIDATES for site in found.sites)
+    assert 0 < found.density <= 0.6 and found.drift > 0
+    total = sum(site.chosen.density if site.chosen else 1.0 for site in found.sites) / 3
+    assert total == pytest.approx(found.density, rel=1e-3)
+    assert "layers.1#0" in found.table() and "budget 0.6" in found.table()
+    with pytest.raises(OptionError, match=r"'budget': got 0.01.*or more"):
+        calibrate(Model(), [batch()], budget=0.01, candidates=CANDIDATES, measured=found, progress=None)
+
+
+def test_the_drift_is_kept_or_every_site_is_exact(found: Calibration) -> None:
+    same: dict[str, Any] = dict(candidates=CANDIDATES, measured=found, progress=None)
+    half = calibrate(Model(), [batch()], drift=found.drift / 2, **same)
+    assert half.drift <= found.drift / 2 and half.density > found.density
+    lines: list[str] = []
+    none = calibrate(Model(), [batch()], drift=0, **same | {"progress": lines.append})
+    assert set(none.plans.values()) == {None} and none.drift == 0 and none.density == 1
+    assert any("every site stays exact" in line for line in lines) and not any("left]" in line for line in lines)
+
+
+@torch.no_grad()
+def test_what_runs_is_what_was_measured(found: Calibration, tmp_path: Path) -> None:
+    plans = dict(zip(found.plans, (CANDIDATES[0], None, CANDIDATES[1]), strict=True))
+    mixed = data(found)
+    for site in mixed["sites"]:
+        plan = plans[site["site"]]
+        site["plan"] = next((n for n, s in mixed["plans"].items() if plan and s == plan.settings()), "exact")
+    model, x = Model(), batch()
+    report = explain(model, x, config=Config(plan=mixed, **ALWAYS))
+    assert [site.plan for site in report.sites] == [CANDIDATES[0], None, CANDIDATES[1]]
+    assert [site.reason for site in report.sites] == ["", "plan_exact", ""] and "routes=1" in str(report)
+    found.save(tmp_path / "plan.json")
+    options = ALWAYS | {"plan": str(tmp_path / "plan.json")}
+    exact = model(x)["logits"].log_softmax(-1)
+    other = torch.compile(model, backend="prescore", options=options)(x)["logits"].log_softmax(-1)
+    assert (exact.exp() * (exact - other)).sum(-1).mean().item() == pytest.approx(found.drift, rel=1e-3)
+
+
+@torch.no_grad()
+def test_all_exact_is_exact(found: Calibration) -> None:
+    file = data(found)
+    for site in file["sites"]:
+        site["plan"] = "exact"
+    model, x = Model(), batch()
+    got = torch.compile(model, backend="prescore", options=ALWAYS | {"plan": file})(x)["logits"]
+    assert torch.equal(got, model(x)["logits"])
+
+
+def test_the_same_calibration_writes_the_same_file(found: Calibration, tmp_path: Path) -> None:
+    again = calibrate(Model(), [batch()], budget=0.6, candidates=CANDIDATES, progress=None)
+    assert text(again) == text(found)
+    found.save(tmp_path / "plan.json")
+    assert load(tmp_path / "plan.json") == found == load(json.loads(text(found))) == load(found)
+
+
+def test_another_model_is_told(found: Calibration) -> None:
+    x = batch()
+    longer = explain(Model(layers=4), x, config=Config(plan=found, **ALWAYS))
+    assert longer.sites[3].reason == "not_in_plan" and longer.sites[3].key == "layers.3#0"
+    shorter = explain(Model(layers=2), x, config=Config(plan=found, **ALWAYS))
+    assert shorter.absent == ["layers.2#0"] and "in no graph: layers.2#0" in str(shorter)
+    with pytest.warns(UserWarning, match=r"1 of 4 attention sites are not in the plan file.*layers.3#0"):
+        torch.compile(Model(layers=4), backend="prescore", options=ALWAYS | {"plan": found})(x)
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match=r"'causal': False.*layers.0#0.*'causal': True"):
+        torch.compile(Model(causal=False), backend="prescore", options=ALWAYS | {"plan": found})(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        explain(Model(), x, config=Config(plan=found, **ALWAYS))
+    kept = explain(Model(), x, config=Config(plan=found, exclude=("layers.0",), min_seq_len=500))
+    assert kept.sites[0].reason == "excluded" and {s.reason for s in kept.sites[1:]} <= {"too_short", "plan_exact"}
+
+
+WRONG: dict[str, tuple[Any, str]] = {
+    "format": (2, r"format'.*got 2.*allowed: 1"),
+    "sites": ({}, "sites'.*a list"),
+    "plans": ([], "plans'.*an object"),
+    "drift": (-1, "drift'.*>= 0"),
+    "target": ({"x": 1}, "target'"),
+    "torch": (1, "torch'.*a string"),
+    "more": (1, "more'.*no such key; the keys are format"),
+}
+
+
+@pytest.mark.parametrize("key", WRONG)
+def test_what_is_wrong_in_a_file_is_named(found: Calibration, key: str) -> None:
+    value, message = WRONG[key]
+    with pytest.raises(OptionError, match=message):
+        load(data(found) | {key: value})
+    with pytest.raises(OptionError, match="it is missing"):
+        load({name: part for name, part in data(found).items() if name != "measure"})
+
+
+@pytest.mark.parametrize("key, value, message", [
+    ("heads", True, r"sites\[1\]: heads'.*an int >= 1"), ("causal", 1, "causal'.*a bool"),
+    ("plan", "x", "'exact' or the name of a plan"), ("window", 3, "window'.*no such key"),
+    ("site", "layers.0#0", "once"),
+])  # fmt: skip
+def test_what_is_wrong_at_a_site_is_named(found: Calibration, key: str, value: Any, message: str) -> None:
+    file = copy.deepcopy(data(found))
+    file["sites"][1][key] = value
+    with pytest.raises(OptionError, match=message):
+        load(file)
+
+
+def test_options(found: Calibration, tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match=r"not together with routes=3"):
+        Config(plan=found, routes=3)
+    with pytest.raises(OptionError, match="'plan': got 3"):
+        Config(plan=3)  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match="a file that calibrate wrote"):
+        Config(plan=str(tmp_path / "none.json"))
+    (tmp_path / "broken.json").write_text("{")
+    with pytest.raises(OptionError, match="which is JSON"):
+        Config(plan=tmp_path / "broken.json")
+    file = copy.deepcopy(data(found))
+    next(iter(file["plans"].values()))["chunk"] = 100
+    with pytest.raises(OptionError, match=r"plans: .*: chunk'.*got 100"):
+        Config(plan=file)
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ({}, "exactly one"), ({"budget": 0.5, "drift": 1}, "exactly one"), ({"budget": 0}, "above 0"),
+    ({"drift": True}, "0 or more"), ({"budget": 0.5, "candidates": []}, "one Plan or more"),
+    ({"budget": 0.5, "options": {"plan": "x"}}, "not when calibrating"),
+    ({"budget": 0.5, "measure": "x"}, "'kl', 'cosine'"),
+])  # fmt: skip
+def test_arguments(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        calibrate(Model(layers=1), [batch()], progress=None, **arguments)
+
+
+def test_what_cannot_be_calibrated() -> None:
+    with pytest.raises(OptionError, match="one batch or more"):
+        calibrate(Model(), [], budget=0.5)
+    with pytest.raises(OptionError, match="eval"):
+        calibrate(Model().train(), [batch()], budget=0.5)
+    with pytest.raises(ValueError, match=r"no attention site.*layers.0#0: excluded"):
+        calibrate(Model(), [batch()], budget=0.5, options={"exclude": ["*"]}, progress=None)
+
+
+def test_an_encoder_with_graph_breaks() -> None:
+    plans = [
+        Plan(chunk=16, window=0, sinks=2, routes=2),
+        Plan(chunk=16, window=0, sinks=1, routes=0, keep=6, centroids=2),
+    ]
+    x = batch()
+    model = Model(causal=False, logits=False, layers=2, breaks=True)
+    found = calibrate(model, [x], drift=1e-2, candidates=plans, progress=None)
+    assert found.measure == "cosine" and found.drift <= 1e-2
+    report = explain(model, x, config=Config(plan=found, **ALWAYS))
+    assert report.sites and not {site.reason for site in report.sites} & {"not_in_plan"} and not report.absent
+
+
+def test_the_hull_and_the_steps() -> None:
+    a = [Option("a", 1, 8.0), Option("b", 2, 7.5), Option("c", 3, 2.0), Option("d", 4, 3.0), Option("e", 5, 0.0)]
+    assert [option.choice for option in allocate.hull(a)] == ["a", "c", "e"]
+    sites = {"x": a, "y": [Option("f", 1, 1.0), Option("g", 5, 0.0)]}
+    assert allocate.cheapest(sites) == 2
+    picked = {pairs: [o.choice for o in allocate.within(sites, pairs).values()] for pairs in (2, 4, 6, 10)}
+    assert picked == {2: ["a", "f"], 4: ["c", "f"], 6: ["e", "f"], 10: ["e", "g"]}
+    assert [[o.choice for o in step.values()] for step in allocate.path(sites)] == [
+        list(p) for p in ("af", "cf", "ef", "eg")
+    ]
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_the_ladder_has_the_densities_it_names(causal: bool) -> None:
+    plans = ladder(8192, causal, Plan())
+    densities = [cost.at(cost.density(plan, causal), 8192) for plan in plans]
+    assert densities == sorted(densities) and densities[0] < 0.12 and len(plans) >= 5
+    assert any(plan.routes for plan in plans) and any(not plan.routes for plan in plans)
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "made.py").write_text(
+        "import torch\nfrom tests.test_calibrate import Model, batch\ndef make(): return Model(layers=1), batch()\n"
+    )
+    target, out = f"{tmp_path}/made.py:make", tmp_path / "plan.json"
+    options = ["--set", "chunk=16", "--set", "sinks=2", "--set", "min_seq_len=0"]
+    assert main(["calibrate", target, "--budget", "1", "--out", str(out), *options]) == 0
+    assert "1 sites" in capsys.readouterr().out and load(out).sites[0].key.site == "layers.0#0"
+    assert main(["calibrate", target, "--budget", "2", "--out", str(out)]) == 2
+    assert "up to 1" in capsys.readouterr().err
+    assert main(["calibrate", str(tmp_path), "--budget", "1", "--out", str(out)]) == 2
