@@ -22,7 +22,7 @@ import torch
 from sympy.core.function import AppliedUndef
 from sympy.printing.str import StrPrinter
 
-from .triton.maths import lifted
+from .triton.maths import factored, lifted
 from .triton.spec import Lifted
 
 B, H, Q, K = sympy.symbols("b h q k", integer=True, nonnegative=True)
@@ -207,6 +207,8 @@ def value(expr: Any, at: Mapping[str, Any], tensors: Mapping[str, torch.Tensor])
         return tensors[expr.func.__name__][tuple(_tensor(value(a, at, tensors), at) for a in expr.args)]
     if isinstance(expr, sympy.Pow):
         return torch.pow(*(_tensor(value(a, at, tensors), at) for a in expr.args))
+    if isinstance(expr, sympy.Add) and (found := factored(expr)) is not None:
+        return value(found[0], at, tensors) * value(found[1], at, tensors)
     parts = [value(a, at, tensors) for a in expr.args]
     if expr.func in _OF_ONE:
         return _OF_ONE[expr.func](_tensor(parts[0], at))

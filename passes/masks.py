@@ -114,23 +114,23 @@ def _question(a: Attention) -> Hashable:
 
 def _answer(attention: Attention, memory: Memory) -> tuple[Mask, _Meaning]:
     """The mask, as far as it does not depend on the site, and what it is made from."""
-    exact, reader = (Elements(memory, attention.sizes, rounded=rounded) for rounded in (False, True))
+    elements = Elements(memory, attention.sizes)
     try:
-        meaning = _meaning(attention, exact)
+        meaning = _meaning(attention, elements)
     except _Opaque as why:
+        elements = Elements(memory, attention.sizes, near=True)
         try:
-            told = _meaning(attention, reader)
+            meaning = _meaning(attention, elements)
         except _Opaque:
-            return Mask(_name(attention.terms), reason=f"opaque_mask: {why}"), _Meaning()
-        text = _told(told, attention)
-        closed = told.bias != 0 and not _opaque_atoms(named(told.bias, attention))
-        return Mask(text, reason=f"unsupported_mask: {text}" if closed else f"opaque_mask: {why}"), told
+            return _unread(attention, memory, str(why))
+        if meaning.bias == 0:
+            return _unread(attention, memory, str(why))
     bias = named(meaning.bias, attention)
     if bias != 0 and _opaque_atoms(bias):
         text = _told(meaning, attention)
         return Mask(text, reason=f"opaque_mask: {text}"), meaning
     shift = symbolic(attention.size(attention.k)) - symbolic(attention.size(attention.q))
-    mask = _classify(attention, named(meaning.allowed, attention), exact, shift)
+    mask = _classify(attention, named(meaning.allowed, attention), elements, shift)
     if bias != 0:
         text = _told(meaning, attention)
         mask = (
@@ -138,7 +138,18 @@ def _answer(attention: Attention, memory: Memory) -> tuple[Mask, _Meaning]:
             if mask.reason
             else replace(mask, text=text, needs=f"unsupported_mask: {text}")
         )
-    return _of_pairs(mask, bias, exact), meaning
+    return _of_pairs(mask, bias, elements), meaning
+
+
+def _unread(attention: Attention, memory: Memory, why: str) -> tuple[Mask, _Meaning]:
+    """A mask that cannot be used, as a reader understands it."""
+    try:
+        told = _meaning(attention, Elements(memory, attention.sizes, rounded=True))
+    except _Opaque:
+        return Mask(_name(attention.terms), reason=f"opaque_mask: {why}"), _Meaning()
+    text = _told(told, attention)
+    closed = told.bias != 0 and not _opaque_atoms(named(told.bias, attention))
+    return Mask(text, reason=f"unsupported_mask: {text}" if closed else f"opaque_mask: {why}"), told
 
 
 @functools.cache

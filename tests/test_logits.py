@@ -14,8 +14,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from prescore_compile.kernels import ops
-from prescore_compile.kernels.logits import B, H, K, Logits, Q, parse, settled
+from prescore_compile.kernels.logits import B, H, K, Logits, Q, parse, settled, value
 from prescore_compile.kernels.plan import Plan
+from prescore_compile.kernels.triton.maths import triton_text
 from prescore_compile.passes import Config, rewrite
 
 N = 150
@@ -153,6 +154,28 @@ def linear(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, slope: torch.Tenso
     return logits.masked_fill(at > at.unsqueeze(1), -torch.inf).softmax(-1).to(v.dtype) @ v
 
 
+def alibi(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, slope: torch.Tensor) -> torch.Tensor:
+    at = positions(q)
+    logits = q @ k.mT * 0.125 + slope.view(32, 1, 1) * (at - at.unsqueeze(1))
+    return logits.masked_fill(at > at.unsqueeze(1), -torch.inf).softmax(-1).to(v.dtype) @ v
+
+
+def padded_by_a_float(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, added: torch.Tensor) -> torch.Tensor:
+    at = positions(q)
+    logits = (q @ k.mT * 0.125 + added.view(1, 1, 1, LONG)).masked_fill(at > at.unsqueeze(1), -torch.inf)
+    return logits.softmax(-1).to(v.dtype) @ v
+
+
+def before(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, slope: torch.Tensor) -> torch.Tensor:
+    at = positions(q)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=(at <= at.unsqueeze(1)) & (at <= at.unsqueeze(1) - 3000))
+
+
+def prefix(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, slope: torch.Tensor) -> torch.Tensor:
+    at = positions(q)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=(at <= at.unsqueeze(1)) | (at < 500))
+
+
 DOCUMENTS, SLOPES = ((1, LONG), torch.int64), ((32,), torch.float32)
 SITES: dict[str, tuple[Any, Any, str, str]] = {
     "sliding window": (
@@ -164,6 +187,7 @@ SITES: dict[str, tuple[Any, Any, str, str]] = {
     "documents": (packed, DOCUMENTS, "softcap 0.0; add 0; where Eq(t00(0, q), t00(0, k))", "unsupported_mask: "),
     "softcap": (capped, SLOPES, "softcap 50.0; add 0; where True", "softcap: 50"),
     "softcap and window": (gemma, SLOPES, "softcap 50.0; add 0; where k >= q - 4095", "softcap: 50"),
+    "alibi": (alibi, SLOPES, "softcap 0.0; add (k - q)*t00(h); where True", "unsupported_mask: "),
     "linear bias": (linear, SLOPES, "softcap 0.0; add 0.01*k - 0.01*q; where True", "unsupported_mask: "),
 }
 
@@ -185,3 +209,17 @@ def test_where_masks_and_softcaps_are_not_taken_sites_stay_exact(name: str) -> N
     assert report.sites[0].decision == "keep" and report.sites[0].reason.startswith(reason), report.sites[0].reason
     _, report = rewrite(traced(function, *last, device="cuda"), Config(routes=0, keep=8, centroids=2))
     assert "a centroid stands for several keys" in report.sites[0].reason
+
+
+@pytest.mark.parametrize("function", [padded_by_a_float, before, prefix])
+def test_what_could_lose_a_key_or_show_the_future_is_kept_on_a_gpu_too(function: Any) -> None:
+    last = ((1, LONG), torch.float32) if function is padded_by_a_float else SLOPES
+    _, report = rewrite(traced(function, *last, device="cuda"))
+    assert report.sites[0].decision == "keep" and report.sites[0].reason.startswith("unsupported_mask: ")
+
+
+def test_a_common_factor_does_not_lose_small_differences_of_large_places() -> None:
+    logits = parse(Logits(bias=sympy.Float(1 / 3) * (K - Q)).text)
+    at = {"q": torch.tensor([[120_001]]), "k": torch.tensor([120_000])}
+    assert value(logits.bias, at, {}).item() == pytest.approx(-1 / 3, abs=1e-7)
+    assert triton_text(logits.bias) == "0.3333333333333333 * (k - q)"
