@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import sympy
+import torch
 from sympy.core.function import AppliedUndef
 from torch import fx
 
@@ -85,8 +86,13 @@ def _pairs(attention: Attention, mask: Mask, plan: Plan) -> str:
         return f"{mask.needs or 'softcap: ' + format(logits.softcap, 'g')}; a centroid stands for several keys"
     if not mask.needs:
         return ""
-    taken = device.type == "cuda" and _told(logits) and _safe(attention, mask, plan)
+    taken = _generated(device) and _told(logits) and _safe(attention, mask, plan)
     return "" if taken and all(value_of(node).device == device for node in mask.loads) else mask.needs
+
+
+def _generated(device: torch.device) -> bool:
+    """Whether generated kernels run there: compiled ones take no mask of pairs, bias or softcap."""
+    return device.type == "cuda"
 
 
 def _told(logits: Logits) -> bool:
@@ -139,7 +145,7 @@ def _unsupported(site: Site) -> str:
         return f"unsupported_head_dim: {dims[0]}, {dims[1]}"
     if heads % kv_heads:
         return f"unsupported_heads: {heads}, {kv_heads}"
-    if attention.softcap is not None and on_cpu:
+    if attention.softcap is not None and not _generated(tensors[0].device):
         return f"softcap: {attention.softcap:g}"
     return "no_compiler" if on_cpu and not cpu.available() else ""
 

@@ -17,7 +17,7 @@ from prescore_compile.kernels import ops
 from prescore_compile.kernels.logits import B, H, K, Logits, Q, parse, settled, value
 from prescore_compile.kernels.plan import Plan
 from prescore_compile.kernels.triton.maths import triton_text
-from prescore_compile.passes import Config, rewrite
+from prescore_compile.passes import Config, decide, rewrite
 
 N = 150
 DOCUMENT = torch.arange(N).div(40, rounding_mode="floor").expand(2, N)
@@ -223,3 +223,52 @@ def test_a_common_factor_does_not_lose_small_differences_of_large_places() -> No
     at = {"q": torch.tensor([[120_001]]), "k": torch.tensor([120_000])}
     assert value(logits.bias, at, {}).item() == pytest.approx(-1 / 3, abs=1e-7)
     assert triton_text(logits.bias) == "0.3333333333333333 * (k - q)"
+
+
+SMALL = dict(vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4)
+FAMILIES: dict[str, dict[str, Any]] = {
+    "mistral": SMALL | dict(num_hidden_layers=1, num_key_value_heads=2, head_dim=8, sliding_window=40),
+    "gemma2": SMALL | dict(num_key_value_heads=2, head_dim=8, sliding_window=40, attn_logit_softcapping=1.0),
+    "bloom": dict(vocab_size=64, hidden_size=32, n_head=4, n_layer=2),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "dynamic", "padded"), [("mistral", True, True), ("gemma2", False, True), ("bloom", False, False)]
+)
+def test_models_are_exact_where_a_plan_keeps_everything(
+    name: str, dynamic: bool, padded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Decided as on a GPU, run by the reference: gradients, padding, dynamic lengths.
+
+    BLOOM makes its bias from its padding, so that it is taken where it is given none.
+    """
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.setattr(decide, "_generated", lambda device: True)
+    reasons: list[str] = []
+    pairs = decide._pairs
+
+    def noted(*args: Any) -> str:
+        reasons.append(pairs(*args))
+        return reasons[-1]
+
+    monkeypatch.setattr(decide, "_pairs", noted)
+    config = transformers.AutoConfig.for_model(name, **FAMILIES[name])
+    implementation = "eager" if name == "gemma2" else None
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=implementation).eval()
+    options = dict(chunk=32, window=8, sinks=4, routes=10**6, min_seq_len=0, only_if_faster=False, inner="aot_eager")
+    compiled = torch.compile(model, backend="prescore", options=options, dynamic=dynamic)
+    for length in (150, 97) if dynamic else (97,):
+        ids = torch.randint(0, 64, (2, length))
+        valid = torch.ones_like(ids)
+        valid[0, length - 20 :] = 1 - padded
+        more = dict(attention_mask=valid) if padded else {}
+        results = []
+        for run in (model, compiled):
+            model.zero_grad()
+            out = run(ids, use_cache=False, **more).logits[valid.bool()]
+            out.square().mean().backward()
+            results.append([out, *(p.grad for p in model.parameters())])
+        for got, want in zip(*results, strict=True):
+            torch.testing.assert_close(got, want, atol=2e-6, rtol=1e-4)
+    assert reasons and not any(reasons), reasons

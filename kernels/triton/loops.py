@@ -92,18 +92,20 @@ def parameters(spec: Spec, *own: str) -> str:
         found += ["row_key", "row_value", "row_index", *["row_bias"] * bool(spec.settings.centroids)]
     if spec.routes:
         found += ["order", "listed", "listed_rows", "listed_count", *["copies"] * copies(spec)]
-    found += mask_parameters(spec)
+    loads, strides = mask_parameters(spec)
+    found += loads
     found += [f"{name}_{axis}" for name in ("query", "key", "value") for axis in ("b", "h", "n")]
     found += ["valid_b", "valid_n"] * (spec.valid and has_window(spec))
+    found += strides
     found += ["kv_heads", "q_len", "k_len", *["first_block"] * spec.aligned]
     found += ["row_count"] * has_rows(spec) + ["places", "list_size"] * spec.routes
     return arguments([*found, "tiles", "scale"])
 
 
-def mask_parameters(spec: Spec) -> list[str]:
+def mask_parameters(spec: Spec) -> tuple[list[str], list[str]]:
     """Of the tensors that a lifted mask reads, and of their strides."""
     strides = [f"{parameter(name)}_{axis}" for name, axes in spec.lifted.loads for axis in range(axes)]
-    return [*(parameter(name) for name, _ in spec.lifted.loads), *strides]
+    return [parameter(name) for name, _ in spec.lifted.loads], strides
 
 
 def mask_values(spec: Spec, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:

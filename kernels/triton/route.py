@@ -210,7 +210,8 @@ def route_source(spec: Spec, per_chunk: int, listed: bool) -> str:
     own = ["query", "mean", "spread", "bias", "routes", *["listed", "listed_rows", "listed_count"] * listed]
     own += ["query_b", "query_h", "query_n", "kv_heads", "q_len", "k_len", *["first_block"] * spec.aligned]
     own += ["clusters", "route_count", *["list_size"] * listed, "tiles", "scale"]
-    own += mask_parameters(spec)
+    loads, strides = mask_parameters(spec)
+    own += loads + strides
     parts = names(spec) | dict(
         arguments=arguments(own),
         tile=tile(spec),
