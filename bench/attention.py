@@ -1,31 +1,37 @@
 """Attention alone: exact against prescored, stage by stage, each result checked before it is timed.
 
-    python -m bench.attention                   # a few minutes; a table and bench/results/attention-cpu.json
+    python -m bench.attention                   # half an hour; a table and bench/results/attention-cpu.json
+    python -m bench.attention --lengths 8192 --dtypes bfloat16 --causal yes
     python -m bench.attention --tiles           # query-major (1) to cluster-major (large) tiles
     python -m bench.attention --device cuda     # under ten minutes; see bench/gpu.py
 
-Exact is SDPA's flash kernel with ``is_causal``, its fastest CPU form. All ways run in turn and the
-median is told. Inputs are smooth along the sequence, as real queries and keys are; on noise every
-query of a tile would want other clusters.
+Exact is SDPA's flash kernel with ``is_causal``, its fastest CPU form; flex is compiled FlexAttention, exact too. All
+ways run in turn and the median is told: of wall time, or with ``--clock cpu`` of the processor's, which other work
+on the machine moves less. Memory is what a call adds to the process at its peak. Inputs are smooth along the
+sequence, as real queries and keys are; on noise every query of a tile would want other clusters.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import platform
+import statistics
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from tabulate import tabulate
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from prescore_compile import Config
-from prescore_compile.demo import interleaved
 from prescore_compile.kernels import cpu, ops, reference
 from prescore_compile.kernels.plan import Plan
 from prescore_compile.kernels.reference import Operands
@@ -35,7 +41,9 @@ from prescore_compile.passes import cost
 RESULTS = Path(__file__).parent / "results"
 DIM = 64
 CHECKED = 128
-"""The last queries, compared with the reference in double precision."""
+"""Queries compared with the reference in double precision: the last ones, the first ones without causality."""
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+Ways = Mapping[str, Callable[[], Any]]
 
 
 @dataclass(frozen=True)
@@ -61,22 +69,72 @@ def inputs(case: Case) -> Operands:
     return Operands(smooth(case.heads), smooth(kv_heads), smooth(kv_heads), None, case.causal, DIM**-0.5)
 
 
+def interleaved(ways: Ways, rounds: int, clock: Callable[[], float]) -> dict[str, float]:
+    """Median seconds of each way, run in turn so that a machine's moods meet all of them."""
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, work in ways.items():
+            begin = clock()
+            work()
+            times[name].append(clock() - begin)
+    return {name: statistics.median(found) for name, found in times.items()}
+
+
+def peak(work: Callable[[], Any]) -> float:
+    """MB that ``work`` adds to the process at its peak, its result included; NaN where Linux does not tell."""
+    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+    def most() -> int:
+        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # what was freed before must not be used again unseen
+        reset.write_text("5")
+        before = most()
+        work()
+        return (most() - before) / 1024
+    except (OSError, AttributeError):
+        return float("nan")
+
+
+def flex_of(case: Case, site: Operands) -> Callable[[], torch.Tensor]:
+    """Compiled FlexAttention of the case, checked against SDPA."""
+
+    def causal(_batch: Any, _head: Any, q: Any, k: Any) -> Any:
+        return q >= k
+
+    n = case.length
+    mask = create_block_mask(causal, None, None, n, n, device="cpu") if case.causal else None
+    compiled = torch.compile(flex_attention, dynamic=False)
+
+    def run() -> torch.Tensor:
+        found = compiled(site.query, site.key, site.value, block_mask=mask, scale=site.scale, enable_gqa=case.group > 1)
+        assert isinstance(found, torch.Tensor)
+        return found
+
+    torch._dynamo.reset()  # a shape is compiled for itself; what it was compiled for before is not needed again
+    part = slice(-CHECKED, None) if case.causal else slice(CHECKED)
+    want = reference.exact(site._replace(query=site.query[:, :, part]))
+    error = (run()[:, :, part].float() - want.float()).abs().max().item()
+    if error > (1e-4 if case.dtype == torch.float32 else 3e-2):
+        raise AssertionError(f"wrong result: FlexAttention is off by {error:.2g}")
+    return run
+
+
 def check(site: Operands, summary: Summary, routes: torch.Tensor, plan: Plan) -> float:
-    """Largest error of the compiled kernels on the last queries; raises if it is not rounding."""
-    at = site.query.shape[2] - CHECKED if site.causal else 0
-    if not site.causal and plan.window:
-        raise ValueError("only causal plans, or plans without a window, can be checked on some queries")
-    query = site.query[:, :, at:]
+    """Largest error of the compiled kernels on some queries; raises if it is not rounding."""
+    part = slice(-CHECKED, None) if site.causal else slice(CHECKED)
+    query = site.query[:, :, part]
     few = site._replace(query=query)
     wide = few._replace(query=query.double(), key=site.key.double(), value=site.value.double())
     rows = summary._replace(row_key=summary.row_key.double(), row_value=summary.row_value.double())
-    part = routes[:, :, at:]
-    want = reference.attend(wide, rows, part, plan)
-    error = (cpu.attend(few, summary, part, plan).double() - want).abs().max().item()
-    whole = (cpu.attend(site, summary, routes, plan)[:, :, at:].double() - want).abs().max().item()
+    some = routes[:, :, part]
+    want = reference.attend(wide, rows, some, plan)
+    error = (cpu.attend(few, summary, some, plan).double() - want).abs().max().item()
+    whole = (cpu.attend(site, summary, routes, plan)[:, :, part].double() - want).abs().max().item()
     scores = reference.routing_scores(query.double(), summary, site.scale)
     best = reference.route(query, summary, plan, site.causal, site.key.shape[2], site.scale)
-    got, want_best = (scores.gather(3, r.long().clamp(min=0)).masked_fill(r < 0, 0).sum(3) for r in (part, best))
+    got, want_best = (scores.gather(3, r.long().clamp(min=0)).masked_fill(r < 0, 0).sum(3) for r in (some, best))
     gap = (got - want_best).abs().max().item()
     limit = 1e-4 if site.query.dtype == torch.float32 else 3e-2
     if max(error, whole) > limit or gap > 1e-2:
@@ -84,7 +142,7 @@ def check(site: Operands, summary: Summary, routes: torch.Tensor, plan: Plan) ->
     return max(error, whole)
 
 
-def measure(case: Case, plan: Plan, rounds: int) -> dict[str, Any]:
+def measure(case: Case, plan: Plan, rounds: int, clock: str, flex: bool) -> dict[str, Any]:
     site = inputs(case)
     query, key, value = site[:3]
     summary = Summary(*ops.summarize(key, value, None, None, plan.text))
@@ -98,7 +156,10 @@ def measure(case: Case, plan: Plan, rounds: int) -> dict[str, Any]:
         "attend": lambda: cpu.attend(site, summary, routes, plan),
         "total": lambda: ops.prescored(site, plan),
     }
-    times = interleaved(ways, rounds)
+    if flex:
+        ways["flex"] = flex_of(case, site)
+    memory = {name: peak(ways[name]) for name in ("exact", "total")}
+    times = interleaved(ways, rounds, CLOCKS[clock])
     shape = cost.Shape(1, case.heads, case.heads // case.group, DIM, DIM, case.causal)
     pairs = {
         "exact": cost.at(cost.exact_pairs(case.causal), case.length),
@@ -117,11 +178,12 @@ def measure(case: Case, plan: Plan, rounds: int) -> dict[str, Any]:
         "attend_price": times["attend"] / pairs["attend"] / unit,
         "route_price": times["route"] / pairs["route"] / unit if pairs["route"] else None,
         "summary_per_key": times["summarize"] / unit * 2 * DIM * case.heads / (case.heads // case.group * case.length),
+        **{f"{name}_mb": size for name, size in memory.items()},
         "error": error,
     }
 
 
-def tiles(case: Case, plan: Plan, rounds: int) -> dict[str, Any]:
+def tiles(case: Case, plan: Plan, rounds: int, clock: str) -> dict[str, Any]:
     """Milliseconds of ``attend`` by queries a tile."""
     site = inputs(case)
     summary = Summary(*ops.summarize(site.key, site.value, None, None, plan.text))
@@ -131,7 +193,7 @@ def tiles(case: Case, plan: Plan, rounds: int) -> dict[str, Any]:
     def way(tile: int) -> Callable[[], Any]:
         return lambda: cpu.attend(site, summary, routes, plan, tile)
 
-    times = interleaved({str(tile): way(tile) for tile in (1, 4, 16, 32, 64, 128, 256)}, rounds)
+    times = interleaved({str(tile): way(tile) for tile in (1, 4, 16, 32, 64, 128, 256)}, rounds, CLOCKS[clock])
     return {"n": case.length, "heads": f"{case.heads}/{case.heads // case.group}"} | {
         f"tile {tile}, ms": 1e3 * seconds for tile, seconds in times.items()
     }
@@ -148,7 +210,7 @@ def on_gpu(arguments: argparse.Namespace) -> int:
         return 2
     lengths = tuple(arguments.lengths or gpu.LENGTHS)
     out = arguments.out or RESULTS / "attention-cuda.json"
-    return gpu_run.run(gpu.cases(lengths), Config().default_plan, gpu.Machine("cuda"), out, 60 * arguments.minutes)
+    return gpu_run.run(gpu.cases(lengths), Plan(), gpu.Machine("cuda"), out, 60 * arguments.minutes)
 
 
 def main() -> None:
@@ -157,31 +219,42 @@ def main() -> None:
     parser.add_argument("--dry-run", action="store_true", help="the cuda path, tiny, in Triton's interpreter")
     parser.add_argument("--minutes", type=float, default=9, help="of --device cuda: what begins later is left out")
     parser.add_argument("--lengths", type=int, nargs="+")
-    parser.add_argument("--heads", type=int, default=9)
-    parser.add_argument("--groups", type=int, nargs="+", default=[3, 1])
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--heads", nargs="+", default=["8/8", "9/3"], help="query heads / KV heads")
+    parser.add_argument("--dtypes", choices=["float32", "bfloat16"], nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--causal", choices=["yes", "no"], nargs="+", default=["yes", "no"])
+    parser.add_argument("--rounds", type=int, default=5, help="fewer beyond 16384 tokens")
+    parser.add_argument("--clock", choices=list(CLOCKS), default="wall")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--no-flex", action="store_true", help="without FlexAttention, which compiles for each shape")
     parser.add_argument("--tiles", action="store_true", help="compare tile sizes of attend instead")
     parser.add_argument("--out", type=Path, help="JSON file (default: in bench/results)")
     arguments = parser.parse_args()
     if arguments.device == "cuda":
         sys.exit(on_gpu(arguments))
-    plan, rows = Config().default_plan, []
-    for group in arguments.groups:
-        for length in arguments.lengths or [1024, 2048, 4096, 8192, 16384]:
-            case = Case(length, arguments.heads, group, True, getattr(torch, arguments.dtype))
-            rows.append((tiles if arguments.tiles else measure)(case, plan, arguments.rounds))
-            print(f"n={length} heads={rows[-1]['heads']} done", flush=True)
+    torch.set_num_threads(arguments.threads)
+    rows = []
+    lengths = arguments.lengths or [1024, 2048, 4096, 8192, 16384, 32768]
+    for causal, dtype, heads, length in product(arguments.causal, arguments.dtypes, arguments.heads, lengths):
+        count, kv_heads = map(int, heads.split("/"))
+        case = Case(length, count, count // kv_heads, causal == "yes", getattr(torch, dtype))
+        rounds = arguments.rounds if length <= 16384 else (arguments.rounds + 1) // 2
+        plan = Config().plan_for(case.causal, "cpu")
+        if arguments.tiles:
+            rows.append(tiles(case, plan, rounds, arguments.clock))
+        else:
+            rows.append(measure(case, plan, rounds, arguments.clock, not arguments.no_flex))
+        print(json.dumps(rows[-1]), flush=True)
     print()
     print(tabulate(rows, headers="keys", floatfmt=".3g"))
-    out = arguments.out or RESULTS / f"attention-cpu{'-tiles' if arguments.tiles else ''}-{arguments.dtype}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
+    out = arguments.out or RESULTS / f"attention-cpu{'-tiles' if arguments.tiles else ''}.json"
     about = {
-        "plan": plan.settings(),
+        "plans": {kind: Config().plan_for(kind == "causal", "cpu").settings() for kind in ("causal", "two-sided")},
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
+        "clock": arguments.clock,
         "machine": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
     }
+    out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps({"about": about, "rows": rows}, indent=2) + "\n")
 
 

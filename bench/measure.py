@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -193,6 +194,7 @@ def _tally(ran: list[Attention], graphs: _Graphs) -> Row:
         "rewritten": sum(site.decision == "rewrite" for site in sites),
         "kept": dict(kept),
         "reasons": dict(Counter(site.reason for site in sites if site.decision == "keep")),
+        "without_line": sum(not re.search(r":\d+$", site.source) for site in sites),
         "masks": dict(Counter(site.mask for site in sites)),
         "missed": dict(Counter(map(_kind, unmatched))),
         "missed_at": dict(Counter(" ".join(map(_short, a.lines)) for a in unmatched)),

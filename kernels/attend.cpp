@@ -4,7 +4,8 @@
 // the rows of a tile. Keys come in blocks of 16, stored [dim][16], so that a vector holds one
 // feature of several keys. Every source is a list of (row, 16-bit lane mask) against a block: the window
 // and the rows take all the tile's rows; a routed cluster takes those that routed to it (a counting
-// sort of the tile's routes), so its keys are loaded once for all of them. A tile of one query is
+// sort of the tile's routes), so its keys are loaded once for all of them; the centroids of a
+// residual take all rows but those. A tile of one query is
 // the query-major order, a large tile the cluster-major one.
 
 #include "native/cluster.h"
@@ -47,6 +48,9 @@ struct Attend {
   int64_t packed_from = 0, packed_to = 0;
   std::vector<float> cluster_key, cluster_value;  // blocks of 16 places
   std::vector<uint32_t> cluster_lanes;            // lane mask; bit 16: values are finite
+  // A residual's centroids, one a cluster: blocks of 16 of them, as keys. Bias -inf: no key.
+  int64_t clusters = places / g.cluster, centroid_blocks = g.residual ? (clusters + W - 1) / W : 0;
+  std::vector<float> centroid_key, centroid_value, centroid_bias;
 
   struct Scratch {
     Rows rows;
@@ -96,8 +100,53 @@ struct Attend {
                                 &a.cluster_key[to * a.g.dim * W], &a.cluster_value[to * W * a.width]);
         a.cluster_lanes[to] = p.lanes | (p.finite ? 1u << W : 0);
       }
+      if (a.g.residual)
+        for (int64_t c = 0; c < a.g.chunk / a.g.cluster; ++c) a.average(bh, task % a.chunks * (a.g.chunk / a.g.cluster) + c);
     }
   };
+
+  // The centroid of one packed cluster; lanes without a key are zero.
+  void average(int64_t bh, int64_t cluster) {
+    const int64_t head = bh - packed_from, first = (head * places + cluster * g.cluster) / W;
+    const int64_t block = head * centroid_blocks + cluster / W, lane = cluster % W;
+    int64_t count = 0;
+    for (int64_t b = first; b < first + g.cluster / W; ++b) count += __builtin_popcount(cluster_lanes[b] & ALL);
+    centroid_bias[block * W + lane] = count ? (float)(std::log((double)count) * LOG2_E) : NEG_INF;
+    const float share = 1.0f / (float)std::max<int64_t>(count, 1);
+    for (int64_t d = 0; d < g.dim; ++d) {
+      vec sum = {};
+      for (int64_t b = first; b < first + g.cluster / W; ++b)
+        for (int j = 0; j < W; j += L) sum += load(&cluster_key[(b * g.dim + d) * W + j]);
+      centroid_key[(block * g.dim + d) * W + lane] = sum_lanes(sum) * share;
+    }
+    for (int64_t c = 0; c < width; c += L) {
+      vec sum = {};
+      for (int64_t j = first * W; j < first * W + g.cluster; ++j) sum += load(&cluster_value[j * width + c]);
+      store(&centroid_value[(block * W + lane) * width + c], sum * share);
+    }
+  }
+
+  // The centroids outside the window, for each row those of the clusters that it did not route to; the
+  // routes are sorted by cluster.
+  void attend_residual(Scratch& s, const Span& span, int64_t head, int64_t rows) const {
+    const int64_t per_chunk = g.chunk / g.cluster, low = span.low / g.chunk * per_chunk;
+    const int64_t high = g.causal ? clusters : (span.high + g.chunk - 1) / g.chunk * per_chunk;
+    for (int64_t block = 0; block < centroid_blocks; ++block) {
+      const int64_t at = head * centroid_blocks + block;
+      const float *bias = &centroid_bias[at * W], *value = &centroid_value[at * W * width];
+      uint32_t lanes = 0;
+      for (int64_t c = block * W; c < std::min((block + 1) * W, clusters); ++c)
+        if ((c < low || c >= high) && bias[c % W] > NEG_INF) lanes |= 1u << c % W;
+      if (!lanes) continue;
+      std::fill_n(s.masks.begin(), rows, (uint16_t)lanes);
+      for (int64_t c = block * W; c < std::min((block + 1) * W, clusters); ++c)
+        for (int64_t i = s.start[c]; i < s.start[c + 1]; ++i) s.masks[s.listed[i]] &= (uint16_t)~(1u << c % W);
+      vec taint = {};
+      for (int64_t c = 0; c < W * width; c += L) taint += load(value + c) * 0.0f;
+      for (int j = 0; j < W; ++j) s.bias[j] = lanes >> j & 1 ? bias[j] : 0.0f;
+      attend_block(s, s.all.data(), rows, {&centroid_key[at * g.dim * W], value, s.bias, sum_lanes(taint) == 0.0f});
+    }
+  }
 
   void attend_block(Scratch& s, const int32_t* listed, int64_t count, const Block& block) const {
     by_groups<GROUP>(count, AttendBlock{s.rows, listed, s.masks.data(), block});
@@ -156,7 +205,7 @@ struct Attend {
 
   void attend_routes(Scratch& s, const Span& span, int64_t b, int64_t kv, int64_t rows) const {
     const int64_t length = span.end - span.begin, bh = b * g.kv_heads + kv;
-    const int64_t clusters = places / g.cluster, per_cluster = g.cluster / W;
+    const int64_t per_cluster = g.cluster / W;
     auto routes_of = [&](int64_t r) {
       const int64_t h = kv * group + r / length, n = span.begin + r % length;
       return from.routes + ((b * g.heads + h) * g.q_len + n) * g.routes;
@@ -173,6 +222,7 @@ struct Attend {
       const int32_t* route = routes_of(r);
       for (int64_t i = 0; i < g.routes && route[i] >= 0; ++i) s.listed[s.cursor[route[i]]++] = (int32_t)r;
     }
+    if (g.residual) attend_residual(s, span, bh - packed_from, rows);
     for (int64_t c = 0; c < clusters; ++c) {
       const int64_t count = s.start[c + 1] - s.start[c];
       if (!count) continue;
@@ -229,6 +279,9 @@ struct Attend {
     cluster_key.resize(at_once * places * g.dim);
     cluster_value.resize(at_once * places * width);
     cluster_lanes.resize(at_once * places / W);
+    centroid_key.resize(at_once * centroid_blocks * W * g.dim);
+    centroid_value.resize(at_once * centroid_blocks * W * width);
+    centroid_bias.resize(at_once * centroid_blocks * W);
     for (; packed_from < heads; packed_from = packed_to) {
       packed_to = std::min(packed_from + at_once, heads);
       if (g.routes) {

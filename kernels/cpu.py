@@ -41,7 +41,7 @@ class _Geometry(ctypes.Structure):
             (name, ctypes.c_int64)
             for name in (
                 "batch heads kv_heads q_len k_len dim value_dim "
-                "chunk cluster window causal sinks keep centroids routes tile threads"
+                "chunk cluster window causal sinks keep centroids routes residual tile threads"
             ).split()
         ),
         ("scale", ctypes.c_double),
@@ -195,6 +195,7 @@ def _geometry(
         keep=plan.keep,
         centroids=plan.centroids,
         routes=routes,
+        residual=int(plan.residual),
         tile=tile,
         threads=torch.get_num_threads(),
         scale=scale,

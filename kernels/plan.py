@@ -60,6 +60,8 @@ class Plan:
         cluster: keys a cluster; ``chunk / cluster`` is a power of two.
         clustering: what groups a chunk's keys into clusters: one of ``CLUSTERINGS``.
         routes: clusters that a query attends; 0 inserts no route.
+        residual: whether the clusters that a query does not attend stand in as centroids: mean key, mean value,
+            logit bias log(count). Needs ``routes`` and ``keep=0`` (a selected key would be counted twice).
         coarse: chunks that a query looks into for its routes, chosen by representatives of their own (two
             levels; see ``kernels.coarse``); 0: it looks at every cluster.
         seed: seeds the scorers that draw; no global generator is touched.
@@ -75,6 +77,7 @@ class Plan:
     cluster: int = 16
     clustering: str = "pca_tree"
     routes: int = 27
+    residual: bool = False
     coarse: int = 0
     seed: int = 0
     text: str = field(init=False, repr=False, compare=False, default="")
@@ -106,6 +109,15 @@ class Plan:
             least = -(-self.routes // parts)
             allowed = f"0, or at least {least}: {self.routes} routes need as many clusters"
             raise OptionError("coarse", self.coarse, allowed)
+        if not isinstance(self.residual, bool):
+            raise OptionError("residual", self.residual, "a bool")
+        if self.residual and (not self.routes or self.keep):
+            raise OptionError(
+                "residual",
+                self.residual,
+                f"False where routes is 0 or keep is not (routes={self.routes}, keep={self.keep}): it is of the "
+                "clusters that are not routed to, and a selected key in one of them would be counted twice",
+            )
         check_int("seed", self.seed, 0, 2**31 - 1)
         if self.centroids and self.routes:
             raise OptionError(
@@ -160,6 +172,8 @@ def _parse(text: str) -> Plan:
     for name, value in values.items():
         if name == "threshold":
             values[name] = float(value)
+        elif name == "residual":
+            values[name] = value == "True"
         elif name not in ("method", "clustering"):
             values[name] = None if value == "None" else int(value)
     return Plan(**values)

@@ -1,12 +1,14 @@
 """The eager reference: the attention of this project written down plainly. It defines the result.
 
-For a query, ONE softmax over three disjoint sources:
+For a query, ONE softmax over disjoint sources:
 
   (a) the exact keys of its window,                         logit = scale * q . k_j
   (b) rows: sinks, selected keys and centroids of the       logit = scale * q . k_r + bias_r
       segments that are finished before its window,
   (c) the exact keys of its routes: the clusters outside    logit = scale * q . k_j
-      its window whose representative answers it best.
+      its window whose representative answers it best,
+  (d) with a residual: the centroids of the other clusters   logit = scale * q . mean_c + log(count_c)
+      outside its window.
 
 Everything here is plain torch on any device and works through the queries in tiles, so no tensor
 is n x n. Selection is a constant: gradients flow through the attended keys, values and rows.
@@ -21,6 +23,7 @@ from typing import NamedTuple
 import sympy
 import torch
 
+from .centroids import Centroids, centroids, members_gradient
 from .layout import Span, segments, spans
 from .logits import NOTHING, Logits, by_chunk, pair_places, reach, value
 from .plan import Plan
@@ -92,12 +95,11 @@ def route(
     clusters = summary.mean.shape[2]
     count = min(plan.routes, clusters)
     routes = torch.full((batch, heads, q_len, count), -1, dtype=torch.int32, device=query.device)
-    first_key = torch.arange(clusters, device=query.device) * plan.cluster // plan.chunk * plan.chunk
+    chunks = torch.arange(clusters, device=query.device) * plan.cluster // plan.chunk
     for span in spans(plan, causal, q_len, k_len, TILE):
-        high = span.low if causal else k_len
-        eligible = (first_key < high) & ~((first_key >= span.low) & (first_key < span.high))
+        eligible = _outside(clusters, plan, span, causal, k_len, query.device)
         scores = routing_scores(query[:, :, span.begin : span.end].float(), summary, scale)
-        scores = reached(scores, span, first_key // plan.chunk, plan, k_len, logits, tensors)
+        scores = reached(scores, span, chunks, plan, k_len, logits, tensors)
         scores = scores.nan_to_num(nan=math.inf, neginf=-math.inf, posinf=math.inf)
         empty = _per_query_head(summary.bias, query).unsqueeze(2) == float("-inf")
         scores = scores.masked_fill(~eligible | empty, float("-inf"))
@@ -135,16 +137,18 @@ def attend(
     logits: Logits = NOTHING,
     tensors: Mapping[str, torch.Tensor] = NO_TENSORS,
 ) -> torch.Tensor:
-    """Attention over window, rows and routes: ``[B, H, Nq, Dv]`` in the inputs' precision.
+    """Attention over window, rows, routes and residual: ``[B, H, Nq, Dv]`` in the inputs' precision.
 
     ``logits`` says what else is done to them, ``tensors`` what that reads. A query with no key at all
     gives 0, as ``F.scaled_dot_product_attention`` does.
     """
     out = site.query.new_zeros(*site.query.shape[:3], site.value.shape[3])
+    rest = _residual(site, summary, plan)
+    values = (site.value, summary.row_value, *([rest.value] if rest else []))
     for span in _spans(site, plan):
-        weights, row_weights = attention_weights(site, summary, routes, plan, span, logits, tensors)
-        tile = _weigh(weights, site.value) + _weigh(row_weights, summary.row_value)
-        out[:, :, span.begin : span.end] = tile
+        weights = attention_weights(site, summary, routes, plan, span, rest, logits, tensors)
+        tiles = [_weigh(part, value) for part, value in zip(weights, values, strict=True)]
+        out[:, :, span.begin : span.end] = torch.stack(tiles).sum(0)
     return out
 
 
@@ -154,10 +158,18 @@ def attention_weights(
     routes: torch.Tensor,
     plan: Plan,
     span: Span,
+    rest: Centroids | None,
     logits: Logits = NOTHING,
     tensors: Mapping[str, torch.Tensor] = NO_TENSORS,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Softmax weights of a span's queries on all keys ``[B, H, T, Nk]`` and all rows ``[B, H, T, R]``."""
+) -> tuple[torch.Tensor, ...]:
+    """Softmax weights of a span's queries on all keys ``[B, H, T, Nk]``, all rows ``[B, H, T, R]`` and, with a
+    residual, all centroids ``[B, H, T, clusters]``.
+
+    Raises:
+        ValueError: a residual, whose centroids stand for several keys, with what is said of pairs.
+    """
+    if rest is not None and logits != NOTHING:
+        raise ValueError(f"residual: got True with {logits.text!r}; allowed: False")
     query = site.query[:, :, span.begin : span.end]
     rows = _rows_read(summary, plan, span)
     keys = (_routed(site, summary, routes, plan, span) & ~_copied(summary, rows, site)) | _in_window(site, span)
@@ -167,8 +179,12 @@ def attention_weights(
     row_logits = logits.applied(_logits(query, summary.row_key, site.scale), row_at, tensors)
     row_logits = row_logits + _per_query_head(summary.row_bias, query).unsqueeze(2).to(query.dtype)
     row_logits = row_logits.masked_fill(~_per_query_head(rows, query).unsqueeze(2), float("-inf"))
-    weights = _softmax(torch.cat([key_logits, row_logits], 3))
-    return weights[..., : key_logits.shape[3]], weights[..., key_logits.shape[3] :]
+    sources = [key_logits, row_logits]
+    if rest is not None:
+        bias = _per_query_head(rest.bias, query).unsqueeze(2).to(query.dtype)
+        unread = _read_residual(routes, rest, plan, span, site)
+        sources.append((_logits(query, rest.key, site.scale) + bias).masked_fill(~unread, float("-inf")))
+    return _softmax(torch.cat(sources, 3)).split([part.shape[3] for part in sources], 3)
 
 
 def places_of(site: Operands, summary: Summary, span: Span) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
@@ -198,12 +214,15 @@ def attend_backward(
     wide = torch.promote_types(grad.dtype, torch.float32)
     site = site._replace(query=site.query.to(wide), key=site.key.to(wide), value=site.value.to(wide))
     summary = summary._replace(row_key=summary.row_key.to(wide), row_value=summary.row_value.to(wide))
-    sources = ((site.key, site.value), (summary.row_key, summary.row_value))
+    rest = _residual(site, summary, plan)
+    sources = [(site.key, site.value), (summary.row_key, summary.row_value)]
+    if rest is not None:
+        sources.append((rest.key, rest.value))
     d_query = torch.zeros_like(site.query)
     d_keys = [torch.zeros_like(key) for key, _ in sources]
     d_values = [torch.zeros_like(value) for _, value in sources]
     for span in _spans(site, plan):
-        weights = attention_weights(site, summary, routes, plan, span, logits, tensors)
+        weights = attention_weights(site, summary, routes, plan, span, rest, logits, tensors)
         query = site.query[:, :, span.begin : span.end]
         d_out = grad[:, :, span.begin : span.end].to(wide)
         d_weights = [_logits(d_out, value, 1.0) for _, value in sources]
@@ -215,7 +234,34 @@ def attend_backward(
             d_query[:, :, span.begin : span.end] += _weigh(d_logits, sources[s][0])
             d_keys[s] += _per_kv_head(d_logits, heads).transpose(2, 3) @ _per_kv_head(query, heads)
             d_values[s] += _per_kv_head(p, heads).transpose(2, 3) @ _per_kv_head(d_out, heads)
+    if rest is not None:
+        d_keys[0] += members_gradient(d_keys[2], summary.order, plan.cluster, site.key.shape[2])
+        d_values[0] += members_gradient(d_values[2], summary.order, plan.cluster, site.key.shape[2])
     return d_query, d_keys[0], d_values[0], d_keys[1], d_values[1]
+
+
+def _residual(site: Operands, summary: Summary, plan: Plan) -> Centroids | None:
+    return centroids(site.key, site.value, summary.order, plan.cluster) if plan.residual else None
+
+
+def _read_residual(routes: torch.Tensor, rest: Centroids, plan: Plan, span: Span, site: Operands) -> torch.Tensor:
+    """The centroids that each of the span's queries attends: ``[B, H, T, clusters]`` bool."""
+    clusters = rest.bias.shape[2]
+    here = routes[:, :, span.begin : span.end].long()
+    routed = torch.zeros(*here.shape[:3], clusters + 1, dtype=torch.bool, device=here.device)
+    routed.scatter_(3, here.where(here >= 0, clusters), True)
+    there = _per_query_head(rest.bias, site.query).unsqueeze(2) > float("-inf")
+    outside = _outside(clusters, plan, span, site.causal, site.key.shape[2], here.device)
+    return there & outside & ~routed[..., :clusters]
+
+
+def _outside(
+    clusters: int, plan: Plan, span: Span, causal: bool, k_len: int, device: torch.device | None
+) -> torch.Tensor:
+    """The clusters ``[clusters]`` bool of the chunks outside a span's window; causal: of finished ones only."""
+    first_key = torch.arange(clusters, device=device) * plan.cluster // plan.chunk * plan.chunk
+    high = span.low if causal else k_len
+    return (first_key < high) & ~((first_key >= span.low) & (first_key < span.high))
 
 
 def _spans(site: Operands, plan: Plan) -> list[Span]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -164,13 +165,34 @@ def module_path(node: fx.Node) -> str:
     return path.strip(".")
 
 
+_EXPLAINS = re.compile(r"prescore_compile[/\\]backend\.py$")
+"""The file of the function that ``explain`` puts around a model."""
+
+
 def source_line(node: fx.Node) -> tuple[str, str]:
-    """``("file:line", "the code there")`` of the user's innermost frame; empty when not recorded."""
+    """``("file:line", "the code there")`` of the user's innermost frame; empty when not recorded.
+
+    Dynamo leaves torch's own frames out. Where it has no other, as in a compiled ``nn.TransformerDecoderLayer``,
+    it is the ``forward`` of the innermost module.
+    """
     frames = re.findall(r'File "([^"]+)", line (\d+)[^\n]*\n\s*([^\n]*)', node.meta.get("stack_trace") or "")
+    frames = [frame for frame in frames if not _EXPLAINS.search(frame[0])]
     if not frames:
-        return "", ""
+        return _forward(node) if node.op.startswith("call_") else ("", "")
     file, line, code = frames[-1]
     return f"{file}:{line}", code.strip()
+
+
+def _forward(node: fx.Node) -> tuple[str, str]:
+    stack = node.meta.get("nn_module_stack") or {}
+    cls = list(stack.values())[-1][1] if stack else None
+    if not isinstance(cls, type) or "forward" not in dir(cls):
+        return "", ""
+    try:
+        lines, first = inspect.getsourcelines(cls.forward)  # type: ignore[attr-defined]
+        return f"{inspect.getsourcefile(cls.forward)}:{first}", lines[0].strip()  # type: ignore[attr-defined]
+    except (OSError, TypeError):  # its source is not there
+        return "", ""
 
 
 def origins(node: fx.Node) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from ..kernels.plan import OptionError, Plan, check_int
+from .defaults import default_plan
 from .planfile import load
 from .plans import Calibration
 
@@ -19,7 +20,7 @@ INNER = ("inductor", "aot_eager", "eager")
 class Config(Plan):
     """Everything ``torch.compile(..., backend="prescore", options={...})`` takes.
 
-    A ``Plan`` (method, chunk, window, sinks, keep, centroids, cluster, routes, seed) and:
+    The settings of a ``Plan``; where none is set, each site gets the default of its kind (``passes.defaults``). And:
 
     Attributes:
         min_seq_len: sites with fewer keys than this run exact (reason ``too_short``).
@@ -86,10 +87,11 @@ class Config(Plan):
                 raise OptionError(key, value, "no such option; the options are " + ", ".join(known))
         return cls(**(options or {}))
 
-    @property
-    def default_plan(self) -> Plan:
-        """The plan of every rewritten site, where ``plan`` gives none."""
-        return Plan(**self.settings())
+    def plan_for(self, causal: bool, device: str) -> Plan:
+        """The plan of a rewritten site, where ``plan`` gives none: the settings, or if none was set the default of
+        the site's kind; ``device``: "cpu", "cuda"."""
+        own = Plan(**self.settings())
+        return default_plan(causal, device) if own == Plan() else own
 
     @property
     def site_plans(self) -> Calibration | None:

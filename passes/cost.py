@@ -86,7 +86,8 @@ def attended_pairs(plan: Plan, causal: bool) -> sympy.Expr:
     # A query has about half the bits of its number of finished chunks as segments.
     segments = sympy.log(_most(N / plan.chunk, 1), 2) / 2 if causal else 1
     rows = plan.sinks + segments * plan.rows_per_segment
-    total = N * (window + rows + plan.routes * plan.cluster)
+    residual = exact_pairs(causal) / plan.cluster if plan.residual else 0
+    total = N * (window + rows + plan.routes * plan.cluster) + residual
     return _least(total, exact_pairs(causal))
 
 

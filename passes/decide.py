@@ -65,7 +65,7 @@ def _planned(attention: Attention, mask: Mask, config: Config, key: str) -> tupl
     """The site's plan, or why there is none."""
     plans = config.site_plans
     if plans is None:
-        return config.default_plan, ""
+        return config.plan_for(mask.causal, value_of(attention.query.node).device.type), ""
     shape = _shape(attention, mask.causal)
     sizes = {name: getattr(shape, name) for name in ("heads", "kv_heads", "head_dim", "value_dim", "causal")}
     return plans.find(SiteKey(key, **sizes))
@@ -80,13 +80,13 @@ def _pairs(attention: Attention, mask: Mask, plan: Plan) -> str:
     """Why what is said of pairs is not taken; "" if it is."""
     device = value_of(attention.query.node).device
     logits = logits_of(attention, mask)
-    if logits == NOTHING:
-        return ""
-    if plan.centroids:
+    if logits == NOTHING or not _generated(device):
+        return "" if logits == NOTHING else mask.needs
+    if plan.centroids or plan.residual:
         return f"{mask.needs or 'softcap: ' + format(logits.softcap, 'g')}; a centroid stands for several keys"
     if not mask.needs:
         return ""
-    taken = _generated(device) and _told(logits) and _safe(attention, mask, plan)
+    taken = _told(logits) and _safe(attention, mask, plan)
     return "" if taken and all(value_of(node).device == device for node in mask.loads) else mask.needs
 
 
@@ -151,6 +151,9 @@ def _unsupported(site: Site) -> str:
 
 
 def _lengths(attention: Attention, mask: Mask, config: Config, plan: Plan) -> str:
+    where = value_of(attention.query.node).device.type
+    if plan.residual and where != "cpu":
+        return f"unsupported_plan: residual on {where}"
     q_len, length = attention.size(attention.q), attention.size(attention.k)
     same = known_equal(q_len, length)
     if not same and not mask.causal and plan.window is not None:

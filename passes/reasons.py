@@ -25,6 +25,7 @@ REASONS = {
     "function_transform": "Inside torch.func (grad, vmap, ...), with which the operators' gradients do not compose.",
     "unsupported_device": "There are kernels for CPUs and, through Triton, for NVIDIA GPUs of compute capability 8.0 "
     "or newer and AMD GPUs.",
+    "unsupported_plan": "The plan asks for what there is no kernel for on this device: leave it out, or give none.",
     "no_compiler": "The CPU kernels need a C++ compiler: install g++ or clang++, or set CXX.",
     "unsupported_heads": "Query heads are not a multiple of key/value heads, or keys and values differ in heads.",
     "unsupported_head_dim": "Heads of more than 256 features.",
@@ -38,7 +39,7 @@ REASONS = {
     "weights_changed": "Between softmax and value, something is done to the weights (the reason names it).",
     "unsupported_logits": "The logits go through an operator that is not a scale, mask, bias, cast or softcap.",
     "extra_logits": "The softmax also runs over logits that belong to no key (attention sinks that are learned).",
-    "softcap": "The logits are capped by tanh, which a CPU's kernels do not take, nor a plan with centroids.",
+    "softcap": "The logits are capped by tanh, which a CPU's kernels do not take, nor a plan with centroids or a residual.",
     "wrong_axis": "It looks like attention, but softmax and products do not run over one key axis.",
     "unproved_axes": "It looks like attention, but which axes are batch, head, query, key and feature is not proved.",
     "modified_in_place": "A tensor of the attention is written to in place. Write it out of place.",

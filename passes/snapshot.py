@@ -160,7 +160,7 @@ def snapshot(graph: Graph, known: Known | None = None) -> Snapshot:
     known = {} if known is None else known
     nodes: list[Node] = []
     # Nodes of one line share a stack trace, nodes of one module a path: each is read once.
-    sources = _cached(source_line, lambda node: node.meta.get("stack_trace"))
+    sources = _cached(source_line, lambda node: (node.meta.get("stack_trace"), node.op, _innermost(node)))
     modules = _cached(module_path, _innermost)
     for node in places:
         made_of = _made_of(node)

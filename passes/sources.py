@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..kernels import cpu, triton
+from .defaults import default_plan
 from .report import Report, SiteReport
 
 DEVICES = ("cpu", "cuda", "hip")
@@ -35,7 +36,7 @@ def sources_of(report: Report, device: str = "") -> list[Source]:
     ``device``: one of ``DEVICES``: as if they ran there, which needs no such device; "" for where they do run.
     """
     places: dict[tuple[str, tuple[tuple[str, str], ...]], list[SiteReport]] = {}
-    for site in report.rewritten:
+    for site in (_moved(site, device) for site in report.rewritten):
         key = (device or site.device or "cpu", tuple(_geometry(site).items()))
         places.setdefault(key, []).append(site)
     found: list[Source] = []
@@ -44,6 +45,13 @@ def sources_of(report: Report, device: str = "") -> list[Source]:
         for name, language, text in _cpu() if where == "cpu" else _triton(sites[0], where):
             found.append(Source(name, language, text, dict(geometry), names))
     return found
+
+
+def _moved(site: SiteReport, device: str) -> SiteReport:
+    """The site with the plan that it would have on ``device``, where it has the default of its own."""
+    if device and site.plan == default_plan(site.causal, site.device):
+        return replace(site, plan=default_plan(site.causal, device))
+    return site
 
 
 @functools.cache

@@ -48,7 +48,9 @@ def attention(
     empty = 0 in (*query.shape, *key.shape, *value.shape)
     if empty or key.shape[2] < config.min_seq_len:
         return _exact(query, key, value, valid, is_causal, scale)
-    return ops.prescored(Operands(query, key, value, valid, is_causal, scale), config.default_plan)
+    return ops.prescored(
+        Operands(query, key, value, valid, is_causal, scale), config.plan_for(is_causal, query.device.type)
+    )
 
 
 def _exact(

@@ -30,6 +30,7 @@ collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpre
 PLANS = {
     "routes": Plan(chunk=32, window=16, sinks=3, routes=3),
     "two levels": Plan(chunk=32, window=16, sinks=3, routes=3, coarse=2),
+    "residual": Plan(chunk=32, window=16, sinks=3, routes=2, residual=True),
     "wide clusters": Plan(chunk=64, window=0, sinks=5, routes=2, cluster=32),
     "keep": Plan(chunk=32, window=8, sinks=2, keep=4, routes=0),
     "keep and routes": Plan(chunk=32, window=16, sinks=2, keep=5, routes=3),
@@ -40,6 +41,7 @@ EVERYTHING = {
     "window": Plan(window=None, sinks=0, routes=0),
     "routes": Plan(chunk=32, window=8, sinks=4, routes=10**6),
     "two levels": Plan(chunk=32, window=8, sinks=4, routes=10**6, coarse=10**6),
+    "residual": Plan(chunk=32, window=8, sinks=4, routes=10**6, residual=True),
     "rows": Plan(chunk=128, window=8, sinks=4, routes=0, keep=128),  # up to 256 keys
 }
 

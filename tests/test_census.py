@@ -67,6 +67,11 @@ def test_nothing_else_is_found(rows: list[Row]) -> None:
     assert sum(n for _, _, n in extra) <= EXTRA, extra
 
 
+def test_every_site_has_a_line_of_the_source(rows: list[Row]) -> None:
+    without = [(row["family"], row["implementation"], row["without_line"]) for row in rows if row.get("without_line")]
+    assert not without and any(row.get("found") for row in rows)
+
+
 def test_hand_written_attention_is_found(rows: list[Row]) -> None:
     ran = sum(row.get("ran", {}).get("hand", 0) for row in rows)
     places = Counter({place: n for row in rows if _missed(row, "hand") for place, n in row["missed_at"].items()})

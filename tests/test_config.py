@@ -4,6 +4,7 @@ import pytest
 
 from prescore_compile import Config
 from prescore_compile.kernels.plan import OptionError, Plan
+from prescore_compile.passes import defaults
 
 BAD = {
     "method": ("kmean", "kmeans, kmeans_relative, kernel_kmeans, kmedian, leverage, peak"),
@@ -15,6 +16,7 @@ BAD = {
     "centroids": (8, "routes"),
     "routes": ("27", ">= 0"),
     "coarse": (3, "0, or at least 4: 27 routes need as many clusters"),
+    "residual": (1, "a bool"),
     "seed": (-3, "from 0 to"),
     "min_seq_len": (None, ">= 0"),
     "inner": ("inductr", "inductor, aot_eager, eager"),
@@ -46,10 +48,17 @@ def test_every_field_can_be_set_and_is_frozen() -> None:
     )  # fmt: skip
     config = Config.from_options(options)
     assert {key: getattr(config, key) for key in options} == options | {"include": ("a.*",), "exclude": ("a.b",)}
-    assert type(config.default_plan) is Plan and config.default_plan.chunk == 64
+    assert type(config.plan_for(True, "cpu")) is Plan and config.plan_for(False, "cuda").chunk == 64
     with pytest.raises(AttributeError):
         config.chunk = 3  # type: ignore[misc]
-    assert hash(config.default_plan) == hash(Config.from_options(options).default_plan)
+    assert hash(config.plan_for(True, "cpu")) == hash(Config.from_options(options).plan_for(True, "cpu"))
+
+
+def test_a_site_without_settings_gets_the_default_of_its_kind() -> None:
+    config = Config(min_seq_len=5)
+    assert config.plan_for(True, "cpu") == defaults.CAUSAL and config.plan_for(False, "cpu") == defaults.TWO_SIDED
+    assert config.plan_for(True, "cuda") == config.plan_for(False, "cuda") == Plan()
+    assert Config(seed=3).plan_for(False, "cpu") == Plan(seed=3), "what is set is set for every site"
 
 
 def test_globs() -> None:

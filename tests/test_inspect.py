@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.utils.checkpoint
 
 import prescore_compile
-from prescore_compile import Config, Inspection, graph_diff
+from prescore_compile import Config, Inspection, explain, graph_diff
 from prescore_compile.cli import main
 from prescore_compile.inspection import dot, explorer
 
@@ -226,6 +227,25 @@ def test_a_hugging_face_config_without_weights(tmp_path: Path, capsys: pytest.Ca
     ]
 
 
+def test_every_site_has_a_line_inside_of_torch_a_checkpoint_and_a_branch() -> None:
+    class Inside(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            def attend(x: torch.Tensor) -> torch.Tensor:
+                return torch.nn.functional.scaled_dot_product_attention(x, x, x)
+
+            x = torch.utils.checkpoint.checkpoint(attend, x, use_reentrant=False)
+            return torch.cond(x.shape[-2] == 64, attend, lambda x: x + 1, (x,)) + torch.cond(
+                x.sum() > 0, attend, lambda x: x + 1, (x,)
+            )
+
+    decoder = torch.nn.TransformerDecoderLayer(32, 2, 64, batch_first=True).eval()
+    x = torch.randn(1, 64, 32)
+    sites = [*explain(decoder, x, x).sites, *explain(Inside(), torch.randn(1, 2, 64, 8)).sites]
+    places = [site.source for site in sites]
+    assert len(sites) >= 5 and all(re.search(r"\.py:\d+$", place) for place in places), places
+    assert places[0].split(":")[0].endswith("activation.py") and "def forward" in sites[0].code
+
+
 def test_an_inspection_is_data_text_and_json(inspection: Inspection) -> None:
     (difference,) = inspection.diffs
     assert inspection.title == "model" and difference.added and "+ prescore_attend" in str(inspection)
@@ -264,7 +284,17 @@ def test_model_explorer_files(inspection: Inspection, tmp_path: Path) -> None:
     assert loaded.has_data_to_encode_in_url()
     mapping = json.loads(paths[2].read_text())
     assert set(mapping["mapping"]) <= sides[0] and set(mapping["mapping"].values()) <= sides[1]
-    assert mapping["type"] == "sync_navigation" and mapping["disableMappingFallback"] is True
+    assert mapping["type"] == "sync_navigation"
+
+
+def test_a_node_of_both_graphs_has_one_id_in_model_explorer(inspection: Inspection, tmp_path: Path) -> None:
+    before, after = (
+        [node["id"] for node in json.loads(path.read_text())[0]["nodes"]]
+        for path in explorer.write(inspection, tmp_path)[:2]
+    )
+    (difference,) = inspection.diffs
+    assert all(before[a] == after[b] for a, b in difference.matched.items())
+    assert len(set(before) & set(after)) == len(difference.matched) < len(set(after)) == len(after)
 
 
 def test_dot_quotes_what_the_model_calls_things(inspection: Inspection) -> None:

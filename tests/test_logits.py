@@ -207,8 +207,9 @@ def test_where_masks_and_softcaps_are_not_taken_sites_stay_exact(name: str) -> N
     function, last, _, reason = SITES[name]
     _, report = rewrite(traced(function, *last, device="cpu"))
     assert report.sites[0].decision == "keep" and report.sites[0].reason.startswith(reason), report.sites[0].reason
-    _, report = rewrite(traced(function, *last, device="cuda"), Config(routes=0, keep=8, centroids=2))
-    assert "a centroid stands for several keys" in report.sites[0].reason
+    for plan in (Config(routes=0, keep=8, centroids=2), Config(routes=8, residual=True)):
+        _, report = rewrite(traced(function, *last, device="cuda"), plan)
+        assert "a centroid stands for several keys" in report.sites[0].reason
 
 
 @pytest.mark.parametrize("function", [padded_by_a_float, before, prefix])

@@ -52,19 +52,28 @@ def test_the_sources_are_disjoint_and_lawful(name: str, causal: bool, padded: bo
     site = operands(170, causal=causal, padded=padded)
     summary = summary_of(site, plan)
     routes = routes_of(site, summary, plan)
+    centred, stood_in = reference._residual(site, summary, plan), False
     for span in spans(plan, causal, 170, 170, reference.TILE):
-        keys, rows = reference.attention_weights(site, summary, routes, plan, span)
+        keys, rows, *rest = reference.attention_weights(site, summary, routes, plan, span, centred)
         copies = summary.row_index.repeat_interleave(2, 1)[:, :, None].expand_as(rows)
         copied = torch.zeros(*keys.shape[:3], 171).scatter_add_(3, copies.long().where(copies >= 0, 170), rows)
         assert not ((keys > 0) & (copied[..., :170] > 0)).any(), "a key is counted twice"
         total = keys + copied[..., :170]
+        if rest:  # each member has its centroid's weight
+            clusters = rest[0].repeat_interleave(plan.cluster, 3)
+            order = summary.order.long().repeat_interleave(2, 1)[:, :, None].expand_as(clusters)
+            members = torch.zeros(*keys.shape[:3], 171).scatter_add_(3, order.where(order >= 0, 170), clusters)
+            assert not ((total > 0) & (members[..., :170] > 0)).any(), "a key is counted twice"
+            stood_in |= bool((members[..., :170] > 0).any())
+            total = total + members[..., :170]
         if site.valid is not None:
             assert not total.masked_fill(site.valid[:, None, None], 0).any(), "a padded key has weight"
         if causal:
             i = torch.arange(span.begin, span.end)[:, None]
             assert not total.masked_fill(torch.arange(170) <= i, 0).any(), "a later key has weight"
-        whole = keys.sum(3) + rows.sum(3)
+        whole = sum(part.sum(3) for part in (keys, rows, *rest))
         assert ((whole - 1).abs() < 1e-5).logical_or(whole == 0).all()
+    assert stood_in == plan.residual
 
 
 def test_centroids_and_selected_keys_carry_every_finished_key_once() -> None:
@@ -115,11 +124,11 @@ def test_gradients_are_those_of_the_definition(name: str, causal: bool) -> None:
     summary = summary._replace(row_key=rows[0], row_value=rows[1], row_bias=rows[2])
     tiles = []
     for span in spans(plan, causal, 110, 110, 64):
-        keys, weights = reference.attention_weights(site, summary, routes, plan, span)
+        rest = reference._residual(site, summary, plan)
+        weights = reference.attention_weights(site, summary, routes, plan, span, rest)
         group = site.query.shape[1] // site.key.shape[1]
-        tiles.append(
-            keys @ site.value.repeat_interleave(group, 1) + weights @ summary.row_value.repeat_interleave(group, 1)
-        )
+        values = (site.value, summary.row_value, *([rest.value] if rest else []))
+        tiles.append(sum(part @ v.repeat_interleave(group, 1) for part, v in zip(weights, values, strict=True)))
     want = torch.autograd.grad((torch.cat(tiles, 2) * weight).sum(), site[:3])
     for g, w in zip(got, want, strict=True):
         torch.testing.assert_close(g, w)

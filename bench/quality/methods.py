@@ -12,6 +12,7 @@ from prescore_compile.kernels import summary as summaries
 from prescore_compile.kernels.layout import segments, spans
 from prescore_compile.kernels.plan import Plan
 from prescore_compile.kernels.reference import Operands
+from prescore_compile.passes.defaults import CAUSAL
 
 from . import rivals
 from .rivals import Attend
@@ -49,6 +50,7 @@ def pairs(plan: Plan, length: int, causal: bool) -> float:
         seen = min(span.finished * plan.chunk, length) if causal else length - (span.high - span.low)
         eligible = seen // plan.cluster if plan.routes else 0
         per_query = min(rows, seen) + min(plan.routes, eligible) * plan.cluster + eligible
+        per_query += max(eligible - plan.routes, 0) if plan.residual else 0
         total += per_query * (span.end - span.begin)
         if causal:
             total += sum(i + 1 - span.low for i in range(span.begin, span.end))
@@ -99,7 +101,9 @@ def own(length: int, target: float) -> Iterator[tuple[str, Plan]]:
 
         return fit(make, target, length)
 
-    yield "default (routes)", routed(base)
+    yield "default (routes)", routed(base if small else replace(CAUSAL, routes=0))
+    if not small:
+        yield "routes, chunk 128, window 128", routed(base)
     yield "StreamingLLM", fit(lambda n: replace(base, window=n), target, length)
     for method in ("kmeans", "kmedian", "leverage"):
         yield f"{method} + routes", routed(replace(base, method=method, keep=4 if small else 8))

@@ -13,7 +13,7 @@ extern "C" {
 
 struct Geometry {
   int64_t batch, heads, kv_heads, q_len, k_len, dim, value_dim;
-  int64_t chunk, cluster, window, causal, sinks, keep, centroids, routes, tile, threads;
+  int64_t chunk, cluster, window, causal, sinks, keep, centroids, routes, residual, tile, threads;
   double scale;
 };
 

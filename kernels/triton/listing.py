@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from ..plan import Plan
+from ..plan import OptionError, Plan
 from . import loops, options
 from .attend import attend_source, merge_source
 from .attend_backward import d_query_source, routes_source, rows_source, window_source
@@ -31,7 +31,13 @@ def spec(
     softcap: float = 0.0,
     splits: int = 1,
 ) -> Spec:
-    """The spec of a forward kernel; see ``Spec``. ``value_dim`` 0: as ``dim``."""
+    """The spec of a forward kernel; see ``Spec``. ``value_dim`` 0: as ``dim``.
+
+    Raises:
+        OptionError: the plan has a residual, which no generated kernel reads yet.
+    """
+    if plan.residual:
+        raise OptionError("residual", True, "False on a GPU")
     value_dim = value_dim or dim
     return Spec(
         plan=plan.text,

@@ -93,7 +93,7 @@ def calibrate(
     switch = Switch(model, config)
     try:
         search = _Search(switch, calls, measure, tell)
-        plans = search.candidates(tried, config.default_plan)
+        plans = search.candidates(tried, config)
         search.sweep(plans, None if measured is None else load(measured))
         chosen = search.within(target[1]) if target[0] == "budget" else search.below(target[1])
         return search.result(chosen, target)
@@ -122,10 +122,10 @@ class _Search:
         self._reference: tuple[int, Reference] | None = None
         self._checked: dict[tuple[tuple[SiteKey, Plan], ...], tuple[float, float]] = {}
 
-    def candidates(self, given: Sequence[Plan] | None, base: Plan) -> dict[SiteKey, list[Plan]]:
+    def candidates(self, given: Sequence[Plan] | None, config: Config) -> dict[SiteKey, list[Plan]]:
         """The plans to try at each site: those that it can run."""
         wanted = {
-            key: ladder(int(site.shape["k_len"]), site.causal, base) if given is None else list(given)
+            key: list(given or ladder(int(site.shape["k_len"]), site.causal, config.plan_for(site.causal, site.device)))
             for key, site in self.switch.sites.items()
         }
         refusals = {plan: self.switch.refusals(plan) for plan in dict.fromkeys(chain(*wanted.values()))}

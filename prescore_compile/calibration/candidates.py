@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from ..kernels.plan import Plan
 from ..passes import cost
+from ..passes.defaults import TWO_SIDED
 
 DENSITIES = (0.05, 0.1, 0.2, 0.35)
 WINDOW = 128
@@ -18,10 +19,10 @@ CENTROIDS = 0.25
 def ladder(length: int, causal: bool, base: Plan) -> list[Plan]:
     """Plans of about these densities at ``length`` keys, by what else they do as in ``base``.
 
-    Causal: routed clusters beside a window, and a window alone (StreamingLLM). Bidirectional: routed
-    clusters beside a window, and selected keys with centroids for the others.
+    Causal: routed clusters beside a window, and a window alone (StreamingLLM). Bidirectional: routed clusters with
+    centroids for the others, routed clusters beside a window, and selected keys with centroids for the others.
     """
-    base = replace(base, keep=0, centroids=0, routes=0, window=0)
+    base = replace(base, keep=0, centroids=0, routes=0, window=0, residual=False)
     found = [plan for share in DENSITIES for plan in _plans(share, length, causal, base)]
     densities = {plan: cost.at(cost.density(plan, causal), length) for plan in dict.fromkeys(found)}
     return [plan for plan, density in sorted(densities.items(), key=lambda item: item[1]) if density < 0.75]
@@ -40,6 +41,9 @@ def _plans(share: float, length: int, causal: bool, base: Plan) -> Iterator[Plan
         if window >= WINDOW / 2:
             yield replace(base, window=window)
         return
+    wide = TWO_SIDED
+    if (routes := int((share * length - wide.sinks - 2 * length / wide.cluster) / wide.cluster)) > 0:
+        yield replace(wide, routes=routes, seed=base.seed)
     rows = round(share * base.chunk)
     if rows >= 4:
         centroids = round(CENTROIDS * rows)

@@ -19,7 +19,8 @@ MAPPING = "mapping.json"
 def write(inspection: Inspection, folder: Path) -> list[Path]:
     """Write ``before.json``, ``after.json`` and ``mapping.json`` for each graph, numbered from the second on.
 
-    Open the first two in Model Explorer, in two panes; give it the third under "sync navigation".
+    Open the first two in Model Explorer, in two panes, and choose "Match node id" under "Sync": a node that is in both
+    graphs has one id. The third says the same, for "Upload mapping".
 
     Raises:
         OSError: the folder cannot be written.
@@ -30,10 +31,9 @@ def write(inspection: Inspection, folder: Path) -> list[Path]:
         home = folder if at == 0 else folder / str(at + 1)
         home.mkdir(exist_ok=True)
         files = {
-            "before.json": graphs(difference.before, f"before: {graph.name}", _changes(difference, 0)),
-            "after.json": graphs(difference.after, f"after: {graph.name}", _changes(difference, 1)),
-            MAPPING: mapping(difference),
-        }
+            f"{side}.json": graphs(nodes, f"{side}: {graph.name}", _changes(difference, at), _ids(difference)[at])
+            for at, (side, nodes) in enumerate((("before", difference.before), ("after", difference.after)))
+        } | {MAPPING: mapping(difference)}
         for name, data in files.items():
             written.append(home / name)
             written[-1].write_text(json.dumps(data), encoding="utf-8")
@@ -45,18 +45,26 @@ def _changes(difference: GraphDiff, side: int) -> dict[int, str]:
     return alone | {pair[side]: "rewired" for pair in difference.rewired}
 
 
-def graphs(graph: Snapshot, name: str, changes: dict[int, str]) -> list[dict[str, Any]]:
+def _ids(difference: GraphDiff) -> tuple[list[str], list[str]]:
+    """Of the nodes before and after; the same for what is matched."""
+    back = {after: before for before, after in difference.matched.items()}
+    before = [str(at) for at in range(len(difference.before.nodes))]
+    return before, [before[back[at]] if at in back else f"new {at}" for at in range(len(difference.after.nodes))]
+
+
+def graphs(graph: Snapshot, name: str, changes: dict[int, str], ids: list[str]) -> list[dict[str, Any]]:
     """A list with the one graph, as Model Explorer reads it from a JSON file."""
-    return [{"id": name, "nodes": [_node(at, node, changes.get(at, "")) for at, node in enumerate(graph.nodes)]}]
+    return [{"id": name, "nodes": [_node(ids, at, node, changes.get(at, "")) for at, node in enumerate(graph.nodes)]}]
 
 
 def mapping(difference: GraphDiff) -> dict[str, Any]:
     """Which node on the left is which on the right; nothing stands for an added or removed one."""
-    pairs = {str(a): str(b) for a, b in difference.matched.items()}
-    return {"type": "sync_navigation", "mapping": pairs, "disableMappingFallback": True}
+    before, after = _ids(difference)
+    pairs = {before[a]: after[b] for a, b in difference.matched.items()}
+    return {"type": "sync_navigation", "mapping": pairs}  # layers are not in it: they go by their names
 
 
-def _node(at: int, node: Node, change: str) -> dict[str, Any]:
+def _node(ids: list[str], at: int, node: Node, change: str) -> dict[str, Any]:
     told = {
         "name": node.name,
         "arguments": node.template.replace("\0", "_"),
@@ -67,12 +75,12 @@ def _node(at: int, node: Node, change: str) -> dict[str, Any]:
         "made from": ", ".join(node.origins),
     }
     found: dict[str, Any] = {
-        "id": str(at),
+        "id": ids[at],
         "label": node.name if node.op == "placeholder" else node.target.lstrip("."),
         "namespace": node.module.replace(".", "/"),
         "attrs": [{"key": key, "value": value} for key, value in told.items() if value],
         "incomingEdges": [
-            {"sourceNodeId": str(source), "sourceNodeOutputId": "0", "targetNodeInputId": str(slot)}
+            {"sourceNodeId": ids[source], "sourceNodeOutputId": "0", "targetNodeInputId": str(slot)}
             for slot, source in enumerate(node.inputs)
         ],
         "outputsMetadata": [{"id": "0", "attrs": [{"key": "tensor_shape", "value": node.value}]}] if node.value else [],

@@ -259,7 +259,7 @@
   const map = $("map");
   let mapBase = null;
   function drawMap() {
-    const height = map.height = Math.max(1, Math.round(map.clientHeight * devicePixelRatio)), pen = map.getContext("2d");
+    const height = map.height = Math.max(1, Math.round(map.clientHeight * devicePixelRatio)), pen = map.getContext("2d", {willReadFrequently: true});
     const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
     const colours = {added: colour("--add-edge"), removed: colour("--del-edge"), rewired: colour("--wire-edge"), moved: colour("--move-edge")};
     const tall = Math.max(1, view.items.length), size = Math.max(1, height / tall);
@@ -328,7 +328,7 @@
   function siteCard(site) {
     return el("div", {class: "site"}, facts([
       ["decision", site.decision === "keep" ? `kept exact: ${site.reason}` : `rewritten with ${site.plan}`],
-      ["what to do", site.decision === "keep" ? meaning(site) : "", true],
+      ["meaning", site.decision === "keep" ? meaning(site) : "", true],
       ["failed at", site.decision === "keep" ? site.failed : ""],
       ["rule", `${site.rule}: ${data.rules[site.rule] || ""}`, true],
       ["mask", maths(site.mask)],
@@ -458,7 +458,7 @@
   }
   function shownCell(site, [name, value, kind]) {
     const text = value(site);
-    if (name === "module") return el("td", {class: kind}, el("div", {class: "clip", title: text}, text));
+    if (name === "module") return el("td", {class: text.length < 40 ? `${kind} whole` : kind}, el("div", {class: "clip", title: text}, text));
     if (name === "source") return el("td", {class: kind, title: text}, short(text), el("span", {class: "quiet"}, site.code));
     if (name === "decision") return el("td", {}, el("span", {class: `badge ${site.decision}`, style: "margin:0"}, site.decision));
     if (name === "reason") return el("td", {title: meaning(site)}, text || "—", site.failed ? el("span", {class: "quiet"}, `at ${short(site.failed)}`) : "");

@@ -76,7 +76,7 @@ def by_definition(
         query = site.query[:, :, span.begin : span.end]
         logits, values = [], []
         with torch.no_grad():
-            weights = reference.attention_weights(site, summary, routes, plan, span)
+            weights = reference.attention_weights(site, summary, routes, plan, span, None)
         places = (torch.arange(site.key.shape[2]).view(1, 1, 1, -1), index)
         for weight, k, key, value in zip(
             weights, places, (site.key, summary.row_key), (site.value, summary.row_value), strict=True
