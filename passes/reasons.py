@@ -39,7 +39,8 @@ REASONS = {
     "weights_changed": "Between softmax and value, something is done to the weights (the reason names it).",
     "unsupported_logits": "The logits go through an operator that is not a scale, mask, bias, cast or softcap.",
     "extra_logits": "The softmax also runs over logits that belong to no key (attention sinks that are learned).",
-    "softcap": "The logits are capped by tanh, which a CPU's kernels do not take, nor a plan with centroids or a residual.",
+    "softcap": "The logits are capped by tanh, which a CPU's kernels do not take, nor a plan with centroids or a "
+    "residual.",
     "wrong_axis": "It looks like attention, but softmax and products do not run over one key axis.",
     "unproved_axes": "It looks like attention, but which axes are batch, head, query, key and feature is not proved.",
     "modified_in_place": "A tensor of the attention is written to in place. Write it out of place.",
