@@ -81,14 +81,24 @@ def attended_pairs(plan: Plan, causal: bool) -> sympy.Expr:
     """(query, key or row) pairs that the plan attends, a head; at most the exact ones."""
     if plan.window is None:
         return exact_pairs(causal)
-    sides = 1 if causal else 2
-    window = (plan.window * sides + plan.chunk / 2 * sides) if causal or plan.window else 0
+    window, routed = _window(plan, causal), plan.routes * plan.cluster
     # A query has about half the bits of its number of finished chunks as segments.
     segments = sympy.log(_most(N / plan.chunk, 1), 2) / 2 if causal else 1
     rows = plan.sinks + segments * plan.rows_per_segment
     residual = exact_pairs(causal) / plan.cluster if plan.residual else 0
-    total = N * (window + rows + plan.routes * plan.cluster) + residual
-    return _least(total, exact_pairs(causal))
+    total = N * (window + routed)
+    if causal:  # the first queries have fewer keys before them
+        full = _least(window + routed, N)
+        total = full * N - full**2 / 2
+    return _least(total + N * rows + residual, exact_pairs(causal))
+
+
+def _window(plan: Plan, causal: bool) -> float:
+    """Keys of a query's window, on average."""
+    assert plan.window is not None
+    if causal:
+        return plan.window + plan.chunk / 2
+    return 2 * (plan.window + plan.chunk / 2) if plan.window else 0
 
 
 def routing_pairs(plan: Plan, causal: bool, union: float = 1) -> sympy.Expr:
@@ -99,10 +109,13 @@ def routing_pairs(plan: Plan, causal: bool, union: float = 1) -> sympy.Expr:
     """
     if not plan.routes:
         return sympy.Integer(0)
-    every = exact_pairs(causal) / plan.cluster
+    seen = exact_pairs(causal)
+    if causal and plan.window is not None:
+        seen = _most(N - _window(plan, causal), 0) ** 2 / 2
+    every = seen / plan.cluster
     if not plan.coarse:
         return every
-    return exact_pairs(causal) / plan.chunk + _least(N * union * plan.coarse * plan.chunk / plan.cluster, every)
+    return seen / plan.chunk + _least(N * union * plan.coarse * plan.chunk / plan.cluster, every)
 
 
 def exact_cost(shape: Shape) -> sympy.Expr:

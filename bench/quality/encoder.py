@@ -75,6 +75,13 @@ def plans(target: float) -> Iterator[tuple[str, Plan]]:
     def fitted(make: Any) -> Plan:
         return fit(make, target, LENGTH, causal=False, high=512)
 
+    for cluster in (16, 32, 64):
+
+        def routed(n: int, cluster: int = cluster) -> Plan:
+            return replace(base, routes=n, residual=True, cluster=cluster)
+
+        if density(routed(1), LENGTH, causal=False) <= target:
+            yield f"routes + residual, clusters of {cluster}", fitted(routed)
     yield "routes", fitted(lambda n: replace(base, routes=n))
     yield "routes, window", fitted(lambda n: replace(base, chunk=128, routes=n))
     for method in ("kmeans", "kmedian", "leverage", "peak", "query", "random", "norm"):
