@@ -26,9 +26,11 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import sympy
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from prescore_compile.kernels.logits import NOTHING, B, K, Logits, Q, by_chunk
 from prescore_compile.kernels.ops import _empty_summary
 from prescore_compile.kernels.plan import Plan
 from prescore_compile.kernels.reference import Operands
@@ -61,7 +63,12 @@ class Variant:
     queries: int = 4096
     backward: bool = True
     default: bool = False
+    logits: Logits = NOTHING
 
+
+DOCUMENT = sympy.Function("t00")
+IN_DOCUMENTS = Logits(sympy.And(sympy.Eq(DOCUMENT(B, Q), DOCUMENT(B, K)), K >= Q - 2000), softcap=50.0)
+"""Packed documents with a sliding window and a softcap, as the graph pass says it."""
 
 VARIANTS = {
     "default 64": Variant(default=True),
@@ -77,6 +84,7 @@ VARIANTS = {
     "two levels 128": Variant(plan=Plan(coarse=32), dim=128, group=4, backward=False),
     "64 routes": Variant(plan=Plan(routes=64), backward=False),
     "many routes": Variant(plan=Plan(routes=200, cluster=32), backward=False),
+    "masked and capped 128": Variant(dim=128, group=4, logits=IN_DOCUMENTS),
 }
 
 
@@ -122,14 +130,18 @@ def _run(variant: Variant) -> None:
     query = tensor(2, heads * variant.group, variant.queries, variant.dim)
     site = Operands(query, key, tensor(*key.shape), valid, variant.causal, scale)
     summary = Summary(*_empty_summary(key, site.value, plan.text))
+    logits = variant.logits
+    read = {name: tensor(2, length, dtype=torch.int64) for name in logits.tensors}
     routes = query.new_empty((*query.shape[:3], 0), dtype=torch.int32)
     if plan.routes:
         if variant.queries > 1:
             clusters.any_clusters(key, site.value, valid, plan)
-        routes = route.route(query, summary, plan, variant.causal, length, scale)
-    out, sums = attend.attend(site, summary, routes, plan)
+        known = by_chunk(logits, read, plan.chunk)
+        routes = route.route(query, summary, plan, variant.causal, length, scale, logits.reach, known)
+    more: dict[str, Any] = dict(read, softcap=logits.softcap)
+    out, sums = attend.attend(site, summary, routes, plan, logits.lifted, **more)
     if variant.backward:
-        attend_backward.attend_backward(out, out, sums, site, summary, routes, plan)
+        attend_backward.attend_backward(out, out, sums, site, summary, routes, plan, logits.lifted, **more)
 
 
 def compiled(launch: Launch, target: str) -> Any:

@@ -157,13 +157,23 @@ class Ways:
     def route(self) -> torch.Tensor:
         s, site = self.summary, self.site
         return ops.route(
-            site.query, s.order, s.mean, s.spread, s.bias, self.plan.text, site.causal, site.key.shape[2], site.scale
+            site.query,
+            s.order,
+            s.mean,
+            s.spread,
+            s.bias,
+            self.plan.text,
+            site.causal,
+            site.key.shape[2],
+            site.scale,
+            "",
+            [],
         )
 
     def attend(self) -> torch.Tensor:
         s, site = self.summary, self.site
         rows = (s.row_index, s.row_owner, s.row_key, s.row_value, s.row_bias)
-        return ops.attend(*site[:4], s.order, self.routes, *rows, self.plan.text, site.causal, site.scale)
+        return ops.attend(*site[:4], s.order, self.routes, *rows, self.plan.text, site.causal, site.scale, "", [])
 
     def total(self) -> torch.Tensor:
         return ops.prescored(self.site, self.plan)

@@ -9,11 +9,13 @@ so a cluster that stands out inside a dull chunk can be missed: this is another 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 
 from . import reference
 from .layout import spans
+from .logits import NOTHING, Logits
 from .plan import Plan
 from .summary import Summary
 
@@ -46,7 +48,16 @@ def coarse(summary: Summary, plan: Plan) -> Summary:
     return summary._replace(mean=whole, spread=variance * (2 * total.clamp(min=1).log()).unsqueeze(3), bias=bias)
 
 
-def route(query: torch.Tensor, summary: Summary, plan: Plan, causal: bool, k_len: int, scale: float) -> torch.Tensor:
+def route(
+    query: torch.Tensor,
+    summary: Summary,
+    plan: Plan,
+    causal: bool,
+    k_len: int,
+    scale: float,
+    logits: Logits = NOTHING,
+    tensors: Mapping[str, torch.Tensor] = reference.NO_TENSORS,
+) -> torch.Tensor:
     """The clusters each query attends, of its ``plan.coarse`` best chunks; shapes and ties as ``reference.route``."""
     batch, heads, q_len, _ = query.shape
     per_chunk, clusters = plan.chunk // plan.cluster, summary.mean.shape[2]
@@ -58,11 +69,15 @@ def route(query: torch.Tensor, summary: Summary, plan: Plan, causal: bool, k_len
         tile = query[:, :, span.begin : span.end].float()
         first = chunk * plan.chunk
         eligible = (first < (span.low if causal else k_len)) & ~((first >= span.low) & (first < span.high))
-        best = _best(reference.routing_scores(tile, level, scale), level, eligible, plan.coarse)
+        more = (plan, k_len, logits, tensors)
+        scores = reference.reached(reference.routing_scores(tile, level, scale), span, chunk, *more)
+        best = _best(scores, level, eligible, plan.coarse)
         chosen = torch.zeros(*best.shape[:3], len(chunk) + 1, dtype=torch.bool, device=query.device)
         chosen.scatter_(3, best, True)
         inside = chosen[..., :-1].repeat_interleave(per_chunk, 3)
-        best = _best(reference.routing_scores(tile, summary, scale), summary, inside, count)
+        of_cluster = chunk.repeat_interleave(per_chunk)
+        scores = reference.reached(reference.routing_scores(tile, summary, scale), span, of_cluster, *more)
+        best = _best(scores, summary, inside, count)
         routes[:, :, span.begin : span.end] = best.where(best < clusters, -1)
     return routes
 

@@ -9,6 +9,7 @@ compiled kernels run where they can; anything else runs the reference.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,21 +17,26 @@ from torch import Tensor
 
 from . import coarse, cpu, reference
 from . import summary as summaries
+from .logits import NOTHING, Logits, by_chunk, named, parse
 from .plan import Plan
 from .reference import Operands
 from .summary import Summary
 from .triton import device
 
 
-def prescored(site: Operands, plan: Plan) -> Tensor:
+def prescored(
+    site: Operands, plan: Plan, logits: Logits = NOTHING, tensors: Mapping[str, Tensor] | None = None
+) -> Tensor:
     """Score, summarize, route and attend one site: ``[B, H, Nq, Dv]`` in the query's dtype."""
+    more = (logits.text, [tensors[name] for name in logits.tensors] if tensors else [])
     q, k, v, valid, causal, scale = site
     settings = plan.text
     scores = score(q, k, valid, settings, causal, scale) if plan.keep else None
     parts = summarize(k, v, valid, scores, settings)
     order, mean, spread, bias, index, owner, row_key, row_value, row_bias = parts
-    routes = route(q, order, mean, spread, bias, settings, causal, k.shape[2], scale) if plan.routes else None
-    return attend(q, k, v, valid, order, routes, index, owner, row_key, row_value, row_bias, settings, causal, scale)
+    routes = route(q, order, mean, spread, bias, settings, causal, k.shape[2], scale, *more) if plan.routes else None
+    rows = (index, owner, row_key, row_value, row_bias)
+    return attend(q, k, v, valid, order, routes, *rows, settings, causal, scale, *more)
 
 
 @torch.library.custom_op("prescore::score", mutates_args=())
@@ -46,12 +52,12 @@ def _(query, key, valid, plan, causal, scale):  # type: ignore[no-untyped-def]
 
 def _constant_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.mark_non_differentiable(output)
-    ctx.inputs = len(inputs)
+    ctx.nothing = tuple([None] * len(given) if isinstance(given, (list, tuple)) else None for given in inputs)
 
 
-def _constant_backward(ctx: Any, grad: Tensor | None) -> tuple[None, ...]:
+def _constant_backward(ctx: Any, grad: Tensor | None) -> Any:
     """What is chosen is a constant: no gradient flows through a score or a route."""
-    return (None,) * ctx.inputs
+    return ctx.nothing
 
 
 score.register_autograd(_constant_backward, setup_context=_constant_setup)
@@ -170,13 +176,18 @@ def route(
     causal: bool,
     k_len: int,
     scale: float,
+    logits: str,
+    tensors: Sequence[Tensor],
 ) -> Tensor:
     """Routes ``[B, H, Nq, min(routes, clusters)]`` int32; see ``kernels.reference.route`` and ``kernels.coarse``."""
     if not _generated(query):
-        return route_eager(query, order, mean, spread, bias, plan, causal, k_len, scale)
+        return route_eager(query, order, mean, spread, bias, plan, causal, k_len, scale, logits, tensors)
     from .triton import route as generated
 
-    return generated.route(query, _clusters(order, mean, spread, bias), Plan.parse(plan), causal, k_len, scale)
+    settings, given = Plan.parse(plan), parse(logits)
+    known = by_chunk(given, named(given, tensors), settings.chunk)
+    clusters = _clusters(order, mean, spread, bias)
+    return generated.route(query, clusters, settings, causal, k_len, scale, given.reach, known)
 
 
 @torch.library.custom_op("prescore::route_eager", mutates_args=())
@@ -190,13 +201,16 @@ def route_eager(
     causal: bool,
     k_len: int,
     scale: float,
+    logits: str,
+    tensors: Sequence[Tensor],
 ) -> Tensor:
     """``route`` by the compiled CPU kernel or the reference."""
-    settings = Plan.parse(plan)
-    implementation = cpu.route if _compiled(query) else reference.route
-    if settings.coarse:
-        implementation = coarse.route
-    return implementation(query, _clusters(order, mean, spread, bias), settings, causal, k_len, scale)
+    settings, given = Plan.parse(plan), parse(logits)
+    clusters = _clusters(order, mean, spread, bias)
+    if _compiled(query) and not settings.coarse and not logits:
+        return cpu.route(query, clusters, settings, causal, k_len, scale)
+    implementation = coarse.route if settings.coarse else reference.route
+    return implementation(query, clusters, settings, causal, k_len, scale, given, named(given, tensors))
 
 
 def _clusters(order: Tensor, mean: Tensor, spread: Tensor, bias: Tensor) -> Summary:
@@ -206,7 +220,7 @@ def _clusters(order: Tensor, mean: Tensor, spread: Tensor, bias: Tensor) -> Summ
 
 @route.register_fake
 @route_eager.register_fake
-def _(query, order, mean, spread, bias, plan, causal, k_len, scale):  # type: ignore[no-untyped-def]
+def _(query, order, mean, spread, bias, plan, *rest):  # type: ignore[no-untyped-def]
     count = torch.sym_min(Plan.parse(plan).routes, mean.shape[2])
     return query.new_empty((*query.shape[:3], count), dtype=torch.int32)
 
@@ -229,6 +243,8 @@ def attend(
     plan: str,
     causal: bool,
     scale: float,
+    logits: str,
+    tensors: Sequence[Tensor],
 ) -> Tensor:
     """One softmax over window, rows and routes; see ``kernels.reference``.
 
@@ -236,7 +252,7 @@ def attend(
     ``attend_forward`` without the sums, which compilers see in its place.
     """
     rows = (row_index, row_owner, row_key, row_value, row_bias)
-    return attend_forward(query, key, value, valid, order, routes, *rows, plan, causal, scale)[0]
+    return attend_forward(query, key, value, valid, order, routes, *rows, plan, causal, scale, logits, tensors)[0]
 
 
 torch.library.define("prescore::attend", torch.library.infer_schema(attend, mutates_args=()))
@@ -260,6 +276,8 @@ def attend_forward(
     plan: str,
     causal: bool,
     scale: float,
+    logits: str,
+    tensors: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor]:
     """``attend``, and the logarithms of its softmax's sums that the backward needs.
 
@@ -267,16 +285,19 @@ def attend_forward(
     """
     rows = (row_index, row_owner, row_key, row_value, row_bias)
     if not _attended(query, plan):
-        out = attend_eager(query, key, value, valid, order, routes, *rows, plan, causal, scale)
+        out = attend_eager(query, key, value, valid, order, routes, *rows, plan, causal, scale, logits, tensors)
         return out, query.new_empty(0, dtype=torch.float32)
     from .triton import attend as generated
 
     site = Operands(query, key, value, valid, causal, scale)
-    return generated.attend(site, _rows_and_order(order, *rows), _or_no_routes(routes, query), Plan.parse(plan))
+    given = parse(logits)
+    more = dict(named(given, tensors), softcap=given.softcap)
+    summary, routed = _rows_and_order(order, *rows), _or_no_routes(routes, query)
+    return generated.attend(site, summary, routed, Plan.parse(plan), given.lifted, **more)
 
 
 @attend_forward.register_fake
-def _(query, key, value, valid, order, routes, index, owner, row_key, row_value, row_bias, plan, causal, scale):  # type: ignore[no-untyped-def]
+def _(query, key, value, valid, order, routes, index, owner, row_key, row_value, row_bias, plan, *rest):  # type: ignore[no-untyped-def]
     batch, heads, length, _ = query.shape
     sums = (batch, heads, length) if _attended(query, plan) else (0,)
     out = query.new_empty(batch, length, heads, value.shape[3]).transpose(1, 2)
@@ -299,14 +320,17 @@ def attend_eager(
     plan: str,
     causal: bool,
     scale: float,
+    logits: str,
+    tensors: Sequence[Tensor],
 ) -> Tensor:
     """``attend`` by the compiled CPU kernel or the reference."""
     site = Operands(query, key, value, valid, causal, scale)
     summary = _rows_and_order(order, row_index, row_owner, row_key, row_value, row_bias)
     routes = _or_no_routes(routes, query)
-    if _compiled(query):
+    if _compiled(query) and not logits:
         return cpu.attend(site, summary, routes, Plan.parse(plan))
-    out = reference.attend(site, summary, routes, Plan.parse(plan))
+    given = parse(logits)
+    out = reference.attend(site, summary, routes, Plan.parse(plan), given, named(given, tensors))
     return out.transpose(1, 2).contiguous().transpose(1, 2)
 
 
@@ -317,19 +341,20 @@ def _(query, key, value, *args):  # type: ignore[no-untyped-def]
 
 
 def _attend_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.plan, ctx.causal, ctx.scale = inputs
-    ctx.has = [t is not None for t in tensors]
+    *operands, ctx.plan, ctx.causal, ctx.scale, ctx.logits, tensors = inputs
+    ctx.has, ctx.tensors = [t is not None for t in operands], len(tensors)
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(*output, *(t for t in tensors if t is not None))
+    ctx.save_for_backward(*output, *(t for t in operands if t is not None), *tensors)
 
 
-def _attend_backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+def _attend_backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Any, ...]:
     out, sums, *found = ctx.saved_tensors
     saved = iter(found)
-    tensors = [next(saved) if has else None for has in ctx.has]
-    grads = attend_backward(grad, out, sums, *tensors, ctx.plan, ctx.causal, ctx.scale)
+    operands = [next(saved) if has else None for has in ctx.has]
+    grads = attend_backward(grad, out, sums, *operands, ctx.plan, ctx.causal, ctx.scale, ctx.logits, list(saved))
     d_query, d_key, d_value, d_row_key, d_row_value = grads
-    return d_query, d_key, d_value, None, None, None, None, None, d_row_key, d_row_value, *[None] * 4
+    rest = (*[None] * 5, [None] * ctx.tensors)
+    return d_query, d_key, d_value, None, None, None, None, None, d_row_key, d_row_value, *rest
 
 
 attend_forward.register_autograd(_attend_backward, setup_context=_attend_setup)
@@ -354,6 +379,8 @@ def attend_backward(
     plan: str,
     causal: bool,
     scale: float,
+    logits: str,
+    tensors: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients in query, key, value, row_key and row_value, each in its tensor's dtype.
 
@@ -361,13 +388,16 @@ def attend_backward(
     """
     rows = (row_index, row_owner, row_key, row_value, row_bias)
     if not _attended(query, plan):
-        return attend_backward_eager(grad, query, key, value, valid, order, routes, *rows, plan, causal, scale)
+        more = (plan, causal, scale, logits, tensors)
+        return attend_backward_eager(grad, query, key, value, valid, order, routes, *rows, *more)
     from .triton import attend_backward as generated
 
     site = Operands(query, key, value, valid, causal, scale)
     routed = _or_no_routes(routes, query)
     summary = _rows_and_order(order, *rows)
-    grads = generated.attend_backward(grad, out, sums, site, summary, routed, Plan.parse(plan))
+    given = parse(logits)
+    known = dict(named(given, tensors), softcap=given.softcap)
+    grads = generated.attend_backward(grad, out, sums, site, summary, routed, Plan.parse(plan), given.lifted, **known)
     wanted = (query, key, value, row_key, row_value)
     return tuple(g.to(t.dtype) for g, t in zip(grads, wanted, strict=True))  # type: ignore[return-value]
 
@@ -394,11 +424,15 @@ def attend_backward_eager(
     plan: str,
     causal: bool,
     scale: float,
+    logits: str,
+    tensors: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``attend_backward`` by the reference."""
     site = Operands(query, key, value, valid, causal, scale)
     summary = _rows_and_order(order, row_index, row_owner, row_key, row_value, row_bias)
-    grads = reference.attend_backward(grad, site, summary, _or_no_routes(routes, query), Plan.parse(plan))
+    given, routed = parse(logits), _or_no_routes(routes, query)
+    known = named(given, tensors)
+    grads = reference.attend_backward(grad, site, summary, routed, Plan.parse(plan), given, known)
     wanted = (query, key, value, row_key, row_value)
     return tuple(g.to(t.dtype).contiguous() for g, t in zip(grads, wanted, strict=True))  # type: ignore[return-value]
 

@@ -17,16 +17,20 @@ is n x n. Selection is a constant: gradients flow through the attended keys, val
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import NamedTuple
 
+import sympy
 import torch
 
 from .centroids import Centroids, centroids, members_gradient
 from .layout import Span, segments, spans
+from .logits import NOTHING, Logits, by_chunk, pair_places, reach, value
 from .plan import Plan
 from .summary import Summary
 
 TILE = 256
+NO_TENSORS: Mapping[str, torch.Tensor] = {}
 
 
 class Operands(NamedTuple):
@@ -72,7 +76,16 @@ def routing_scores(query: torch.Tensor, summary: Summary, scale: float) -> torch
     )
 
 
-def route(query: torch.Tensor, summary: Summary, plan: Plan, causal: bool, k_len: int, scale: float) -> torch.Tensor:
+def route(
+    query: torch.Tensor,
+    summary: Summary,
+    plan: Plan,
+    causal: bool,
+    k_len: int,
+    scale: float,
+    logits: Logits = NOTHING,
+    tensors: Mapping[str, torch.Tensor] = NO_TENSORS,
+) -> torch.Tensor:
     """The clusters each query attends: ``[B, H, Nq, min(routes, clusters)]`` int32, ascending, -1: none.
 
     Per query and per head, among the clusters of the chunks outside the query's window: causal
@@ -82,9 +95,11 @@ def route(query: torch.Tensor, summary: Summary, plan: Plan, causal: bool, k_len
     clusters = summary.mean.shape[2]
     count = min(plan.routes, clusters)
     routes = torch.full((batch, heads, q_len, count), -1, dtype=torch.int32, device=query.device)
+    chunks = torch.arange(clusters, device=query.device) * plan.cluster // plan.chunk
     for span in spans(plan, causal, q_len, k_len, TILE):
         eligible = _outside(clusters, plan, span, causal, k_len, query.device)
         scores = routing_scores(query[:, :, span.begin : span.end].float(), summary, scale)
+        scores = reached(scores, span, chunks, plan, k_len, logits, tensors)
         scores = scores.nan_to_num(nan=math.inf, neginf=-math.inf, posinf=math.inf)
         empty = _per_query_head(summary.bias, query).unsqueeze(2) == float("-inf")
         scores = scores.masked_fill(~eligible | empty, float("-inf"))
@@ -94,34 +109,77 @@ def route(query: torch.Tensor, summary: Summary, plan: Plan, causal: bool, k_len
     return routes
 
 
-def attend(site: Operands, summary: Summary, routes: torch.Tensor, plan: Plan) -> torch.Tensor:
+def reached(
+    scores: torch.Tensor,
+    span: Span,
+    chunks: torch.Tensor,
+    plan: Plan,
+    k_len: int,
+    logits: Logits,
+    tensors: Mapping[str, torch.Tensor],
+) -> torch.Tensor:
+    """Scores of clusters, or of chunks, of ``chunks``: with the bias, -inf where no key may be attended."""
+    if not logits.allowed.has(sympy.Symbol) and logits.bias == 0:
+        return scores
+    q = torch.arange(span.begin, span.end, device=scores.device)
+    at = pair_places(scores.shape[0], scores.shape[1], q, chunks)
+    at |= {"c": chunks, "k_low": chunks * plan.chunk, "k_high": ((chunks + 1) * plan.chunk).clamp(max=k_len) - 1}
+    known = by_chunk(logits, tensors, plan.chunk)
+    scores = scores + value(logits.first_bias, at, known)
+    return scores.masked_fill(~value(reach(logits.allowed), at, known), float("-inf"))
+
+
+def attend(
+    site: Operands,
+    summary: Summary,
+    routes: torch.Tensor,
+    plan: Plan,
+    logits: Logits = NOTHING,
+    tensors: Mapping[str, torch.Tensor] = NO_TENSORS,
+) -> torch.Tensor:
     """Attention over window, rows, routes and residual: ``[B, H, Nq, Dv]`` in the inputs' precision.
 
-    A query with no key at all gives 0, as ``F.scaled_dot_product_attention`` does.
+    ``logits`` says what else is done to them, ``tensors`` what that reads. A query with no key at all
+    gives 0, as ``F.scaled_dot_product_attention`` does.
     """
     out = site.query.new_zeros(*site.query.shape[:3], site.value.shape[3])
     rest = _residual(site, summary, plan)
     values = (site.value, summary.row_value, *([rest.value] if rest else []))
     for span in _spans(site, plan):
-        weights = attention_weights(site, summary, routes, plan, span, rest)
+        weights = attention_weights(site, summary, routes, plan, span, rest, logits, tensors)
         tiles = [_weigh(part, value) for part, value in zip(weights, values, strict=True)]
         out[:, :, span.begin : span.end] = torch.stack(tiles).sum(0)
     return out
 
 
 def attention_weights(
-    site: Operands, summary: Summary, routes: torch.Tensor, plan: Plan, span: Span, rest: Centroids | None
+    site: Operands,
+    summary: Summary,
+    routes: torch.Tensor,
+    plan: Plan,
+    span: Span,
+    rest: Centroids | None,
+    logits: Logits = NOTHING,
+    tensors: Mapping[str, torch.Tensor] = NO_TENSORS,
 ) -> tuple[torch.Tensor, ...]:
     """Softmax weights of a span's queries on all keys ``[B, H, T, Nk]``, all rows ``[B, H, T, R]`` and, with a
-    residual, all centroids ``[B, H, T, clusters]``."""
+    residual, all centroids ``[B, H, T, clusters]``.
+
+    Raises:
+        ValueError: a residual, whose centroids stand for several keys, with what is said of pairs.
+    """
+    if rest is not None and logits != NOTHING:
+        raise ValueError(f"residual: got True with {logits.text!r}; allowed: False")
     query = site.query[:, :, span.begin : span.end]
     rows = _rows_read(summary, plan, span)
     keys = (_routed(site, summary, routes, plan, span) & ~_copied(summary, rows, site)) | _in_window(site, span)
-    logits = _logits(query, site.key, site.scale).masked_fill(~keys, float("-inf"))
-    row_logits = _logits(query, summary.row_key, site.scale)
+    key_at, row_at = places_of(site, summary, span)
+    key_logits = logits.applied(_logits(query, site.key, site.scale), key_at, tensors)
+    key_logits = key_logits.masked_fill(~keys, float("-inf"))
+    row_logits = logits.applied(_logits(query, summary.row_key, site.scale), row_at, tensors)
     row_logits = row_logits + _per_query_head(summary.row_bias, query).unsqueeze(2).to(query.dtype)
     row_logits = row_logits.masked_fill(~_per_query_head(rows, query).unsqueeze(2), float("-inf"))
-    sources = [logits, row_logits]
+    sources = [key_logits, row_logits]
     if rest is not None:
         bias = _per_query_head(rest.bias, query).unsqueeze(2).to(query.dtype)
         unread = _read_residual(routes, rest, plan, span, site)
@@ -129,8 +187,23 @@ def attention_weights(
     return _softmax(torch.cat(sources, 3)).split([part.shape[3] for part in sources], 3)
 
 
+def places_of(site: Operands, summary: Summary, span: Span) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """b, h, q and k of a span's queries with all keys, and with all rows (an empty row: at key 0)."""
+    batch, heads = site.query.shape[:2]
+    q = torch.arange(span.begin, span.end, device=site.query.device)
+    k = torch.arange(site.key.shape[2], device=site.query.device)
+    rows = _per_query_head(summary.row_index.long().clamp(min=0), site.query).unsqueeze(2)
+    return pair_places(batch, heads, q, k), pair_places(batch, heads, q, rows)
+
+
 def attend_backward(
-    grad: torch.Tensor, site: Operands, summary: Summary, routes: torch.Tensor, plan: Plan
+    grad: torch.Tensor,
+    site: Operands,
+    summary: Summary,
+    routes: torch.Tensor,
+    plan: Plan,
+    logits: Logits = NOTHING,
+    tensors: Mapping[str, torch.Tensor] = NO_TENSORS,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of ``attend`` in query, key, value, row_key and row_value (same shapes, float32+).
 
@@ -149,14 +222,15 @@ def attend_backward(
     d_keys = [torch.zeros_like(key) for key, _ in sources]
     d_values = [torch.zeros_like(value) for _, value in sources]
     for span in _spans(site, plan):
-        weights = attention_weights(site, summary, routes, plan, span, rest)
+        weights = attention_weights(site, summary, routes, plan, span, rest, logits, tensors)
         query = site.query[:, :, span.begin : span.end]
         d_out = grad[:, :, span.begin : span.end].to(wide)
         d_weights = [_logits(d_out, value, 1.0) for _, value in sources]
         pairs = zip(weights, d_weights, strict=True)
         inner = torch.stack([(p * d).sum(3, keepdim=True) for p, d in pairs]).sum(0)
         for s, (p, d) in enumerate(zip(weights, d_weights, strict=True)):
-            d_logits = p * (d - inner) * site.scale
+            slope = logits.slope(_logits(query, sources[s][0], site.scale))
+            d_logits = p * (d - inner) * slope * site.scale
             d_query[:, :, span.begin : span.end] += _weigh(d_logits, sources[s][0])
             d_keys[s] += _per_kv_head(d_logits, heads).transpose(2, 3) @ _per_kv_head(query, heads)
             d_values[s] += _per_kv_head(p, heads).transpose(2, 3) @ _per_kv_head(d_out, heads)

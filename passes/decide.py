@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import sympy
+import torch
+from sympy.core.function import AppliedUndef
+from torch import fx
+
 from ..kernels import cpu
+from ..kernels.logits import NOTHING, Logits, parse
 from ..kernels.plan import Plan
 from ..kernels.triton import device
 from . import cost
-from .compat import hint, known_equal, value_of
+from .compat import hint, known_equal, symbolic, value_of
 from .config import Config
-from .masks import Lifted, Mask, lift
+from .keys import K, Q
+from .masks import Lifted, Mask, attends_itself, lift
 from .plans import SiteKey
 from .report import SiteReport
 from .rules import failed_at, rule_of
@@ -50,7 +57,7 @@ def decide(site: Site, config: Config, key: str = "", known: Lifted | None = Non
     if not reason and site.attention is not None:
         plan, reason = (None, mask.reason) if mask.reason else _planned(site.attention, mask, config, key)
         if plan is not None:
-            reason = _lengths(site.attention, mask, config, plan)
+            reason = _pairs(site.attention, mask, plan) or _lengths(site.attention, mask, config, plan)
     return Decision(site, mask, reason, None if reason else plan)
 
 
@@ -62,6 +69,56 @@ def _planned(attention: Attention, mask: Mask, config: Config, key: str) -> tupl
     shape = _shape(attention, mask.causal)
     sizes = {name: getattr(shape, name) for name in ("heads", "kv_heads", "head_dim", "value_dim", "causal")}
     return plans.find(SiteKey(key, **sizes))
+
+
+def logits_of(attention: Attention, mask: Mask) -> Logits:
+    """What the site does to its logits besides scale, causality and valid keys."""
+    return replace(mask.logits, softcap=float(attention.softcap or 0.0))
+
+
+def _pairs(attention: Attention, mask: Mask, plan: Plan) -> str:
+    """Why what is said of pairs is not taken; "" if it is."""
+    device = value_of(attention.query.node).device
+    logits = logits_of(attention, mask)
+    if logits == NOTHING or not _generated(device):
+        return "" if logits == NOTHING else mask.needs
+    if plan.centroids or plan.residual:
+        return f"{mask.needs or 'softcap: ' + format(logits.softcap, 'g')}; a centroid stands for several keys"
+    if not mask.needs:
+        return ""
+    taken = _told(logits) and _safe(attention, mask, plan)
+    return "" if taken and all(value_of(node).device == device for node in mask.loads) else mask.needs
+
+
+def _generated(device: torch.device) -> bool:
+    """Whether generated kernels run there: compiled ones take no mask of pairs, bias or softcap."""
+    return device.type == "cuda"
+
+
+def _told(logits: Logits) -> bool:
+    """Whether the operators and the kernels can say it."""
+    try:
+        return parse(logits.text).text == logits.text and bool(logits.lifted) and bool(logits.reach)
+    except Exception:  # an expression that no printer knows costs the speed, never the model
+        return False
+
+
+def _safe(attention: Attention, mask: Mask, plan: Plan) -> bool:
+    """Whether a query never loses what it may attend, nor sees what it may not through its choices."""
+    logits = mask.logits
+    floats = {name for name, node in zip(logits.tensors, mask.loads, strict=True) if _is_float(node)}
+    read = sympy.sympify(logits.bias).atoms(AppliedUndef)
+    if any(atom.func.__name__ in floats and (atom.has(K) or atom.has(Q)) for atom in read):
+        return False  # may forbid keys, with numbers that only the run time knows
+    if logits.allowed == sympy.true or plan.window is None:
+        return True
+    # Which keys are after a query must not show in which clusters it gets; it must always have a key in its window.
+    shift = symbolic(attention.size(attention.k)) - symbolic(attention.size(attention.q))
+    return mask.causal and attends_itself(logits.allowed, shift)
+
+
+def _is_float(node: fx.Node) -> bool:
+    return bool(value_of(node).dtype.is_floating_point)
 
 
 def _unsupported(site: Site) -> str:
@@ -88,7 +145,7 @@ def _unsupported(site: Site) -> str:
         return f"unsupported_head_dim: {dims[0]}, {dims[1]}"
     if heads % kv_heads:
         return f"unsupported_heads: {heads}, {kv_heads}"
-    if attention.softcap is not None:
+    if attention.softcap is not None and not _generated(tensors[0].device):
         return f"softcap: {attention.softcap:g}"
     return "no_compiler" if on_cpu and not cpu.available() else ""
 

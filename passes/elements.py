@@ -91,15 +91,21 @@ class Elements:
     Args:
         memory: of the graph. sizes: how many values each coordinate of an index takes.
         rounded: follow arithmetic that rounds, too: the result is for a reader's eyes only.
+        near: follow float32 arithmetic that rounds, too, but for what becomes a truth: the result is good for
+            biases, which rounding does not change by more than itself.
     """
 
-    def __init__(self, memory: Memory, sizes: Sizes, *, rounded: bool = False) -> None:
+    def __init__(self, memory: Memory, sizes: Sizes, *, rounded: bool = False, near: bool = False) -> None:
         self.memory = memory
         self.sizes = sizes
         self.rounded = rounded
         self.seen: dict[fx.Node, None] = {}
         self.loads: dict[str, fx.Node] = {}
         self._known: dict[tuple[fx.Node, Index], Any] = {}
+        self._exact: Elements | None = None
+        if near:
+            self._exact = Elements(memory, sizes)
+            self._exact.seen, self._exact.loads = self.seen, self.loads
 
     def at(self, node: Any, index: Index) -> Any:
         """The element of ``node`` at ``index`` (one expression an axis); a number stands for itself."""
@@ -115,6 +121,8 @@ class Elements:
         value = value_of(node)
         if not isinstance(value, torch.Tensor):
             return symbolic(node)
+        if self._exact is not None and value.dtype == torch.bool:
+            return self._exact.at(node, index)
         if self.memory.stale(node):
             raise NotClosedForm(f"{node.name} is modified in place")
         self.seen[node] = None
@@ -171,7 +179,8 @@ class Elements:
             if value.dtype.is_floating_point:
                 self._inexact(f"{node.name}: {call.spelled} of floats")
             return _INTEGER[name](*(_number(x) for x in self._finite(node, call, index)))
-        if name in _ROUNDED and self.rounded:
+        near = self._exact is not None and value.dtype in (torch.float32, torch.float64)
+        if name in _ROUNDED and (self.rounded or near):
             return _ROUNDED[name](*(_number(x) for x in self._finite(node, call, index)))
         if name in _COMPARE:
             return _compare(_COMPARE[name], *(_number(x) for x in self._finite(node, call, index)))
@@ -212,7 +221,7 @@ class Elements:
         floats = {name for name, source in self.loads.items() if value_of(source).dtype.is_floating_point}
         read = {atom.func.__name__ for x in found for atom in sympy.sympify(x).atoms(sympy.core.function.AppliedUndef)}
         plain_zero_test = call.name in ("ne", "eq") and any(sympy.sympify(x).is_zero for x in found)
-        if read & floats and not plain_zero_test:
+        if read & floats and not plain_zero_test and self._exact is None:
             self._inexact(f"{node.name}: arithmetic on floats that only the run time knows")
         return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from sympy.core.function import AppliedUndef
 from torch import fx
 
+from ..kernels.logits import NOTHING, Logits, settled
 from .compat import guard_equal, known_equal, symbolic, value_of
 from .elements import Elements, NotClosedForm
 from .indices import divide, ranges
@@ -34,6 +36,8 @@ class Mask:
         text: the mask in plain maths. causal: key ``k`` only for ``k <= q + Nk - Nq``.
         keys: which keys are valid. None: every key is.
         mean: a query that may attend no key gets the mean of all values (a finite number forbids).
+        logits: what it says of pairs beyond that, which only generated kernels take; ``loads`` are the nodes that
+            it reads, in the order of their names. needs: the reason where those do not run.
         reason: why it cannot be used, a code of ``reasons.REASONS`` perhaps with detail; "" if it can.
         producers: the nodes that built the mask, which nothing may need any more.
     """
@@ -42,6 +46,9 @@ class Mask:
     causal: bool = False
     keys: Keys | None = None
     mean: bool = False
+    logits: Logits = NOTHING
+    loads: tuple[fx.Node, ...] = ()
+    needs: str = ""
     reason: str = ""
     producers: tuple[fx.Node, ...] = ()
 
@@ -87,14 +94,15 @@ def lift(site: Site, known: Lifted | None = None) -> Mask:
         known[key] = _answer(attention, site.memory)
     mask, meaning = known[key]
     shift = symbolic(k_len) - symbolic(q_len)
-    if mask.keys is not None and any(site.memory.changes(node, site.output) for node in mask.keys.nodes):
+    nodes = [*mask.loads, *(mask.keys.nodes if mask.keys is not None else ())]
+    if any(site.memory.changes(node, site.output) for node in nodes):
         return Mask(mask.text, reason="opaque_mask: modified in place")
     # A query without keys gives 0 under -inf (where torch's softmax gives NaN), but the mean of all
     # values under a finite number.
     always_a_key = mask.keys is None and shift.is_nonnegative
-    if mask.reason or not meaning.finite or always_a_key:
+    if mask.reason or not meaning.finite or (always_a_key and _every_query(mask.logits.allowed, shift)):
         return mask
-    if len(meaning.finite) == 1 and meaning.uniform and (not mask.causal or shift == 0):
+    if len(meaning.finite) == 1 and meaning.uniform and not mask.needs and (not mask.causal or shift == 0):
         return replace(mask, mean=True)
     return Mask(mask.text, reason="additive_mask: finite numbers where padded queries have no key")
 
@@ -106,23 +114,59 @@ def _question(a: Attention) -> Hashable:
 
 def _answer(attention: Attention, memory: Memory) -> tuple[Mask, _Meaning]:
     """The mask, as far as it does not depend on the site, and what it is made from."""
-    exact, reader = (Elements(memory, attention.sizes, rounded=rounded) for rounded in (False, True))
+    elements = Elements(memory, attention.sizes)
     try:
-        meaning = _meaning(attention, exact)
+        meaning = _meaning(attention, elements)
     except _Opaque as why:
+        elements = Elements(memory, attention.sizes, near=True)
         try:
-            told = _meaning(attention, reader)
+            meaning = _meaning(attention, elements)
         except _Opaque:
-            return Mask(_name(attention.terms), reason=f"opaque_mask: {why}"), _Meaning()
-        text = _told(told, attention)
-        closed = told.bias != 0 and not _opaque_atoms(named(told.bias, attention))
-        return Mask(text, reason=f"unsupported_mask: {text}" if closed else f"opaque_mask: {why}"), told
-    if meaning.bias != 0:
+            return _unread(attention, memory, str(why))
+        if meaning.bias == 0:
+            return _unread(attention, memory, str(why))
+    bias = named(meaning.bias, attention)
+    if bias != 0 and _opaque_atoms(bias):
         text = _told(meaning, attention)
-        code = "opaque_mask" if _opaque_atoms(named(meaning.bias, attention)) else "unsupported_mask"
-        return Mask(text, reason=f"{code}: {text}"), meaning
+        return Mask(text, reason=f"opaque_mask: {text}"), meaning
     shift = symbolic(attention.size(attention.k)) - symbolic(attention.size(attention.q))
-    return _classify(attention, named(meaning.allowed, attention), exact, shift), meaning
+    mask = _classify(attention, named(meaning.allowed, attention), elements, shift)
+    if bias != 0:
+        text = _told(meaning, attention)
+        mask = (
+            Mask(text, reason=mask.reason)
+            if mask.reason
+            else replace(mask, text=text, needs=f"unsupported_mask: {text}")
+        )
+    return _of_pairs(mask, bias, elements), meaning
+
+
+def _unread(attention: Attention, memory: Memory, why: str) -> tuple[Mask, _Meaning]:
+    """A mask that cannot be used, as a reader understands it."""
+    try:
+        told = _meaning(attention, Elements(memory, attention.sizes, rounded=True))
+    except _Opaque:
+        return Mask(_name(attention.terms), reason=f"opaque_mask: {why}"), _Meaning()
+    text = _told(told, attention)
+    closed = told.bias != 0 and not _opaque_atoms(named(told.bias, attention))
+    return Mask(text, reason=f"unsupported_mask: {text}" if closed else f"opaque_mask: {why}"), told
+
+
+@functools.cache
+def attends_itself(allowed: Any, shift: Any) -> bool:
+    """Whether what is said of pairs lets each query attend the key at its own position, ``q + shift``.
+
+    What is said of a query alone does not count: where it says no, the query has no key at all.
+    """
+    of_keys = sympy.And(*(term for term in sympy.And.make_args(allowed) if term.has(K)))
+    return bool(sympy.simplify(of_keys.subs(K, Q + shift)) == sympy.true)
+
+
+def _every_query(allowed: Any, shift: Any) -> bool:
+    """Whether each query may attend a key."""
+    return allowed == sympy.true or (
+        all(term.has(K) for term in sympy.And.make_args(allowed)) and shift == 0 and attends_itself(allowed, shift)
+    )
 
 
 def named(expr: Any, attention: Attention) -> Any:
@@ -256,22 +300,39 @@ def _split(added: Any, lowest: float) -> _Meaning:
 
 def _classify(attention: Attention, meaning: Any, elements: Elements, shift: sympy.Expr) -> Mask:
     text = plain(meaning)
-    causal, keys = False, []
+    causal, keys, pairs = False, [], []
     for term in _conjuncts(meaning):
         if _is_causal(term, shift) or (_is_causal(term, sympy.S.Zero) and _self_attention(attention)):
             causal = True
         elif only_of_keys(term):
             keys.append(term)
+        elif _opaque_atoms(term):
+            return Mask(text, reason=f"opaque_mask: {plain(term)}")
         else:
-            code = "opaque_mask" if _opaque_atoms(term) else "unsupported_mask"
-            return Mask(text, reason=f"{code}: {plain(term)}")
+            pairs.append(term)
     valid = Keys(sympy.And(*keys), elements.loads) if keys else None
-    return Mask(text, causal, valid, producers=tuple(elements.seen))
+    needs = f"unsupported_mask: {plain(pairs[0])}" if pairs else ""
+    return Mask(text, causal, valid, logits=Logits(sympy.And(*pairs)), needs=needs, producers=tuple(elements.seen))
+
+
+def _of_pairs(mask: Mask, bias: Any, elements: Elements) -> Mask:
+    """With the bias, and what is read by short names, so that layers share their kernels."""
+    found = (mask.logits.allowed, sympy.sympify(bias))
+    names = sorted({atom.func.__name__ for expr in found for atom in expr.atoms(AppliedUndef)})
+    short = {name: sympy.Function(f"t{at:02}") for at, name in enumerate(names)}
+
+    def renamed(expr: Any) -> Any:
+        return expr.replace(lambda e: isinstance(e, AppliedUndef), lambda e: short[e.func.__name__](*e.args))
+
+    logits = settled(Logits(*map(renamed, found)))
+    loads = tuple(elements.loads[names[int(name[1:])]] for name in logits.tensors)
+    return replace(mask, logits=logits, loads=loads)
 
 
 def _conjuncts(meaning: Any) -> Iterable[Any]:
     if meaning == sympy.true:
         return ()
+    meaning = _tidy(sympy.to_nnf(meaning, simplify=False))
     return meaning.args if isinstance(meaning, sympy.And) else (meaning,)
 
 

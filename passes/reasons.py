@@ -13,7 +13,8 @@ REASONS = {
     "dropout": "Attention dropout is on. Call model.eval(), or train without attention dropout.",
     "opaque_mask": "The mask is not a closed form of batch, head, query and key indices. Build it from "
     "aranges and comparisons inside the compiled region, or pass is_causal=True.",
-    "unsupported_mask": "The mask was understood (the reason prints it) but the kernels do not take it yet.",
+    "unsupported_mask": "The mask was understood (the reason prints it) but is not taken: a CPU's kernels take "
+    "causality and valid keys alone, a GPU's what docs/triton.md lists.",
     "additive_mask": "The mask is a float tensor whose sum with the logits is not just 0 or -inf. "
     "Use a boolean mask where one says the same.",
     "causal_misaligned": "Causal attention over q_len != k_len keys: is_causal=True aligns the first query "
@@ -38,7 +39,8 @@ REASONS = {
     "weights_changed": "Between softmax and value, something is done to the weights (the reason names it).",
     "unsupported_logits": "The logits go through an operator that is not a scale, mask, bias, cast or softcap.",
     "extra_logits": "The softmax also runs over logits that belong to no key (attention sinks that are learned).",
-    "softcap": "The logits are capped by tanh, which the kernels do not take yet.",
+    "softcap": "The logits are capped by tanh, which a CPU's kernels do not take, nor a plan with centroids or a "
+    "residual.",
     "wrong_axis": "It looks like attention, but softmax and products do not run over one key axis.",
     "unproved_axes": "It looks like attention, but which axes are batch, head, query, key and feature is not proved.",
     "modified_in_place": "A tensor of the attention is written to in place. Write it out of place.",

@@ -16,7 +16,7 @@ from ..kernels.plan import OptionError
 from .calls import ASSERTS, PURE, call_of, is_dead, mutates
 from .compat import add_value, connect, copied, made_from, value_of
 from .config import Config
-from .decide import Decision, decide, describe
+from .decide import Decision, decide, describe, logits_of
 from .emit import Sizes, canonical, laid_out_as, original
 from .expand import Expansion, composite, expand, restore
 from .find import add_missing_shapes, bodies, find_here
@@ -150,6 +150,7 @@ def _insert(graph: fx.Graph, decision: Decision, rule: str, values: dict[str, An
         if decision.mask.keys is not None:
             sizes_of_keys = (a.size(*a.batch), a.size(a.k))
             valid = decision.mask.keys.emit(graph, query, key, sizes_of_keys, value_of(a.key.node).device)
+        more = (logits_of(a, decision.mask).text, list(decision.mask.loads))
         scores = routes = None
         if plan.keep:
             score = torch.ops.prescore.score.default
@@ -161,9 +162,9 @@ def _insert(graph: fx.Graph, decision: Decision, rule: str, values: dict[str, An
         if plan.routes:
             k_len = graph.call_method("size", (key, 2))
             route = torch.ops.prescore.route.default
-            routes = call("route", route, query, order, mean, spread, bias, settings, causal, k_len, a.scale)
+            routes = call("route", route, query, order, mean, spread, bias, settings, causal, k_len, a.scale, *more)
         attend = torch.ops.prescore.attend.default
-        out = call("attend", attend, query, key, value, valid, order, routes, *rows, settings, causal, a.scale)
+        out = call("attend", attend, query, key, value, valid, order, routes, *rows, settings, causal, a.scale, *more)
         if decision.mask.mean and valid is not None:
             group = int(a.size(*a.heads)) // int(a.size(*a.kv_heads))
             out = _or_mean(graph, out, value, valid, causal, group)

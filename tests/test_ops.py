@@ -28,11 +28,13 @@ def test_opcheck(name: str) -> None:
     parts = [part.detach() for part in ops.summarize(k, v, valid, scores, settings)]
     routes = None
     if plan.routes:
-        route_args = (q.detach(), *parts[:4], settings, causal, 150, scale)
+        route_args = (q.detach(), *parts[:4], settings, causal, 150, scale, "", [])
         torch.library.opcheck(ops.route, route_args)
         routes = ops.route(*route_args)
     rows = [parts[6].requires_grad_(), parts[7].requires_grad_(), parts[8]]
-    torch.library.opcheck(ops.attend, (q, k, v, valid, parts[0], routes, *parts[4:6], *rows, settings, causal, scale))
+    torch.library.opcheck(
+        ops.attend, (q, k, v, valid, parts[0], routes, *parts[4:6], *rows, settings, causal, scale, "", [])
+    )
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

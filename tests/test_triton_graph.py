@@ -103,8 +103,8 @@ def test_forward_on_a_gpu(name: str) -> None:
     real = arguments(plan)
     with FakeTensorMode():
         tensors = fakes(real, "cuda")
-        seen = kernels(graph_of(lambda *t: ops.attend(*t, plan.text, True, 0.25), *tensors))
-        out = ops.attend(*tensors, plan.text, True, 0.25)
+        seen = kernels(graph_of(lambda *t: ops.attend(*t, plan.text, True, 0.25, "", []), *tensors))
+        out = ops.attend(*tensors, plan.text, True, 0.25, "", [])
     assert list(seen) == [*prefixed(plan), "attend"]
     assert seen["attend"] == {"out", "log_sums"}
     assert out.device.type == "cuda" and out.transpose(1, 2).is_contiguous()
@@ -118,7 +118,9 @@ def test_backward_on_a_gpu(name: str) -> None:
         tensors = fakes(real, "cuda")
         out = torch.empty_like(tensors[0])
         sums = torch.empty(out.shape[:3], device="cuda")
-        seen = kernels(graph_of(lambda *t: ops.attend_backward(*t, plan.text, True, 0.25), out, out, sums, *tensors))
+        seen = kernels(
+            graph_of(lambda *t: ops.attend_backward(*t, plan.text, True, 0.25, "", []), out, out, sums, *tensors)
+        )
     rows = ["d_sinks"] + ["d_segments"] * bool(plan.rows_per_segment)
     assert list(seen) == [*prefixed(plan), "d_query", "d_window", *["d_routes"] * bool(plan.routes), *rows]
     for kernel, written in seen.items():
@@ -134,7 +136,7 @@ def test_autograd_and_dynamic_lengths(dynamic: bool, monkeypatch: pytest.MonkeyP
     tensors = arguments(plan)
     for tensor in (*tensors[:3], *tensors[8:10]):
         tensor.requires_grad_()
-    graph = graph_of(lambda *t: ops.attend(*t, plan.text, True, 0.25), *tensors, dynamic=dynamic)
+    graph = graph_of(lambda *t: ops.attend(*t, plan.text, True, 0.25, "", []), *tensors, dynamic=dynamic)
     assert list(kernels(graph)) == ["mark", "union", "attend"]
     sizes = [node for node in graph.nodes if isinstance(node.meta.get("val"), torch.SymInt)]
     assert bool(sizes) == dynamic
@@ -169,7 +171,7 @@ def test_on_a_cpu_the_compiled_kernel_stays() -> None:
     plan = PLANS["routes"]
     real = arguments(plan)
     with FakeTensorMode():
-        graph = graph_of(lambda *t: ops.attend(*t, plan.text, True, 0.25), *fakes(real, "cpu"))
+        graph = graph_of(lambda *t: ops.attend(*t, plan.text, True, 0.25, "", []), *fakes(real, "cpu"))
     assert [n.target for n in graph.nodes if "prescore" in str(n.target)] == [torch.ops.prescore.attend_eager.default]
 
 

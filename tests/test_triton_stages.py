@@ -36,7 +36,7 @@ def test_route(name: str) -> None:
     real = (site.query, *summary_of(site, plan)[:4])
     with FakeTensorMode():
         tensors = fakes(real, "cuda")
-        graph = graph_of(lambda *t: ops.route(*t, plan.text, True, 200, 0.25), *tensors)
+        graph = graph_of(lambda *t: ops.route(*t, plan.text, True, 200, 0.25, "", []), *tensors)
     assert launched(graph) == (["route", "mark", "union", "route"] if plan.coarse else ["route"])
 
 

@@ -17,7 +17,7 @@ from ..summary import Summary
 from . import loops, options
 from .cache import launch, load
 from .render import fill, source
-from .spec import DTYPES, NOTHING, Lifted, Spec, parameter
+from .spec import DTYPES, NOTHING, Lifted, Spec
 from .union import union
 
 SPLITS = 8
@@ -243,13 +243,7 @@ def operands(
         values |= union(spec, routes, q_len, k_len, kv_heads, clusters) | dict(order=order, places=order.shape[2])
         if loops.copies(spec):
             values["copies"] = copies(summary, spec.settings, k_len)
-    for name, axes in spec.lifted.loads:
-        if name not in more or more[name].dim() != axes:
-            got = f"{more[name].dim()} axes" if name in more else "nothing"
-            raise ValueError(f"{name}: got {got}; allowed: a tensor of {axes} axes, which the mask reads")
-        values[parameter(name)] = more[name]
-        values |= {f"{parameter(name)}_{axis}": more[name].stride(axis) for axis in range(axes)}
-    return values, batch * kv_heads * tiles
+    return values | loops.mask_values(spec, more), batch * kv_heads * tiles
 
 
 def copies(summary: Summary, plan: Plan, k_len: Any) -> torch.Tensor:

@@ -10,7 +10,10 @@ pair is ``exp2`` of it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
+
+import torch
 
 from .render import arguments, fill
 from .spec import Spec, parameter, power_of_two
@@ -89,13 +92,36 @@ def parameters(spec: Spec, *own: str) -> str:
         found += ["row_key", "row_value", "row_index", *["row_bias"] * bool(spec.settings.centroids)]
     if spec.routes:
         found += ["order", "listed", "listed_rows", "listed_count", *["copies"] * copies(spec)]
-    found += [parameter(name) for name, _ in spec.lifted.loads]
+    loads, strides = mask_parameters(spec)
+    found += loads
     found += [f"{name}_{axis}" for name in ("query", "key", "value") for axis in ("b", "h", "n")]
     found += ["valid_b", "valid_n"] * (spec.valid and has_window(spec))
-    found += [f"{parameter(name)}_{axis}" for name, axes in spec.lifted.loads for axis in range(axes)]
+    found += strides
     found += ["kv_heads", "q_len", "k_len", *["first_block"] * spec.aligned]
     found += ["row_count"] * has_rows(spec) + ["places", "list_size"] * spec.routes
     return arguments([*found, "tiles", "scale"])
+
+
+def mask_parameters(spec: Spec) -> tuple[list[str], list[str]]:
+    """Of the tensors that a lifted mask reads, and of their strides."""
+    strides = [f"{parameter(name)}_{axis}" for name, axes in spec.lifted.loads for axis in range(axes)]
+    return [parameter(name) for name, _ in spec.lifted.loads], strides
+
+
+def mask_values(spec: Spec, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """The values of ``mask_parameters``.
+
+    Raises:
+        ValueError: a tensor that the mask reads is not there, or has other axes.
+    """
+    values: dict[str, Any] = {}
+    for name, axes in spec.lifted.loads:
+        if name not in tensors or tensors[name].dim() != axes:
+            got = f"{tensors[name].dim()} axes" if name in tensors else "nothing"
+            raise ValueError(f"{name}: got {got}; allowed: a tensor of {axes} axes, which the mask reads")
+        values[parameter(name)] = tensors[name]
+        values |= {f"{parameter(name)}_{axis}": tensors[name].stride(axis) for axis in range(axes)}
+    return values
 
 
 CONSTANTS = """

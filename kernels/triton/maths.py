@@ -17,7 +17,8 @@ from sympy.printing.str import StrPrinter
 
 from .spec import Lifted, parameter
 
-SYMBOLS = frozenset("bhqk")
+SYMBOLS = frozenset(["b", "h", "q", "k", "c", "k_low", "k_high"])
+"""The last three are a chunk and its first and last key, for ``route``."""
 
 
 def lifted(allowed: Any = sympy.true, bias: Any = 0) -> Lifted:
@@ -54,6 +55,18 @@ def triton_text(expr: Any) -> str:
     return str(_Printer().doprint(sympy.sympify(expr)))
 
 
+def factored(total: Any) -> tuple[Any, Any] | None:
+    """A sum whose terms all have one factor, ``c*k - c*q``, as that factor and ``k - q``; None for any other.
+
+    sympy multiplies numbers out, which would lose a difference of large indices to rounding.
+    """
+    parts = [term.as_coeff_Mul() for term in total.args]
+    factor = abs(parts[0][0])
+    if factor == 1 or any(abs(number) != factor for number, _ in parts):
+        return None
+    return factor, sympy.Add(*(rest if number > 0 else -rest for number, rest in parts))
+
+
 class _Printer(StrPrinter):  # type: ignore[misc]
     def emptyPrinter(self, expr: Any) -> str:
         raise ValueError(f"mask: got {expr} ({type(expr).__name__}); allowed: what kernels.triton.maths prints")
@@ -69,6 +82,12 @@ class _Printer(StrPrinter):  # type: ignore[misc]
 
     def _print_BooleanFalse(self, expr: Any) -> str:
         return "(k < 0)"
+
+    def _print_Add(self, expr: Any, order: Any = None) -> str:
+        found = factored(expr)
+        if found is None:
+            return str(super()._print_Add(expr, order))
+        return f"{self._print(found[0])} * ({super()._print_Add(found[1], order)})"
 
     def _print_And(self, expr: Any) -> str:
         return f"({' & '.join(sorted(map(self._print, expr.args)))})"

@@ -20,6 +20,8 @@ rows chose, and each row counts its own; see ``kernels.coarse``.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,10 +30,10 @@ from ..coarse import coarse
 from ..plan import Plan
 from ..summary import Summary
 from .cache import launch, load
-from .loops import names, precision, tile
+from .loops import mask_parameters, mask_values, names, precision, tile
 from .network import EXCHANGE, falling, rank, rising
 from .render import arguments, fill, source
-from .spec import DTYPES, Spec, Tile, power_of_two
+from .spec import DTYPES, NOTHING, Lifted, Spec, Tile, power_of_two
 from .union import union
 
 ROWS = 64
@@ -65,6 +67,9 @@ def route(
     )
     square_tile = query_tile * query_tile  #? exact
     square_tile = (query_tile.to(tl.float32) * query_tile.to(tl.float32)).to(tl.bfloat16)  #? not exact
+    b = batch  #? lifted
+    h = head[:, None]  #? lifted
+    q = tl.minimum(tl.maximum(query_at, 0), q_len - 1)[:, None]  #? lifted
     own_mean = mean + pair * clusters * DIM
     own_spread = spread + pair * clusters * DIM
     own_bias = bias + pair * clusters
@@ -117,10 +122,15 @@ score = tl.dot(query_tile$wide_type, tl.trans(mean_tile)$wide_type$precision) * 
 within = tl.dot(square_tile$wide_type, tl.trans(spread_tile)$wide_type$precision)
 score += tl.sqrt(within) * tl.abs(scale)
 score += own[None, :]
+c = (tl.minimum(at, clusters - 1) // PER_CHUNK)[None, :]  #? lifted
+k_low = c * CHUNK  #? lifted
+k_high = tl.minimum(k_low + CHUNK, k_len) - 1  #? lifted
+score += $bias  #? bias
 score = tl.where(score != score, float("inf"), score)
 eligible = (own > float("-inf")) | (own != own)
 $chosen
 score = tl.where(eligible[None, :], score, float("-inf"))
+score = tl.where($allowed, score, float("-inf"))  #? allowed
 score = tl.where(chosen, score, float("-inf"))  #? listed
 first_key = at // PER_CHUNK * CHUNK  #? sides
 outside = (first_key[None, :] < low[:, None]) | (first_key[None, :] >= high[:, None])  #? sides
@@ -200,6 +210,8 @@ def route_source(spec: Spec, per_chunk: int, listed: bool) -> str:
     own = ["query", "mean", "spread", "bias", "routes", *["listed", "listed_rows", "listed_count"] * listed]
     own += ["query_b", "query_h", "query_n", "kv_heads", "q_len", "k_len", *["first_block"] * spec.aligned]
     own += ["clusters", "route_count", *["list_size"] * listed, "tiles", "scale"]
+    loads, strides = mask_parameters(spec)
+    own += loads + strides
     parts = names(spec) | dict(
         arguments=arguments(own),
         tile=tile(spec),
@@ -223,16 +235,30 @@ def route_source(spec: Spec, per_chunk: int, listed: bool) -> str:
     return source("route", about, (EXCHANGE if sort else "") + fill(KERNEL, parts))
 
 
-def route(query: torch.Tensor, summary: Summary, plan: Plan, causal: bool, k_len: Any, scale: float) -> torch.Tensor:
-    """``reference.route``, or ``coarse.route`` where the plan has two levels."""
+def route(
+    query: torch.Tensor,
+    summary: Summary,
+    plan: Plan,
+    causal: bool,
+    k_len: Any,
+    scale: float,
+    lifted: Lifted = NOTHING,
+    tensors: Mapping[str, torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """``reference.route``, or ``coarse.route`` where the plan has two levels.
+
+    ``lifted`` says which chunks a query can reach and what is added there (``logits.Logits.reach``), ``tensors``
+    what it reads.
+    """
+    more = (lifted, tensors or {})
     if not plan.coarse or plan.window is None:
-        return _walk(query, summary, plan, causal, k_len, scale, plan.chunk // plan.cluster, {})
+        return _walk(query, summary, plan, causal, k_len, scale, plan.chunk // plan.cluster, {}, *more)
     first = Plan(**plan.settings() | {"routes": plan.coarse, "coarse": 0})
-    found = _walk(query, coarse(summary, plan), first, causal, k_len, scale, 1, {})
+    found = _walk(query, coarse(summary, plan), first, causal, k_len, scale, 1, {}, *more)
     spec = spec_of(query, summary.mean.shape[1], first, causal, target())
     heads = summary.mean.shape[1]
     lists = union(spec, found, query.shape[2], k_len, heads, summary.mean.shape[2] // (plan.chunk // plan.cluster))
-    return _walk(query, summary, plan, causal, k_len, scale, plan.chunk // plan.cluster, lists)
+    return _walk(query, summary, plan, causal, k_len, scale, plan.chunk // plan.cluster, lists, *more)
 
 
 def target() -> str:
@@ -254,6 +280,8 @@ def _walk(
     scale: float,
     per_chunk: int,
     lists: dict[str, Any],
+    lifted: Lifted,
+    tensors: Mapping[str, torch.Tensor],
 ) -> torch.Tensor:
     batch, heads, q_len, _ = query.shape
     kv_heads, clusters = summary.mean.shape[1:3]
@@ -261,7 +289,7 @@ def _walk(
     routes = query.new_empty((batch, heads, q_len, count), dtype=torch.int32)
     if plan.window is None:  # the window holds every key
         return routes.fill_(-1)
-    spec = spec_of(query, kv_heads, plan, causal, target())
+    spec = replace(spec_of(query, kv_heads, plan, causal, target()), lifted=lifted)
     tiles = spec.tiles(q_len, k_len)
     if query.stride(3) != 1:
         query = query.contiguous()
@@ -273,6 +301,7 @@ def _walk(
     )  # fmt: skip
     text = route_source(spec, per_chunk, bool(lists))
     grid = (batch * kv_heads * tiles,)
+    values |= mask_values(spec, tensors)
     launch(load(text, "route"), grid, values | lists, warps=spec.tile.warps, stages=spec.tile.stages)
     return routes
 
