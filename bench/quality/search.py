@@ -1,6 +1,7 @@
 """Which routed plan is best at one density, on the texts that choices may be made on.
 
     python -m bench.quality.search
+    python -m bench.quality.search --density 0.1
 
 Every candidate spends the same share of the pairs; only ``CHOSEN_ON`` texts and tasks over them are read.
 """
@@ -24,27 +25,41 @@ from .store import RESULTS, Store
 from .texts import CHOSEN_ON
 
 
+SMALL = {
+    "chunk 128, window 64, cluster 32": Plan(window=64, cluster=32),
+    "chunk 128, window 0, cluster 32": Plan(window=0, cluster=32),
+    "chunk 256, window 0, cluster 32": Plan(chunk=256, window=0, cluster=32),
+    "chunk 128, window 0, cluster 64, residual": Plan(window=0, cluster=64, routes=1, residual=True),
+    "chunk 256, window 0, cluster 64, residual": Plan(chunk=256, window=0, cluster=64, routes=1, residual=True),
+}
+
+
 def candidates(length: int, target: float) -> Iterator[Method]:
-    """Routed plans of one density."""
+    """Routed plans of one density; of a small one, others: routing alone takes a third of it."""
     base = Plan()
-    plans = {
-        "chunk 128, window 128": base,
-        "chunk 128, window 64": replace(base, window=64),
-        "chunk 128, window 0": replace(base, window=0),
-        "chunk 256, window 64": replace(base, chunk=256, window=64),
-        "chunk 256, window 0": replace(base, chunk=256, window=0),
-        "chunk 512, window 0": replace(base, chunk=512, window=0),
-        "cluster 32": replace(base, cluster=32),
-        "cluster 32, chunk 512, window 0": replace(base, cluster=32, chunk=512, window=0),
-        "sinks 4": replace(base, sinks=4),
-        "4 peak keys a segment": replace(base, keep=4),
-    }
+    plans = (
+        SMALL
+        if target < 0.15
+        else {
+            "chunk 128, window 128": base,
+            "chunk 128, window 64": replace(base, window=64),
+            "chunk 128, window 0": replace(base, window=0),
+            "chunk 256, window 64": replace(base, chunk=256, window=64),
+            "chunk 256, window 0": replace(base, chunk=256, window=0),
+            "chunk 512, window 0": replace(base, chunk=512, window=0),
+            "cluster 32": replace(base, cluster=32),
+            "cluster 32, chunk 512, window 0": replace(base, cluster=32, chunk=512, window=0),
+            "sinks 4": replace(base, sinks=4),
+            "4 peak keys a segment": replace(base, keep=4),
+        }
+    )
     for name, settings in plans.items():
 
         def make(n: int, settings: Plan = settings) -> Plan:
             return replace(settings, routes=n)
 
         plan = fit(make, target, length)
+        name = f"{100 * target:.0f} %: {name}" if target < 0.15 else name
         yield Method(f"{name}, {plan.routes} routes", planned(plan), density(plan, length))
 
 
