@@ -50,6 +50,10 @@ def by_name():
     return (lambda x: F.scaled_dot_product_attention(x, x, x)), {"x": torch.randn(1, 2, 64, 8)}
 
 
+def needs(x):
+    return x
+
+
 def broken():
     raise KeyError("no weights")
 
@@ -175,6 +179,7 @@ WRONG = {
 }
 FAILED = {
     "{file}:broken": "broken() raised KeyError: 'no weights' at {file}:",
+    "{file}:needs": "needs() missing 1 required positional argument: 'x'\n",
     "{file}:stops": "stops() raised SystemExit: 7",
     "{file}:raises": "the model raised ValueError: only for squares at {file}:",
     "{bad}:make": "importing it raised SyntaxError",

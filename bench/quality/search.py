@@ -24,7 +24,6 @@ from .methods import Method, density, fit, planned
 from .store import RESULTS, Store
 from .texts import CHOSEN_ON
 
-
 SMALL = {
     "chunk 128, window 64, cluster 32": Plan(window=64, cluster=32),
     "chunk 128, window 0, cluster 32": Plan(window=0, cluster=32),

@@ -136,9 +136,10 @@ def _inputs(config: Any, seq_len: int) -> dict[str, Any]:
 
 
 def told(error: BaseException) -> str:
-    """The error and the line that raised it."""
+    """The error and the line that raised it, unless that is the call in this file (of a function with parameters)."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
-    where = f" at {trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}" if trace else ""
+    ours = trace is None or trace.tb_frame.f_code.co_filename == __file__
+    where = "" if trace is None or ours else f" at {trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}"
     return f"{type(error).__name__}: {error}{where}"
