@@ -17,10 +17,9 @@ import argparse
 import ctypes
 import json
 import platform
-import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -32,6 +31,7 @@ from tabulate import tabulate
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from prescore_compile import Config
+from prescore_compile.demo import interleaved
 from prescore_compile.kernels import cpu, ops, reference
 from prescore_compile.kernels.plan import Plan
 from prescore_compile.kernels.reference import Operands
@@ -43,7 +43,6 @@ DIM = 64
 CHECKED = 128
 """Queries compared with the reference in double precision: the last ones, the first ones without causality."""
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
-Ways = Mapping[str, Callable[[], Any]]
 
 
 @dataclass(frozen=True)
@@ -67,17 +66,6 @@ def inputs(case: Case) -> Operands:
 
     kv_heads = case.heads // case.group
     return Operands(smooth(case.heads), smooth(kv_heads), smooth(kv_heads), None, case.causal, DIM**-0.5)
-
-
-def interleaved(ways: Ways, rounds: int, clock: Callable[[], float]) -> dict[str, float]:
-    """Median seconds of each way, run in turn so that a machine's moods meet all of them."""
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(rounds):
-        for name, work in ways.items():
-            begin = clock()
-            work()
-            times[name].append(clock() - begin)
-    return {name: statistics.median(found) for name, found in times.items()}
 
 
 def peak(work: Callable[[], Any]) -> float:
@@ -159,7 +147,7 @@ def measure(case: Case, plan: Plan, rounds: int, clock: str, flex: bool) -> dict
     if flex:
         ways["flex"] = flex_of(case, site)
     memory = {name: peak(ways[name]) for name in ("exact", "total")}
-    times = interleaved(ways, rounds, CLOCKS[clock])
+    times = interleaved(ways, rounds, clock=CLOCKS[clock])
     shape = cost.Shape(1, case.heads, case.heads // case.group, DIM, DIM, case.causal)
     pairs = {
         "exact": cost.at(cost.exact_pairs(case.causal), case.length),
@@ -193,7 +181,7 @@ def tiles(case: Case, plan: Plan, rounds: int, clock: str) -> dict[str, Any]:
     def way(tile: int) -> Callable[[], Any]:
         return lambda: cpu.attend(site, summary, routes, plan, tile)
 
-    times = interleaved({str(tile): way(tile) for tile in (1, 4, 16, 32, 64, 128, 256)}, rounds, CLOCKS[clock])
+    times = interleaved({str(tile): way(tile) for tile in (1, 4, 16, 32, 64, 128, 256)}, rounds, clock=CLOCKS[clock])
     return {"n": case.length, "heads": f"{case.heads}/{case.heads // case.group}"} | {
         f"tile {tile}, ms": 1e3 * seconds for tile, seconds in times.items()
     }

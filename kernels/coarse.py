@@ -67,8 +67,7 @@ def route(
     chunk = torch.arange(clusters // per_chunk, device=query.device)
     for span in spans(plan, causal, q_len, k_len, reference.TILE):
         tile = query[:, :, span.begin : span.end].float()
-        first = chunk * plan.chunk
-        eligible = (first < (span.low if causal else k_len)) & ~((first >= span.low) & (first < span.high))
+        eligible = reference.outside(chunk * plan.chunk, span, causal, k_len)
         more = (plan, k_len, logits, tensors)
         scores = reference.reached(reference.routing_scores(tile, level, scale), span, chunk, *more)
         best = _best(scores, level, eligible, plan.coarse)

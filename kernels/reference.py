@@ -95,9 +95,9 @@ def route(
     clusters = summary.mean.shape[2]
     count = min(plan.routes, clusters)
     routes = torch.full((batch, heads, q_len, count), -1, dtype=torch.int32, device=query.device)
-    chunks = torch.arange(clusters, device=query.device) * plan.cluster // plan.chunk
+    chunks = chunk_of(clusters, plan, query.device)
     for span in spans(plan, causal, q_len, k_len, TILE):
-        eligible = _outside(clusters, plan, span, causal, k_len, query.device)
+        eligible = outside(chunks * plan.chunk, span, causal, k_len)
         scores = routing_scores(query[:, :, span.begin : span.end].float(), summary, scale)
         scores = reached(scores, span, chunks, plan, k_len, logits, tensors)
         scores = scores.nan_to_num(nan=math.inf, neginf=-math.inf, posinf=math.inf)
@@ -251,15 +251,17 @@ def _read_residual(routes: torch.Tensor, rest: Centroids, plan: Plan, span: Span
     routed = torch.zeros(*here.shape[:3], clusters + 1, dtype=torch.bool, device=here.device)
     routed.scatter_(3, here.where(here >= 0, clusters), True)
     there = _per_query_head(rest.bias, site.query).unsqueeze(2) > float("-inf")
-    outside = _outside(clusters, plan, span, site.causal, site.key.shape[2], here.device)
-    return there & outside & ~routed[..., :clusters]
+    first_key = chunk_of(clusters, plan, here.device) * plan.chunk
+    return there & outside(first_key, span, site.causal, site.key.shape[2]) & ~routed[..., :clusters]
 
 
-def _outside(
-    clusters: int, plan: Plan, span: Span, causal: bool, k_len: int, device: torch.device | None
-) -> torch.Tensor:
-    """The clusters ``[clusters]`` bool of the chunks outside a span's window; causal: of finished ones only."""
-    first_key = torch.arange(clusters, device=device) * plan.cluster // plan.chunk * plan.chunk
+def chunk_of(clusters: int, plan: Plan, device: torch.device | None) -> torch.Tensor:
+    """The chunk of each cluster: ``[clusters]``."""
+    return torch.arange(clusters, device=device) * plan.cluster // plan.chunk
+
+
+def outside(first_key: torch.Tensor, span: Span, causal: bool, k_len: int) -> torch.Tensor:
+    """Whether chunks that begin at ``first_key`` lie outside a span's window; causal: finished ones only."""
     high = span.low if causal else k_len
     return (first_key < high) & ~((first_key >= span.low) & (first_key < span.high))
 

@@ -125,7 +125,9 @@ class _Search:
     def candidates(self, given: Sequence[Plan] | None, config: Config) -> dict[SiteKey, list[Plan]]:
         """The plans to try at each site: those that it can run."""
         wanted = {
-            key: list(given or ladder(int(site.shape["k_len"]), site.causal, config.plan_for(site.causal, site.device)))
+            key: ladder(int(site.shape["k_len"]), site.causal, config.plan_for(site.causal, site.device))
+            if given is None
+            else list(given)
             for key, site in self.switch.sites.items()
         }
         refusals = {plan: self.switch.refusals(plan) for plan in dict.fromkeys(chain(*wanted.values()))}
