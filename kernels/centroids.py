@@ -26,8 +26,7 @@ def centroids(key: torch.Tensor, value: torch.Tensor, order: torch.Tensor, clust
 
     Sums are float32, or float64 for float64 keys.
     """
-    inside = order >= 0
-    count = inside.unflatten(2, (order.shape[2] // cluster, cluster)).sum(3)
+    inside, count = _members(order, cluster)
     share = 1 / count.clamp(min=1).unsqueeze(3)
 
     def mean(tensor: torch.Tensor) -> torch.Tensor:
@@ -42,10 +41,15 @@ def centroids(key: torch.Tensor, value: torch.Tensor, order: torch.Tensor, clust
 
 def members_gradient(grad: torch.Tensor, order: torch.Tensor, cluster: int, length: int) -> torch.Tensor:
     """Gradient of centroids ``[B, Hkv, clusters, D]`` in their ``length`` keys: 1 / count to each member."""
-    inside = order >= 0
-    count = inside.unflatten(2, (order.shape[2] // cluster, cluster)).sum(3).clamp(min=1)
-    each = (grad / count.unsqueeze(3)).repeat_interleave(cluster, 2)
+    inside, count = _members(order, cluster)
+    each = (grad / count.clamp(min=1).unsqueeze(3)).repeat_interleave(cluster, 2)
     # A key is in one cluster at most, so the spare row alone is written more than once, and it is dropped.
     at = order.long().where(inside, length).unsqueeze(3).expand_as(each)
     spare = grad.new_zeros(*grad.shape[:2], length + 1, grad.shape[3])
     return spare.scatter(2, at, each)[:, :, :length]
+
+
+def _members(order: torch.Tensor, cluster: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which places hold a key ``[B, Hkv, clusters * cluster]``, and how many of each cluster's do."""
+    inside = order >= 0
+    return inside, inside.unflatten(2, (order.shape[2] // cluster, cluster)).sum(3)

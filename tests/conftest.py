@@ -12,7 +12,9 @@ if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="prescore_tests_")
     atexit.register(shutil.rmtree, os.environ["TORCHINDUCTOR_CACHE_DIR"], ignore_errors=True)
 
+import math
 import os
+from typing import Any
 
 import pytest
 import torch
@@ -102,3 +104,23 @@ def check_budget(got: torch.Tensor, low: torch.Tensor, true: torch.Tensor) -> No
     budget = 2 * ((low.double() - true).abs().max() + band)
     error = (got.double() - true).abs().max()
     assert error <= budget, f"error {error:.3g}, budget {budget:.3g}"
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that nobody wrote is NaN, or a place that is nowhere; and sorting is left to torch (it is fast)."""
+    from prescore_compile.kernels.triton import attend_backward, options, union
+
+    def poison(make: Any) -> Any:
+        def made(*args: Any, **kwargs: Any) -> torch.Tensor:
+            tensor = make(*args, **kwargs)
+            return tensor.fill_(math.nan if tensor.is_floating_point() else 2**30)
+
+        return made
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", poison(torch.Tensor.new_empty))
+    monkeypatch.setattr(torch, "empty_like", poison(torch.empty_like))
+    monkeypatch.setattr(union, "SORTED_ON_CHIP", 0)
+    monkeypatch.setattr(attend_backward, "SINK_SPLITS", 2)
+    for table in (options.FORWARD, options.BACKWARD):  # large tiles: few programs
+        monkeypatch.setitem(table, ("cuda", True, 64), (64, 64, 4, 1))

@@ -14,7 +14,7 @@ from prescore_compile.kernels.plan import Plan
 from prescore_compile.kernels.reference import Operands
 from prescore_compile.kernels.summary import Summary
 from prescore_compile.kernels.triton import attend_backward as backward
-from prescore_compile.kernels.triton import options, union
+from prescore_compile.kernels.triton import union
 from prescore_compile.kernels.triton.attend import attend
 
 SOME = PLANS["keep and routes"]
@@ -22,23 +22,7 @@ SOME = PLANS["keep and routes"]
 ATTENDED = [name for name, plan in PLANS.items() if not plan.coarse and not plan.residual]
 
 
-@pytest.fixture(autouse=True)
-def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory that nobody wrote is NaN, or a place that is nowhere; and sorting is left to torch (it is fast)."""
-
-    def poisoned(make: Any) -> Any:
-        def made(*args: Any, **kwargs: Any) -> torch.Tensor:
-            tensor = make(*args, **kwargs)
-            return tensor.fill_(math.nan if tensor.is_floating_point() else 2**30)
-
-        return made
-
-    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
-    monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
-    monkeypatch.setattr(union, "SORTED_ON_CHIP", 0)
-    monkeypatch.setattr(backward, "SINK_SPLITS", 2)
-    for table in (options.FORWARD, options.BACKWARD):  # large tiles: few programs
-        monkeypatch.setitem(table, ("cuda", True, 64), (64, 64, 4, 1))
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 def parts(site: Operands, plan: Plan) -> tuple[Summary, torch.Tensor]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import pytest
 import sympy
@@ -17,7 +16,6 @@ from prescore_compile.kernels.plan import Plan
 from prescore_compile.kernels.reference import Operands
 from prescore_compile.kernels.summary import Summary
 from prescore_compile.kernels.triton import attend_backward as backward
-from prescore_compile.kernels.triton import options, union
 from prescore_compile.kernels.triton.attend import attend
 from prescore_compile.kernels.triton.route import route
 
@@ -32,23 +30,7 @@ ALIBI = Logits(bias=-sympy.Rational(1, 4) * 2 ** (-H / 2) * (Q - K), softcap=2.0
 HIDDEN = Logits(sympy.And(T0(B, Q) > 0, K >= Q - 50))  # the queries of the first document have no key
 
 
-@pytest.fixture(autouse=True)
-def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory that nobody wrote is NaN, or a place that is nowhere."""
-
-    def poisoned(make: Any) -> Any:
-        def made(*args: Any, **kwargs: Any) -> torch.Tensor:
-            tensor = make(*args, **kwargs)
-            return tensor.fill_(math.nan if tensor.is_floating_point() else 2**30)
-
-        return made
-
-    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
-    monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
-    monkeypatch.setattr(union, "SORTED_ON_CHIP", 0)
-    monkeypatch.setattr(backward, "SINK_SPLITS", 2)
-    for table in (options.FORWARD, options.BACKWARD):  # large tiles: few programs
-        monkeypatch.setitem(table, ("cuda", True, 64), (64, 64, 4, 1))
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 def small(dtype: torch.dtype = torch.float32, causal: bool = True, heads: int = 2, kv_heads: int = 1) -> Operands:
