@@ -8,7 +8,8 @@
 Exact is SDPA's flash kernel with ``is_causal``, its fastest CPU form; flex is compiled FlexAttention, exact too. All
 ways run in turn and the median is told: of wall time, or with ``--clock cpu`` of the processor's, which other work
 on the machine moves less. Memory is what a call adds to the process at its peak. Inputs are smooth along the
-sequence, as real queries and keys are; on noise every query of a tile would want other clusters.
+sequence, as real queries and keys are; on noise every query of a tile would want other clusters. They are as
+peaked as text, of which SmolLM2's queries take 25 routes at 8192 tokens; the table says how many they take here.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,8 @@ from prescore_compile.passes import cost
 
 RESULTS = Path(__file__).parent / "results"
 DIM = 64
+PEAKED = 4.0
+"""Queries are so many times as large as keys."""
 CHECKED = 128
 """Queries compared with the reference in double precision: the last ones, the first ones without causality."""
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -65,7 +68,7 @@ def inputs(case: Case) -> Operands:
         return (noise / 2 + steps.repeat_interleave(64, 2)[:, :, : case.length]).to(case.dtype)
 
     kv_heads = case.heads // case.group
-    return Operands(smooth(case.heads), smooth(kv_heads), smooth(kv_heads), None, case.causal, DIM**-0.5)
+    return Operands(PEAKED * smooth(case.heads), smooth(kv_heads), smooth(kv_heads), None, case.causal, DIM**-0.5)
 
 
 def peak(work: Callable[[], Any]) -> float:
@@ -121,12 +124,15 @@ def check(site: Operands, summary: Summary, routes: torch.Tensor, plan: Plan) ->
     error = (cpu.attend(few, summary, some, plan).double() - want).abs().max().item()
     whole = (cpu.attend(site, summary, routes, plan)[:, :, part].double() - want).abs().max().item()
     scores = reference.routing_scores(query.double(), summary, site.scale)
-    best = reference.route(query, summary, plan, site.causal, site.key.shape[2], site.scale)
+    mass = reference.mass(few, summary, plan) if plan.share else None
+    best = reference.route(query, summary, plan, site.causal, site.key.shape[2], site.scale, mass=mass)
     got, want_best = (scores.gather(3, r.long().clamp(min=0)).masked_fill(r < 0, 0).sum(3) for r in (some, best))
-    gap = (got - want_best).abs().max().item()
+    same = (some >= 0).sum(3) == (best >= 0).sum(3)  # rounding may decide whether a cluster has its share
+    gap, odd = (got - want_best)[same].abs().max().item(), (~same).float().mean().item()
     limit = 1e-4 if site.query.dtype == torch.float32 else 3e-2
-    if max(error, whole) > limit or gap > 1e-2:
-        raise AssertionError(f"wrong result: attend is off by {max(error, whole):.2g}, routes by {gap:.2g}")
+    if max(error, whole) > limit or gap > 1e-2 or odd > 0.02:
+        told = f"attend is off by {max(error, whole):.2g}, routes by {gap:.2g}, {odd:.1%} have another number of them"
+        raise AssertionError(f"wrong result: {told}")
     return max(error, whole)
 
 
@@ -134,24 +140,29 @@ def measure(case: Case, plan: Plan, rounds: int, clock: str, flex: bool) -> dict
     site = inputs(case)
     query, key, value = site[:3]
     summary = Summary(*ops.summarize(key, value, None, None, plan.text))
-    routes = cpu.route(query, summary, plan, case.causal, case.length, site.scale)
+    mass = cpu.mass(site, summary, plan) if plan.share else None
+    routes = cpu.route(query, summary, plan, case.causal, case.length, site.scale, mass)
     error = check(site, summary, routes, plan)
     k, v = key.repeat_interleave(case.group, 1), value.repeat_interleave(case.group, 1)
     ways: dict[str, Callable[[], Any]] = {
         "exact": lambda: F.scaled_dot_product_attention(query, k, v, is_causal=case.causal, scale=site.scale),
         "summarize": lambda: ops.summarize(key, value, None, None, plan.text),
-        "route": lambda: cpu.route(query, summary, plan, case.causal, case.length, site.scale),
+        "route": lambda: cpu.route(query, summary, plan, case.causal, case.length, site.scale, mass),
         "attend": lambda: cpu.attend(site, summary, routes, plan),
         "total": lambda: ops.prescored(site, plan),
     }
+    if plan.share:
+        ways["mass"] = lambda: cpu.mass(site, summary, plan)
     if flex:
         ways["flex"] = flex_of(case, site)
     memory = {name: peak(ways[name]) for name in ("exact", "total")}
     times = interleaved(ways, rounds, clock=CLOCKS[clock])
     shape = cost.Shape(1, case.heads, case.heads // case.group, DIM, DIM, case.causal)
+    taken = (routes >= 0).sum().item() / max(routes[..., :1].numel(), 1)
+    counted = replace(plan, share=0.0, routes=round(taken)) if plan.share else plan
     pairs = {
         "exact": cost.at(cost.exact_pairs(case.causal), case.length),
-        "attend": cost.at(cost.attended_pairs(plan, case.causal), case.length),
+        "attend": cost.at(cost.attended_pairs(counted, case.causal), case.length),
         "route": cost.at(cost.routing_pairs(plan, case.causal), case.length),
     }
     unit = times["exact"] / pairs["exact"]
@@ -161,6 +172,7 @@ def measure(case: Case, plan: Plan, rounds: int, clock: str, flex: bool) -> dict
         "causal": case.causal,
         "dtype": str(case.dtype).removeprefix("torch."),
         **{f"{name}_ms": 1e3 * seconds for name, seconds in times.items()},
+        "routes": taken,
         "speedup": times["exact"] / times["total"],
         "predicted": cost.at(cost.exact_cost(shape) / cost.prescored_time(shape, plan), case.length),
         "attend_price": times["attend"] / pairs["attend"] / unit,
@@ -175,7 +187,8 @@ def tiles(case: Case, plan: Plan, rounds: int, clock: str) -> dict[str, Any]:
     """Milliseconds of ``attend`` by queries a tile."""
     site = inputs(case)
     summary = Summary(*ops.summarize(site.key, site.value, None, None, plan.text))
-    routes = cpu.route(site.query, summary, plan, case.causal, case.length, site.scale)
+    mass = cpu.mass(site, summary, plan) if plan.share else None
+    routes = cpu.route(site.query, summary, plan, case.causal, case.length, site.scale, mass)
     check(site, summary, routes, plan)
 
     def way(tile: int) -> Callable[[], Any]:

@@ -45,7 +45,7 @@ struct Attend {
 
   // Clusters are packed for the KV heads [packed_from, packed_to) at a time: a copy of all keys and
   // values would be as large as they are.
-  static constexpr int64_t PACKED_BYTES = 16 << 20;
+  static constexpr int64_t PACKED_BYTES = 4 << 20;
   int64_t packed_from = 0, packed_to = 0;
   std::vector<float> cluster_key, cluster_value;  // blocks of 16 places
   std::vector<uint32_t> cluster_lanes;            // lane mask; bit 16: values are finite

@@ -11,7 +11,7 @@ import torch
 
 from prescore_compile import smollm
 
-from .methods import Method, exact
+from .methods import Method, Planned, exact
 from .model import Compared, compare, context, hidden, tail
 from .store import Store
 from .texts import TEXTS, Recall, copied, planted
@@ -34,8 +34,10 @@ def run_text(store: Store, model: Any, tokenizer: Any, name: str, length: int, m
 
         def run(method: Method = method) -> dict[str, Any]:
             after = hidden(model, ids, method.attend)
-            found = compare(model, before[SKIPPED:-1], after[SKIPPED:-1], ids[0, SKIPPED + 1 :])
-            return told(found)
+            found = told(compare(model, before[SKIPPED:-1], after[SKIPPED:-1], ids[0, SKIPPED + 1 :]))
+            if isinstance(method.attend, Planned) and method.attend.plan.share:
+                found["spent"] = method.attend.density(length)
+            return found
 
         store.measure(key, run)
 

@@ -100,10 +100,18 @@ def fit(make: Callable[[int], Plan], target: float, length: int, causal: bool = 
     return make(low)
 
 
+SHARED = {
+    0.22: CAUSAL,
+    0.10: Plan(window=0, cluster=32, routes=64, share=0.012),
+    0.35: Plan(chunk=256, window=0, routes=128, share=0.00015),
+}
+"""Routed plans with a share: no more than these densities on the texts that choices are made on, at 8192 tokens."""
+
+
 def own(length: int, target: float) -> Iterator[tuple[str, Plan]]:
     """The project's plans at this density, by name."""
     small = target < 0.15
-    base = Plan(window=64, cluster=32, routes=0) if small else Plan(routes=0)
+    base = Plan(window=0, cluster=32, routes=0) if small else Plan(routes=0)
 
     def routed(settings: Plan) -> Plan:
         return fit(lambda n: replace(settings, routes=n), target, length)
@@ -118,9 +126,10 @@ def own(length: int, target: float) -> Iterator[tuple[str, Plan]]:
 
         return fit(make, target, length)
 
-    yield "default (routes)", routed(base if small else replace(CAUSAL, routes=0))
+    yield "routes with a share", SHARED.get(target, CAUSAL)
+    yield "fixed routes", routed(base if small else replace(CAUSAL, routes=0, share=0.0))
     if not small:
-        yield "routes, chunk 128, window 128", routed(base)
+        yield "fixed routes, chunk 128, window 128", routed(base)
     yield "StreamingLLM", fit(lambda n: replace(base, window=n), target, length)
     for method in ("kmeans", "kmedian", "leverage"):
         yield f"{method} + routes", routed(replace(base, method=method, keep=4 if small else 8))
@@ -134,8 +143,9 @@ def methods(length: int, target: float) -> Iterator[Method]:
     """Every method at this density: the ones that matter most first."""
     plans = dict(own(length, target))
     for name, plan in plans.items():
-        yield Method(name, Planned(plan), density(plan, length))
-    routed = plans["default (routes)"]
+        # What a share leaves is counted as it runs.
+        yield Method(name, Planned(plan), target if plan.share else density(plan, length))
+    routed = plans["fixed routes"]
     for name, attend in (
         ("MoBA-like (mean of runs)", rivals.moba(routed)),
         ("Quest-like (bounds of runs)", rivals.quest(routed)),

@@ -22,6 +22,8 @@ def texts(found: list[dict[str, Any]], target: tuple[float, float]) -> str:
     for c in found:
         if c["part"] == "text" and target[0] <= c["density"] <= target[1]:
             told = f"{c['ratio']:.3f} / {c['kl']:.3f} / {c['top1']:.3f}"
+            if "spent" in c:
+                told += f" at {100 * c['spent']:.1f}%"
             rows.setdefault((c["method"], c["density"]), {})[c["text"]] = told
     lines = [[m, f"{100 * d:.1f}%", *(r.get(n, "") for n in names)] for (m, d), r in rows.items()]
     return tabulate(lines, ["method", "pairs", *names], "github", disable_numparse=True)
@@ -44,6 +46,6 @@ def plot(found: list[dict[str, Any]]) -> str:
     points: dict[str, dict[float, list[float]]] = {}
     for c in found:
         if c["part"] == "text":
-            points.setdefault(c["method"], {}).setdefault(c["density"], []).append(c["kl"])
+            points.setdefault(c["method"], {}).setdefault(c.get("spent", c["density"]), []).append(c["kl"])
     series = {m: [(100 * d, sum(k) / len(k)) for d, k in by.items()] for m, by in points.items()}
     return svg.lines("KL(exact || method), mean of the texts", "pairs, %", "nats", series)

@@ -70,7 +70,7 @@ TASKS = {
         280,
         30,
         16,
-        tuple((method, 0.25) for method in ("kmeans", "kmeans + residual", "routes")),
+        tuple((method, 0.25) for method in ("kmeans", "kmeans + residual", "routes", "routes + residual")),
     ),
 }
 
@@ -119,6 +119,9 @@ def plans(tokens: int, target: float) -> Iterator[tuple[str, dict[str, Any]]]:
     free = kept - clusters - (routes - 1) * 16
     if clusters + routes * 16 <= 1.3 * kept:
         yield "routes", base | dict(routes=routes)
+    beside = max(1, (kept - 2 * clusters) // 16)  # every cluster that is not routed to is a centroid
+    if 2 * clusters + (beside - 1) * 16 + 15 <= 1.3 * kept:
+        yield "routes + residual", base | dict(routes=beside, residual=True)
     if routes > 1:
         yield "routes + kmeans", base | dict(method="kmeans", routes=routes - 1, keep=free)
     windows = [base | dict(chunk=16, window=window) for window in range(8, tokens, 8)]
