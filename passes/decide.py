@@ -151,9 +151,6 @@ def _unsupported(site: Site) -> str:
 
 
 def _lengths(attention: Attention, mask: Mask, config: Config, plan: Plan) -> str:
-    where = value_of(attention.query.node).device.type
-    if plan.residual and where != "cpu":
-        return f"unsupported_plan: residual on {where}"
     q_len, length = attention.size(attention.q), attention.size(attention.k)
     same = known_equal(q_len, length)
     if not same and not mask.causal and plan.window is not None:
