@@ -36,6 +36,7 @@ from prescore_compile.kernels.plan import Plan
 from prescore_compile.kernels.reference import Operands
 from prescore_compile.kernels.summary import Summary
 from prescore_compile.kernels.triton import attend, attend_backward, clusters, residual, route, union
+from prescore_compile.passes.defaults import CAUSAL, TWO_SIDED_ON_A_GPU
 
 RESULTS = Path(__file__).parent / "results" / "triton-aot.json"
 MODULES = (attend, attend_backward, clusters, residual, route, union)
@@ -82,8 +83,11 @@ VARIANTS = {
     "centroids 64": Variant(plan=Plan(keep=24, centroids=8, routes=0, window=0), causal=False),
     "few queries 128": Variant(dim=128, queries=1, backward=False),
     "two levels 128": Variant(plan=Plan(coarse=32), dim=128, group=4, backward=False),
-    "residual 64": Variant(plan=Plan(window=0, sinks=1, cluster=32, routes=12, residual=True), causal=False),
-    "residual 128": Variant(plan=Plan(window=0, residual=True), dim=128, group=4),
+    "residual 64": Variant(plan=TWO_SIDED_ON_A_GPU, causal=False, default=True),
+    "residual 128": Variant(plan=TWO_SIDED_ON_A_GPU, causal=False, dim=128, group=4, default=True),
+    "causal residual 128": Variant(plan=Plan(window=0, residual=True), dim=128, group=4),
+    "chunk 256 64": Variant(plan=CAUSAL),
+    "chunk 256 128": Variant(plan=CAUSAL, dim=128, group=4),
     "64 routes": Variant(plan=Plan(routes=64), backward=False),
     "many routes": Variant(plan=Plan(routes=200, cluster=32), backward=False),
     "masked and capped 128": Variant(dim=128, group=4, logits=IN_DOCUMENTS),
