@@ -35,7 +35,7 @@ from prescore_compile.kernels.ops import _empty_summary
 from prescore_compile.kernels.plan import Plan
 from prescore_compile.kernels.reference import Operands
 from prescore_compile.kernels.summary import Summary
-from prescore_compile.kernels.triton import attend, attend_backward, clusters, residual, route, union
+from prescore_compile.kernels.triton import attend, attend_backward, clusters, mass, residual, route, union
 from prescore_compile.passes.defaults import CAUSAL, TWO_SIDED_ON_A_GPU
 
 RESULTS = Path(__file__).parent / "results" / "triton-aot.json"
@@ -89,6 +89,7 @@ VARIANTS = {
     "chunk 256 64": Variant(plan=CAUSAL),
     "chunk 256 128": Variant(plan=CAUSAL, dim=128, group=4),
     "64 routes": Variant(plan=Plan(routes=64), backward=False),
+    "share 64": Variant(plan=Plan(routes=64, share=0.001), backward=False),
     "many routes": Variant(plan=Plan(routes=200, cluster=32), backward=False),
     "masked and capped 128": Variant(dim=128, group=4, logits=IN_DOCUMENTS),
 }
@@ -138,13 +139,14 @@ def _run(variant: Variant) -> None:
     summary = Summary(*_empty_summary(key, site.value, plan.text))
     logits = variant.logits
     read = {name: tensor(2, length, dtype=torch.int64) for name in logits.tensors}
+    more: dict[str, Any] = dict(read, softcap=logits.softcap)
     routes = query.new_empty((*query.shape[:3], 0), dtype=torch.int32)
     if plan.routes:
         if variant.queries > 1:
             clusters.any_clusters(key, site.value, valid, plan)
         known = by_chunk(logits, read, plan.chunk)
-        routes = route.route(query, summary, plan, variant.causal, length, scale, logits.reach, known)
-    more: dict[str, Any] = dict(read, softcap=logits.softcap)
+        near = mass.mass(site, summary, plan, logits.lifted, **more) if plan.share else None
+        routes = route.route(query, summary, plan, variant.causal, length, scale, logits.reach, known, near)
     out, sums = attend.attend(site, summary, routes, plan, logits.lifted, **more)
     if variant.backward:
         attend_backward.attend_backward(out, out, sums, site, summary, routes, plan, logits.lifted, **more)

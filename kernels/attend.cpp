@@ -36,6 +36,7 @@ struct Attend {
   const Geometry& g;
   const Sources& from;
   View query, out;
+  float* mass;  // [batch, head, query]: logarithm of the softmax's sum; or null
 
   std::vector<Span> tiles = spans(g);
   int64_t group = g.heads / g.kv_heads, width = (g.value_dim + W - 1) / W * W;
@@ -267,7 +268,10 @@ struct Attend {
     if (g.routes) attend_routes(s, span, b, kv, rows);
     for (int64_t r = 0; r < rows; ++r) {
       const float total = sum_lanes(load(&s.rows.total[r * L]));
-      float* result = &s.rows.out[r * width];
+      if (mass)
+        mass[(b * g.heads + kv * group + r / length) * g.q_len + span.begin + r % length] =
+            (s.rows.top[r] > NEG_INF ? s.rows.top[r] + std::log2(total) : std::log2(total)) / (float)LOG2_E;
+      float* result = s.rows.out.data() + r * width;
       for (int64_t c = 0; c < g.value_dim; ++c) result[c] = total == 0.0f ? 0.0f : result[c] / total;
       write(out, b, kv * group + r / length, span.begin + r % length, g.value_dim, result);
     }
@@ -304,8 +308,8 @@ void prescore_cluster(const Geometry* g, const View* key, const View* value, con
 }
 
 void prescore_route(const Geometry* g, const View* query, const float* mean, const float* spread, const float* bias,
-                    int32_t* routes) {
-  prescore::Route route{*g, *query, mean, spread, bias, routes};
+                    const float* mass, int32_t* routes) {
+  prescore::Route route{*g, *query, mean, spread, bias, mass, routes};
   prescore::parallel(0, g->batch * g->kv_heads * (int64_t)route.tiles.size(), g->threads, route);
 }
 
@@ -313,7 +317,14 @@ void prescore_attend(const Geometry* g, const View* query, const View* key, cons
                      const uint8_t* valid, const int32_t* order, const int32_t* routes, const int32_t* row_index,
                      const View* row_key, const View* row_value, const float* row_bias) {
   const prescore::Sources from{*key, *value, valid, order, routes, row_index, *row_key, *row_value, row_bias};
-  prescore::Attend{*g, from, *query, *out}.run_all();
+  prescore::Attend{*g, from, *query, *out, nullptr}.run_all();
+}
+
+// As attend over window and sinks, with values of no features: only the sums are wanted.
+void prescore_mass(const Geometry* g, const View* query, const View* key, const uint8_t* valid,
+                   const int32_t* row_index, const View* row_key, const float* row_bias, float* mass) {
+  const prescore::Sources from{*key, *key, valid, nullptr, nullptr, row_index, *row_key, *row_key, row_bias};
+  prescore::Attend{*g, from, *query, *query, mass}.run_all();
 }
 
 }  // extern "C"

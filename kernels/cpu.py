@@ -11,6 +11,7 @@ import ctypes
 import functools
 import getpass
 import hashlib
+import math
 import os
 import platform
 import shutil
@@ -45,6 +46,7 @@ class _Geometry(ctypes.Structure):
             ).split()
         ),
         ("scale", ctypes.c_double),
+        ("log_share", ctypes.c_double),
     ]
 
 
@@ -108,7 +110,15 @@ def clusters(
     return order, mean, spread, bias
 
 
-def route(query: torch.Tensor, summary: Summary, plan: Plan, causal: bool, k_len: int, scale: float) -> torch.Tensor:
+def route(
+    query: torch.Tensor,
+    summary: Summary,
+    plan: Plan,
+    causal: bool,
+    k_len: int,
+    scale: float,
+    mass: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Compiled ``reference.route``; query ``[B, H, Nq, D]`` of any of ``DTYPES``."""
     batch, heads, q_len, dim = query.shape
     count = min(plan.routes, summary.mean.shape[2])
@@ -121,10 +131,31 @@ def route(query: torch.Tensor, summary: Summary, plan: Plan, causal: bool, k_len
         ctypes.byref(geometry),
         ctypes.byref(view),
         *(_pointer(t.contiguous()) for t in (summary.mean, summary.spread, summary.bias)),
+        None if mass is None else _pointer(mass.contiguous()),
         _pointer(routes),
     )
     del keep_alive
     return routes
+
+
+def mass(site: Operands, summary: Summary, plan: Plan) -> torch.Tensor:
+    """Compiled ``reference.mass``."""
+    batch, heads, q_len, _ = site.query.shape
+    k_len = site.key.shape[2]
+    found = torch.full((batch, heads, q_len), -math.inf)
+    if not found.numel() or k_len == 0:
+        return found
+    geometry = _geometry(plan.near, site.query.shape, site.key.shape, 0, k_len, site.causal, 0, site.scale)
+    sinks = slice(plan.sinks)
+    index, bias = (t[:, :, sinks].contiguous() for t in (summary.row_index, summary.row_bias))
+    views, alive = zip(*(_view(t) for t in (site.query, site.key, summary.row_key[:, :, sinks])), strict=True)
+    query, key, row_key = (ctypes.byref(view) for view in views)
+    valid = None if site.valid is None else _pointer(site.valid.contiguous())
+    _library().prescore_mass(
+        ctypes.byref(geometry), query, key, valid, _pointer(index), row_key, _pointer(bias), _pointer(found)
+    )
+    del alive
+    return found
 
 
 def attend(site: Operands, summary: Summary, routes: torch.Tensor, plan: Plan, tile: int = TILE) -> torch.Tensor:
@@ -199,6 +230,7 @@ def _geometry(
         tile=tile,
         threads=torch.get_num_threads(),
         scale=scale,
+        log_share=math.log(plan.share) if plan.share else -math.inf,
     )
 
 

@@ -34,8 +34,12 @@ def prescored(
     scores = score(q, k, valid, settings, causal, scale) if plan.keep else None
     parts = summarize(k, v, valid, scores, settings)
     order, mean, spread, bias, index, owner, row_key, row_value, row_bias = parts
-    routes = route(q, order, mean, spread, bias, settings, causal, k.shape[2], scale, *more) if plan.routes else None
     rows = (index, owner, row_key, row_value, row_bias)
+    routes = near = None
+    if plan.share:
+        near = mass(q, k, valid, *rows, settings, causal, scale, *more)
+    if plan.routes:
+        routes = route(q, order, mean, spread, bias, settings, causal, k.shape[2], scale, *more, near)
     return attend(q, k, v, valid, order, routes, *rows, settings, causal, scale, *more)
 
 
@@ -165,6 +169,71 @@ def _(grad, index, owner, length):  # type: ignore[no-untyped-def]
     return grad.new_empty((*grad.shape[:2], length, grad.shape[3]), dtype=_wide(grad.dtype))
 
 
+@torch.library.triton_op("prescore::mass", mutates_args=())
+def mass(
+    query: Tensor,
+    key: Tensor,
+    valid: Tensor | None,
+    row_index: Tensor,
+    row_owner: Tensor,
+    row_key: Tensor,
+    row_value: Tensor,
+    row_bias: Tensor,
+    plan: str,
+    causal: bool,
+    scale: float,
+    logits: str,
+    tensors: Sequence[Tensor],
+) -> Tensor:
+    """Logarithm of the softmax's sum over window and sinks ``[B, H, Nq]`` float32; see ``kernels.reference.mass``."""
+    rows = (row_index, row_owner, row_key, row_value, row_bias)
+    if not _generated(query):
+        return mass_eager(query, key, valid, *rows, plan, causal, scale, logits, tensors)
+    from .triton import mass as generated
+
+    given = parse(logits)
+    more = dict(named(given, tensors), softcap=given.softcap)
+    summary = _rows_and_order(row_index, *rows)
+    return generated.mass(
+        Operands(query, key, key, valid, causal, scale), summary, Plan.parse(plan), given.lifted, **more
+    )
+
+
+@torch.library.custom_op("prescore::mass_eager", mutates_args=())
+def mass_eager(
+    query: Tensor,
+    key: Tensor,
+    valid: Tensor | None,
+    row_index: Tensor,
+    row_owner: Tensor,
+    row_key: Tensor,
+    row_value: Tensor,
+    row_bias: Tensor,
+    plan: str,
+    causal: bool,
+    scale: float,
+    logits: str,
+    tensors: Sequence[Tensor],
+) -> Tensor:
+    """``mass`` by the compiled CPU kernel or the reference."""
+    site = Operands(query, key, key, valid, causal, scale)
+    none = query.new_empty(0)
+    summary = Summary(none, none, none, none, row_index, row_owner, row_key, row_value, row_bias)
+    if _compiled(query) and not logits:
+        return cpu.mass(site, summary, Plan.parse(plan))
+    given = parse(logits)
+    return reference.mass(site, summary, Plan.parse(plan), given, named(given, tensors))
+
+
+@mass.register_fake
+@mass_eager.register_fake
+def _(query, *rest):  # type: ignore[no-untyped-def]
+    return query.new_empty(query.shape[:3], dtype=torch.float32)
+
+
+mass.register_autograd(_constant_backward, setup_context=_constant_setup)
+
+
 @torch.library.triton_op("prescore::route", mutates_args=())
 def route(
     query: Tensor,
@@ -178,16 +247,17 @@ def route(
     scale: float,
     logits: str,
     tensors: Sequence[Tensor],
+    mass: Tensor | None = None,
 ) -> Tensor:
     """Routes ``[B, H, Nq, min(routes, clusters)]`` int32; see ``kernels.reference.route`` and ``kernels.coarse``."""
     if not _generated(query):
-        return route_eager(query, order, mean, spread, bias, plan, causal, k_len, scale, logits, tensors)
+        return route_eager(query, order, mean, spread, bias, plan, causal, k_len, scale, logits, tensors, mass)
     from .triton import route as generated
 
     settings, given = Plan.parse(plan), parse(logits)
     known = by_chunk(given, named(given, tensors), settings.chunk)
     clusters = _clusters(order, mean, spread, bias)
-    return generated.route(query, clusters, settings, causal, k_len, scale, given.reach, known)
+    return generated.route(query, clusters, settings, causal, k_len, scale, given.reach, known, mass)
 
 
 @torch.library.custom_op("prescore::route_eager", mutates_args=())
@@ -203,14 +273,15 @@ def route_eager(
     scale: float,
     logits: str,
     tensors: Sequence[Tensor],
+    mass: Tensor | None,
 ) -> Tensor:
     """``route`` by the compiled CPU kernel or the reference."""
     settings, given = Plan.parse(plan), parse(logits)
     clusters = _clusters(order, mean, spread, bias)
     if _compiled(query) and not settings.coarse and not logits:
-        return cpu.route(query, clusters, settings, causal, k_len, scale)
+        return cpu.route(query, clusters, settings, causal, k_len, scale, mass)
     implementation = coarse.route if settings.coarse else reference.route
-    return implementation(query, clusters, settings, causal, k_len, scale, given, named(given, tensors))
+    return implementation(query, clusters, settings, causal, k_len, scale, given, named(given, tensors), mass)
 
 
 def _clusters(order: Tensor, mean: Tensor, spread: Tensor, bias: Tensor) -> Summary:

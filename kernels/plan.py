@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from .scorers import READS_QUERIES, custom
@@ -60,6 +60,8 @@ class Plan:
         cluster: keys a cluster; ``chunk / cluster`` is a power of two.
         clustering: what groups a chunk's keys into clusters: one of ``CLUSTERINGS``.
         routes: clusters that a query attends; 0 inserts no route.
+        share: least share of a query's softmax that a cluster must be expected to have, to be routed to; ``routes`` is
+            then the most that a query attends. The budget goes where attention is spread. 0.0: the best ``routes``.
         residual: whether the clusters that a query does not attend stand in as centroids: mean key, mean value,
             logit bias log(count). Needs ``routes`` and ``keep=0`` (a selected key would be counted twice).
         coarse: chunks that a query looks into for its routes, chosen by representatives of their own (two
@@ -77,6 +79,7 @@ class Plan:
     cluster: int = 16
     clustering: str = "pca_tree"
     routes: int = 27
+    share: float = 0.0
     residual: bool = False
     coarse: int = 0
     seed: int = 0
@@ -98,12 +101,15 @@ class Plan:
             check_int("window", self.window, 0)
         check_int("sinks", self.sinks, 0, 65536)
         check_int("keep", self.keep, 0, self.chunk)
-        number = isinstance(self.threshold, (int, float)) and not isinstance(self.threshold, bool)
-        if not number or not 0 <= self.threshold < math.inf:
-            raise OptionError("threshold", self.threshold, "a finite number >= 0")
-        object.__setattr__(self, "threshold", float(self.threshold))
+        for name, allowed, most in (("threshold", "a finite number >= 0", math.inf), ("share", "from 0 to below 1", 1)):
+            given = getattr(self, name)
+            if not isinstance(given, (int, float)) or isinstance(given, bool) or not 0 <= given < most:
+                raise OptionError(name, given, allowed)
+            object.__setattr__(self, name, float(given))
         check_int("centroids", self.centroids, 0, self.chunk)
         check_int("routes", self.routes, 0)
+        if self.share and not self.routes:
+            raise OptionError("share", self.share, "0 where routes is 0: it is of the clusters that are routed to")
         check_int("coarse", self.coarse, 0)
         if 0 < self.coarse * parts < self.routes:
             least = -(-self.routes // parts)
@@ -132,6 +138,11 @@ class Plan:
     def rows_per_segment(self) -> int:
         """Rows that one segment contributes: selected keys, then centroids."""
         return self.keep + self.centroids
+
+    @property
+    def near(self) -> Plan:
+        """Nothing but window and sinks."""
+        return replace(self, routes=0, share=0.0, residual=False, coarse=0, keep=0, centroids=0)
 
     @property
     def reads_queries(self) -> bool:
@@ -170,7 +181,7 @@ PLAN_FIELDS = tuple(f.name for f in fields(Plan) if f.init)
 def _parse(text: str) -> Plan:
     values: dict[str, Any] = dict(setting.split("=") for setting in text.split())
     for name, value in values.items():
-        if name == "threshold":
+        if name in ("threshold", "share"):
             values[name] = float(value)
         elif name == "residual":
             values[name] = value == "True"

@@ -85,11 +85,13 @@ def route(
     scale: float,
     logits: Logits = NOTHING,
     tensors: Mapping[str, torch.Tensor] = NO_TENSORS,
+    mass: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The clusters each query attends: ``[B, H, Nq, min(routes, clusters)]`` int32, ascending, -1: none.
 
     Per query and per head, among the clusters of the chunks outside the query's window: causal
-    sites look at finished chunks only. Ties go to the earlier cluster; NaN ranks first.
+    sites look at finished chunks only. Ties go to the earlier cluster; NaN ranks first. With a ``plan.share``,
+    only clusters that ``worth`` holds for; ``mass`` is then what the function of that name gives.
     """
     batch, heads, q_len, _ = query.shape
     clusters = summary.mean.shape[2]
@@ -103,10 +105,45 @@ def route(
         scores = scores.nan_to_num(nan=math.inf, neginf=-math.inf, posinf=math.inf)
         empty = _per_query_head(summary.bias, query).unsqueeze(2) == float("-inf")
         scores = scores.masked_fill(~eligible | empty, float("-inf"))
+        if plan.share:
+            assert mass is not None
+            scores = scores.masked_fill(~worth(scores, mass[:, :, span.begin : span.end], plan), float("-inf"))
         best = scores.argsort(dim=3, descending=True, stable=True)[..., :count]
         best = best.where(scores.gather(3, best) > float("-inf"), clusters).sort(3).values
         routes[:, :, span.begin : span.end] = best.where(best < clusters, -1)
     return routes
+
+
+def worth(scores: torch.Tensor, mass: torch.Tensor, plan: Plan) -> torch.Tensor:
+    """Whether a cluster is expected to have ``plan.share`` of a query's softmax, for scores ``[B, H, T, clusters]``.
+
+    A score stands for the logarithm of what its cluster adds to the softmax's sum, ``mass`` ``[B, H, T]`` for that
+    of the keys that the query attends anyway. NaN hides nothing.
+    """
+    total = torch.logaddexp(scores.logsumexp(3), mass.to(scores.dtype))
+    return ~(scores < (total + math.log(plan.share)).unsqueeze(3))
+
+
+def mass(
+    site: Operands,
+    summary: Summary,
+    plan: Plan,
+    logits: Logits = NOTHING,
+    tensors: Mapping[str, torch.Tensor] = NO_TENSORS,
+) -> torch.Tensor:
+    """Logarithm of the softmax's sum over each query's window and the sinks: ``[B, H, Nq]`` float32, -inf: no key."""
+    query, sinks = site.query, slice(plan.sinks)
+    found = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
+    for span in _spans(site, plan):
+        here = query[:, :, span.begin : span.end].float()
+        key_at, row_at = places_of(site, summary, span)
+        keys = logits.applied(_logits(here, site.key.float(), site.scale), key_at, tensors)
+        rows = logits.applied(_logits(here, summary.row_key.float(), site.scale), row_at, tensors)[..., sinks]
+        read = _per_query_head(_rows_read(summary, plan, span), query).unsqueeze(2)[..., sinks]
+        parts = (keys, _in_window(site, span)), (rows, read)
+        both = torch.cat([logit.masked_fill(~seen, float("-inf")) for logit, seen in parts], 3)
+        found[:, :, span.begin : span.end] = both.logsumexp(3)
+    return found
 
 
 def reached(

@@ -33,6 +33,7 @@ PLANS = {
     "routes": Plan(chunk=32, window=16, sinks=3, routes=3),
     "two levels": Plan(chunk=32, window=16, sinks=3, routes=3, coarse=2),
     "residual": Plan(chunk=32, window=16, sinks=3, routes=2, residual=True),
+    "share": Plan(chunk=32, window=16, sinks=3, routes=6, share=0.05),
     "wide clusters": Plan(chunk=64, window=0, sinks=5, routes=2, cluster=32),
     "keep": Plan(chunk=32, window=8, sinks=2, keep=4, routes=0),
     "keep and routes": Plan(chunk=32, window=16, sinks=2, keep=5, routes=3),
@@ -91,7 +92,8 @@ def summary_of(site: Operands, plan: Plan) -> Summary:
 
 def routes_of(site: Operands, summary: Summary, plan: Plan) -> torch.Tensor:
     route = coarse.route if plan.coarse else reference.route
-    return route(site.query, summary, plan, site.causal, site.key.shape[2], site.scale)
+    mass = reference.mass(site, summary, plan) if plan.share else None
+    return route(site.query, summary, plan, site.causal, site.key.shape[2], site.scale, mass=mass)
 
 
 def in_double(site: Operands) -> Operands:

@@ -26,7 +26,7 @@ def site(length: int = LENGTH) -> Operands:
 
 
 EVERYTHING = {
-    "planned": methods.planned(Plan(routes=64, window=0)),
+    "planned": methods.Planned(Plan(routes=64, window=0)),
     "moba": rivals.moba(Plan(routes=64, window=0)),
     "quest": rivals.quest(Plan(routes=64, window=0)),
     "oracle": rivals.oracle(Plan(routes=0), LENGTH),
@@ -46,7 +46,7 @@ def test_a_way_that_attends_everything_is_exact(name: str, first: int) -> None:
 def test_a_tail_attends_as_the_whole_does(name: str) -> None:
     plan = Plan(routes=3, window=0)
     ways = {
-        "planned": methods.planned(plan),
+        "planned": methods.Planned(plan),
         "moba": rivals.moba(plan),
         "quest": rivals.quest(plan),
         "oracle": rivals.oracle(replace(plan, routes=0), 48),
@@ -85,7 +85,7 @@ def test_counted_pairs_are_those_that_attend_reads() -> None:
     plan = Plan(routes=2, window=0, sinks=4, keep=3, method="norm")
     value = torch.eye(LENGTH)[None, None]
     one = site()._replace(query=site().query[:, :1], key=site().key[:, :1], value=value)
-    read = (methods.planned(plan)(one, 0) > 0).sum().item()
+    read = (methods.Planned(plan)(one, 0) > 0).sum().item()
     chunks = LENGTH // plan.chunk
     representatives = sum(plan.chunk * c * plan.chunk // plan.cluster for c in range(chunks))
     counted = methods.pairs(plan, LENGTH, True) - representatives

@@ -286,3 +286,32 @@ def test_empty() -> None:
         q = torch.randn(batch, heads, length, 16)
         for plan in (*PLANS.values(), *EVERYTHING.values()):
             assert ops.prescored(Operands(q, q, q, None, True, 0.25), plan).shape == q.shape
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("length", "chunk", "window"), [(1, 32, 0), (333, 32, 0), (333, 64, 40), (700, 128, 0)])
+def test_mass_and_share(length: int, chunk: int, window: int, causal: bool, dtype: torch.dtype) -> None:
+    plan = Plan(chunk=chunk, window=window, sinks=3, routes=9, share=0.02)
+    site = operands(length, causal=causal, padded=True, dim=24, value_dim=40, dtype=dtype)
+    summary = summary_of(site, plan)
+    mass = cpu.mass(site, summary, plan)
+    torch.testing.assert_close(mass, reference.mass(site, summary, plan), atol=2e-5, rtol=1e-5)
+    got = cpu.route(site.query, summary, plan, causal, length, site.scale, mass)
+    differ = (got != routes_of(site, summary, plan)).any(3)
+    assert differ.float().mean() <= 0.01  # rounding decides there
+
+
+@pytest.mark.parametrize("near", [math.nan, math.inf, -math.inf, 0.0])
+def test_a_share_hides_nothing_that_is_not_finite(near: float) -> None:
+    plan = Plan(chunk=32, window=0, sinks=3, routes=4, share=0.3)
+    site = operands(300)
+    summary = summary_of(site, plan)
+    bias = summary.bias.clone()
+    bias[:, :, 3] = math.nan
+    summary = summary._replace(bias=bias)
+    mass = torch.full(site.query.shape[:3], near)
+    got = cpu.route(site.query, summary, plan, True, 300, site.scale, mass)
+    want = reference.route(site.query, summary, plan, True, 300, site.scale, mass=mass)
+    assert torch.equal(got, want)
+    assert (got[:, :, 64:] == 3).any(3).all()

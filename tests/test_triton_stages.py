@@ -33,11 +33,24 @@ def test_summarize(name: str, padded: bool) -> None:
 def test_route(name: str) -> None:
     plan = PLANS[name]
     site = operands(200, dtype=torch.bfloat16)
-    real = (site.query, *summary_of(site, plan)[:4])
+    mass = torch.empty(site.query.shape[:3]) if plan.share else None
+    real = (site.query, *summary_of(site, plan)[:4], mass)
     with FakeTensorMode():
         tensors = fakes(real, "cuda")
-        graph = graph_of(lambda *t: ops.route(*t, plan.text, True, 200, 0.25, "", []), *tensors)
+        graph = graph_of(lambda *t: ops.route(*t[:5], plan.text, True, 200, 0.25, "", [], t[5]), *tensors)
     assert launched(graph) == (["route", "mark", "union", "route"] if plan.coarse else ["route"])
+
+
+def test_mass() -> None:
+    plan = PLANS["share"]
+    site = operands(200, dtype=torch.bfloat16, padded=True)
+    real = (site.query, site.key, site.valid, *summary_of(site, plan)[4:])
+    with FakeTensorMode():
+        tensors = fakes(real, "cuda")
+        graph = graph_of(lambda *t: ops.mass(*t, plan.text, True, 0.25, "", []), *tensors)
+        got = ops.mass(*tensors, plan.text, True, 0.25, "", [])
+    assert launched(graph) == ["attend"]
+    assert (got.shape, got.dtype, got.device.type) == (site.query.shape[:3], torch.float32, "cuda")
 
 
 def test_a_chunk_that_does_not_fit_takes_the_reference() -> None:

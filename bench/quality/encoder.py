@@ -20,7 +20,7 @@ from torch import Tensor
 from prescore_compile.kernels.plan import Plan
 from prescore_compile.kernels.reference import Operands
 
-from .methods import density, fit, planned
+from .methods import Planned, density, fit
 from .model import Replaced
 from .rivals import Attend
 from .store import RESULTS, Store
@@ -103,7 +103,7 @@ def main() -> None:
     model, tokenizer = load()
     texts = {name: pieces(tokenizer, name) for name in (*HELD_OUT, *CHOSEN_ON)}
     wanted = {name: embed(model, ids, exact) for name, ids in texts.items()}
-    everything = embed(model, texts["news"], planned(Plan(window=None, routes=0, sinks=0)))
+    everything = embed(model, texts["news"], Planned(Plan(window=None, routes=0, sinks=0)))
     assert (everything - wanted["news"]).abs().max() < 1e-4, "the plan that keeps everything is not exact"
     for target in DENSITIES:
         for method, plan in plans(target):
@@ -112,7 +112,7 @@ def main() -> None:
                 key = {"part": "encoder", "text": name, "method": method, "density": spent, "target": target}
 
                 def run(plan: Plan = plan, ids: Tensor = ids, name: str = name) -> dict[str, float]:
-                    cosine = (embed(model, ids, planned(plan)) * wanted[name]).sum(1)
+                    cosine = (embed(model, ids, Planned(plan)) * wanted[name]).sum(1)
                     return {"cosine": cosine.mean().item(), "worst": cosine.min().item(), "plan": plan.text}  # type: ignore[dict-item]
 
                 store.measure(key, run)

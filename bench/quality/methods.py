@@ -27,41 +27,58 @@ class Method:
     density: float
 
 
-def planned(plan: Plan) -> Attend:
-    """The project's own attention, by its compiled CPU kernels."""
+class Planned:
+    """The project's own attention, by its compiled CPU kernels; counts the clusters that queries route to."""
 
-    def attend(site: Operands, first: int) -> torch.Tensor:
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.queries = self.routed = 0
+
+    def __call__(self, site: Operands, first: int) -> torch.Tensor:
         query, key, value, valid, causal, scale = site
+        plan = self.plan
         scores = summaries.score(query, key, valid, plan, causal, scale) if plan.keep else None
         summary = summaries.summarize(key, value, valid, scores, plan, cpu.clusters)
         asked = query[:, :, first:]
-        routes = cpu.route(asked, summary, plan, causal, key.shape[2], scale) if plan.routes else _none(asked)
-        return cpu.attend(site._replace(query=asked), summary, routes, plan)
+        part = site._replace(query=asked)
+        mass = cpu.mass(part, summary, plan) if plan.share else None
+        routes = cpu.route(asked, summary, plan, causal, key.shape[2], scale, mass) if plan.routes else _none(asked)
+        self.queries += routes[..., :1].numel()
+        self.routed += int((routes >= 0).sum())
+        return cpu.attend(part, summary, routes, plan)
 
-    return attend
+    def density(self, length: int) -> float:
+        """What was spent, where every query of that many tokens was asked."""
+        return density(self.plan, length, routed=self.routed / max(self.queries, 1))
 
 
-def pairs(plan: Plan, length: int, causal: bool) -> float:
-    """(query, key or row) pairs of a head, counted; a mean and a spread of a cluster count as one pair."""
-    total = 0.0
+def pairs(plan: Plan, length: int, causal: bool, routed: float | None = None) -> float:
+    """(query, key or row) pairs of a head, counted; a mean and a spread of a cluster count as one pair.
+
+    ``routed``: clusters that a query routes to, on average; None: as many as it may. A share is of a sum over window
+    and sinks, whose logits, without values, count as half a pair each.
+    """
+    near = 1.5 if plan.share else 1.0
+    total = 0.0 if routed is None else routed * plan.cluster * length
     for span in spans(plan, causal, length, length, 1024):
         rows = plan.sinks * (span.finished > 0)
         rows += len(segments(span.finished)) * plan.rows_per_segment
         seen = min(span.finished * plan.chunk, length) if causal else length - (span.high - span.low)
         eligible = seen // plan.cluster if plan.routes else 0
-        per_query = min(rows, seen) + min(plan.routes, eligible) * plan.cluster + eligible
+        per_query = min(rows, seen) + eligible + (near - 1) * plan.sinks * (span.finished > 0)
+        per_query += min(plan.routes, eligible) * plan.cluster if routed is None else 0
         per_query += max(eligible - plan.routes, 0) if plan.residual else 0
         total += per_query * (span.end - span.begin)
         if causal:
-            total += sum(i + 1 - span.low for i in range(span.begin, span.end))
+            total += near * sum(i + 1 - span.low for i in range(span.begin, span.end))
         else:
-            total += (span.high - span.low) * (span.end - span.begin)
+            total += near * (span.high - span.low) * (span.end - span.begin)
     return total
 
 
-def density(plan: Plan, length: int, causal: bool = True) -> float:
+def density(plan: Plan, length: int, causal: bool = True, routed: float | None = None) -> float:
     """``pairs`` over those of exact attention."""
-    return pairs(plan, length, causal) / (length * (length + 1) / 2 if causal else length * length)
+    return pairs(plan, length, causal, routed) / (length * (length + 1) / 2 if causal else length * length)
 
 
 def fit(make: Callable[[int], Plan], target: float, length: int, causal: bool = True, high: int = 4096) -> Plan:
@@ -117,7 +134,7 @@ def methods(length: int, target: float) -> Iterator[Method]:
     """Every method at this density: the ones that matter most first."""
     plans = dict(own(length, target))
     for name, plan in plans.items():
-        yield Method(name, planned(plan), density(plan, length))
+        yield Method(name, Planned(plan), density(plan, length))
     routed = plans["default (routes)"]
     for name, attend in (
         ("MoBA-like (mean of runs)", rivals.moba(routed)),

@@ -20,7 +20,7 @@ from prescore_compile import smollm
 from prescore_compile.kernels.plan import Plan
 
 from . import language
-from .methods import Method, density, fit, planned
+from .methods import Method, Planned, density, fit
 from .store import RESULTS, Store
 from .texts import CHOSEN_ON
 
@@ -59,7 +59,7 @@ def candidates(length: int, target: float) -> Iterator[Method]:
 
         plan = fit(make, target, length)
         name = f"{100 * target:.0f} %: {name}" if target < 0.15 else name
-        yield Method(f"{name}, {plan.routes} routes", planned(plan), density(plan, length))
+        yield Method(f"{name}, {plan.routes} routes", Planned(plan), density(plan, length))
 
 
 def main() -> None:

@@ -18,7 +18,28 @@ inline ivec rank_of(vec x) {
   return x == x ? key : isplat(TOP_RANK);
 }
 
-constexpr int32_t LOWEST_RANK = (int32_t)0x807fffff;  // of -inf: what may not be chosen
+constexpr int32_t LOWEST_RANK = (int32_t)0x807fffff;   // of -inf: what may not be chosen
+constexpr int32_t INFINITE_RANK = (int32_t)0x7f800000;  // of +inf
+
+inline vec score_of(ivec rank) { return (vec)(rank ^ ((rank >> 31) & 0x7fffffff)); }
+
+// Natural logarithm of exp(base) + sum exp(score) over `count` ranks (whole vectors); NaN counts as +inf.
+inline float log_sum(const int32_t* from, int64_t count, float base) {
+  ivec best = isplat(LOWEST_RANK);
+  for (int64_t c = 0; c < count; c += L) {
+    const ivec r = iload(from + c);
+    best = r > best ? r : best;
+  }
+  int32_t most = LOWEST_RANK;
+  for (int i = 0; i < L; ++i) most = std::max<int32_t>(most, best[i]);
+  if (most >= INFINITE_RANK) return base != base ? base : std::numeric_limits<float>::infinity();
+  const float top = most == LOWEST_RANK || base > score_of(isplat(most))[0] ? base : score_of(isplat(most))[0];
+  if (!(top > NEG_INF) || top == std::numeric_limits<float>::infinity()) return top;
+  vec total = {};
+  for (int64_t c = 0; c < count; c += L)
+    total += exp2_vec((score_of(iload(from + c)) - top) * (float)1.44269504088896340736);
+  return top + std::log(sum_lanes(total) + std::exp(base - top));
+}
 
 struct Chooser {
   std::vector<int32_t> best, rank, place;
@@ -66,15 +87,14 @@ struct Chooser {
     return taken;
   }
 
-  // The places of the `want` best of `count` ranks (whole vectors), ascending, then -1; LOWEST_RANK
+  // The places of the `want` best of `count` ranks (whole vectors) above `bar`, ascending, then -1; LOWEST_RANK
   // is never chosen, ties go to the earlier.
   //
   // Among the maxima of GROUP vectors, lane by lane, `want` above a bar mean that at least so many
   // ranks are, and hardly any rank that is not among the best is: only those are looked at closely.
-  void choose(const int32_t* from, int64_t count, int64_t want, int32_t* out) {
+  void choose(const int32_t* from, int64_t count, int64_t want, int32_t* out, int32_t bar) {
     constexpr int64_t GROUP = 4;
-    int32_t bar = LOWEST_RANK;
-    if (count >= 4 * GROUP * want) {
+    if (count >= 4 * GROUP * want && (bar == LOWEST_RANK || above(from, count, bar) > want)) {
       const int64_t groups = count / (GROUP * L);
       best.resize(groups * L);
       for (int64_t group = 0; group < groups; ++group) {
@@ -86,7 +106,7 @@ struct Chooser {
         istore(&best[group * L], most);
       }
       if (above(best.data(), groups * L, LOWEST_RANK) > want)
-        bar = bar_of(best.data(), groups * L, want, want + want / 4) - 1;
+        bar = std::max(bar, bar_of(best.data(), groups * L, want, want + want / 4) - 1);
     }
     const int64_t candidates = collect(from, count, bar);
     int64_t taken = 0;

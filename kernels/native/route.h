@@ -11,7 +11,7 @@ namespace prescore {
 struct Route {
   const Geometry& g;
   View query;
-  const float *mean, *spread, *bias;
+  const float *mean, *spread, *bias, *mass;  // mass: [batch, head, query], or null
   int32_t* routes;
 
   static constexpr int V = 2, BLOCK = V * L;          // clusters scored at once
@@ -80,6 +80,13 @@ struct Route {
     }
   };
 
+  // What a query's ranks must be above: the least share of its softmax, if one is asked for.
+  int32_t bar_of(const int32_t* rank, int64_t count, int64_t at) const {
+    if (!mass) return LOWEST_RANK;
+    const float least = log_sum(rank, count, mass[at]) + (float)g.log_share;
+    return least > NEG_INF ? rank_of(splat(least))[0] - 1 : LOWEST_RANK;  // NaN hides nothing
+  }
+
   void run(int64_t task, Scratch& s) const {
     const Span span = tiles[task % tiles.size()];
     const int64_t bh = task / tiles.size(), b = bh / g.kv_heads, kv = bh % g.kv_heads;
@@ -113,8 +120,8 @@ struct Route {
     for (int64_t r = 0; r < rows; ++r) {
       int32_t* rank = &s.rank[r * blocks * BLOCK];
       for (int64_t c = low; c < std::min(hole, last * BLOCK); ++c) rank[c] = LOWEST_RANK;
-      s.chooser.choose(rank, last * BLOCK, g.routes,
-                       routes + ((b * g.heads + head(r)) * g.q_len + position(r)) * g.routes);
+      const int64_t at = (b * g.heads + head(r)) * g.q_len + position(r);
+      s.chooser.choose(rank, last * BLOCK, g.routes, routes + at * g.routes, bar_of(rank, last * BLOCK, at));
     }
   }
 };

@@ -14,7 +14,7 @@ extern "C" {
 struct Geometry {
   int64_t batch, heads, kv_heads, q_len, k_len, dim, value_dim;
   int64_t chunk, cluster, window, causal, sinks, keep, centroids, routes, residual, tile, threads;
-  double scale;
+  double scale, log_share;  // log_share: natural, -inf: none
 };
 
 struct View {  // a [batch, head, position, feature] tensor; features are contiguous

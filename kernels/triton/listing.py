@@ -11,6 +11,7 @@ from . import loops, options, residual
 from .attend import attend_source, merge_source
 from .attend_backward import d_query_source, residual_source, routes_source, rows_source, window_source
 from .clusters import ClusterSpec, cluster_source, fits
+from .mass import FEATURES
 from .route import route_source
 from .route import spec_of as route_spec
 from .spec import DTYPES, NOTHING, Lifted, Spec
@@ -94,12 +95,22 @@ def all_sources(forward: Spec, site: str) -> dict[str, str]:
     if plan.routes and fits(plan, forward.dim, forward.value_dim):
         clusters = ClusterSpec(dim=forward.dim, value_dim=forward.value_dim, plan=forward.plan, valid=forward.valid)
         found["cluster"] = cluster_source(clusters)
+    if plan.share:
+        found["mass"] = attend_source(mass_spec(forward))
     if plan.routes and plan.window is not None:
         found["route"] = route_source(route_spec_of(forward), plan.chunk // plan.cluster, False)
     found |= forward_sources(forward) | backward_sources(backward_spec(forward))
     if site:
         found = {name: text.replace("\n", f"\n# module: {site}\n", 1) for name, text in found.items()}
     return found
+
+
+def mass_spec(forward: Spec) -> Spec:
+    """The spec of the attend kernel that gives the sum over window and sinks; see ``mass``."""
+    features = min(FEATURES, forward.dim)
+    tile = options.forward(forward.target, forward.dtype, forward.dim, features, 0)
+    near = forward.settings.near.text
+    return replace(forward, plan=near, value_dim=features, routes=False, splits=1, tile=tile)
 
 
 def route_spec_of(forward: Spec) -> Spec:

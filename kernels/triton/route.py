@@ -13,12 +13,15 @@ and 52 in the second (counted in the binary); an index would double every exchan
 both walks are 8 D flops of tensor cores a pair. More routes than ``SORTED`` take their threshold by
 bisection over the bits of a float instead: 34 walks in all.
 
+A ``share`` raises the threshold: the first walk also sums the exponentials of all scores, as it goes.
+
 With ``listed`` chunks (two levels) a tile walks only over the clusters of the chunks that any of its
 rows chose, and each row counts its own; see ``kernels.coarse``.
 """
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import replace
@@ -73,13 +76,17 @@ def route(
     own_mean = mean + pair * clusters * DIM
     own_spread = spread + pair * clusters * DIM
     own_bias = bias + pair * clusters
-    own_routes = routes + ((batch * kv_heads * GROUP + head) * q_len + query_at) * route_count
+    row = (batch * kv_heads * GROUP + head) * q_len + query_at
+    own_routes = routes + row * route_count
+    near = tl.load(mass + row, mask=live, other=float("-inf"))  #? share
     stop = tl.maximum(block, 0) * PER_CHUNK  #? causal and not listed
     stop = clusters  #? not causal and not listed
     list_at = (pair * tiles + tile) * list_size  #? listed
     stop = tl.load(listed_count + pair * tiles + tile) * PER_CHUNK  #? listed
 
+    $start
     $threshold
+    $bar
     place = tl.arange(0, $wide)
 
     # Write what is above the threshold, and the first of its equals.
@@ -137,11 +144,34 @@ outside = (first_key[None, :] < low[:, None]) | (first_key[None, :] >= high[:, N
 score = tl.where(outside, score, float("-inf"))  #? sides
 """
 
+START = """
+# The exponentials of the scores, and of what the query attends anyway: their sum, over that of the largest.
+most = near
+total = tl.where(near > float("-inf"), 1.0, 0.0)
+"""
+
+SUM = """
+larger = tl.maximum(most, tl.max(score, 1))
+level = tl.where(larger == float("-inf"), 0.0, larger)
+total = total * tl.exp(most - level) + tl.sum(tl.exp(score - level[:, None]), 1)
+most = larger
+"""
+
+BAR = """
+# The least score of a cluster that is expected to have $share of the softmax; NaN hides nothing.
+none = (near != near) | (total == 0.0)
+bar = tl.where(most == float("inf"), most, most + tl.log(tl.where(none, 1.0, total)) + $log_share)
+bar = tl.where(none, float("-inf"), bar)
+equal_count = tl.where(bar > threshold, route_count, equal_count)
+threshold = tl.maximum(threshold, bar)
+"""
+
 BY_SORTING = """
 # The best scores of each row so far, the largest first.
 best = tl.full([ROWS] + [2] * $log, float("-inf"), tl.float32)
 for begin in range(0, stop, COLUMNS):
     $score
+    $sum
     rise = tl.reshape(score, [ROWS] + [2] * $log)
     $rising
     best = tl.maximum(best, rise)
@@ -155,6 +185,9 @@ equal_count = route_count - above_count
 """
 
 BY_BISECTION = """
+for begin in range(0, stop, COLUMNS):  #? share
+    $score  #? share
+    $sum  #? share
 # Floats, mapped to integers of the same order, from that of -inf upwards.
 least = tl.full([ROWS], -2139095041, tl.int64)
 count = tl.zeros([ROWS], tl.int32)
@@ -207,7 +240,15 @@ def route_source(spec: Spec, per_chunk: int, listed: bool) -> str:
     """Source of ``route``: over ``per_chunk`` representatives a chunk, all or those of listed chunks."""
     plan = spec.settings
     wide = columns(plan)
-    own = ["query", "mean", "spread", "bias", "routes", *["listed", "listed_rows", "listed_count"] * listed]
+    own = [
+        "query",
+        "mean",
+        "spread",
+        "bias",
+        *["mass"] * bool(plan.share),
+        "routes",
+        *["listed", "listed_rows", "listed_count"] * listed,
+    ]
     own += ["query_b", "query_h", "query_n", "kv_heads", "q_len", "k_len", *["first_block"] * spec.aligned]
     own += ["clusters", "route_count", *["list_size"] * listed, "tiles", "scale"]
     loads, strides = mask_parameters(spec)
@@ -221,6 +262,10 @@ def route_source(spec: Spec, per_chunk: int, listed: bool) -> str:
         per_chunk=per_chunk,
         listed=listed,
         sides=not spec.causal and plan.window != 0,
+        share=plan.share,
+        log_share=math.log(plan.share) if plan.share else 0.0,
+        start=START if plan.share else "",
+        sum=SUM if plan.share else "",
         exact=spec.dtype == "float32",
         precision=precision(spec),
         wide_type=widened(spec.dtype),
@@ -230,6 +275,7 @@ def route_source(spec: Spec, per_chunk: int, listed: bool) -> str:
     sort = plan.routes <= SORTED
     bits = order_of_bits(wide)
     parts |= dict(rising=rising("rise", bits), falling=falling("best", bits), rank=rank("place", bits))
+    parts["bar"] = fill(BAR, parts) if plan.share else ""
     parts["threshold"] = fill(BY_SORTING if sort else BY_BISECTION, parts)
     about = {"plan": spec.plan, "stage": "route, " + ("of listed chunks" if listed else "all of a level")}
     return source("route", about, (EXCHANGE if sort else "") + fill(KERNEL, parts))
@@ -244,16 +290,17 @@ def route(
     scale: float,
     lifted: Lifted = NOTHING,
     tensors: Mapping[str, torch.Tensor] | None = None,
+    mass: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``reference.route``, or ``coarse.route`` where the plan has two levels.
 
     ``lifted`` says which chunks a query can reach and what is added there (``logits.Logits.reach``), ``tensors``
-    what it reads.
+    what it reads; ``mass`` is needed with a ``share``.
     """
-    more = (lifted, tensors or {})
+    more = (lifted, tensors or {}, mass)
     if not plan.coarse or plan.window is None:
         return _walk(query, summary, plan, causal, k_len, scale, plan.chunk // plan.cluster, {}, *more)
-    first = Plan(**plan.settings() | {"routes": plan.coarse, "coarse": 0})
+    first = Plan(**plan.settings() | {"routes": plan.coarse, "coarse": 0, "share": 0.0})
     found = _walk(query, coarse(summary, plan), first, causal, k_len, scale, 1, {}, *more)
     spec = spec_of(query, summary.mean.shape[1], first, causal, target())
     heads = summary.mean.shape[1]
@@ -282,6 +329,7 @@ def _walk(
     lists: dict[str, Any],
     lifted: Lifted,
     tensors: Mapping[str, torch.Tensor],
+    mass: torch.Tensor | None,
 ) -> torch.Tensor:
     batch, heads, q_len, _ = query.shape
     kv_heads, clusters = summary.mean.shape[1:3]
@@ -294,7 +342,7 @@ def _walk(
     if query.stride(3) != 1:
         query = query.contiguous()
     values = dict(
-        query=query, mean=summary.mean, spread=summary.spread, bias=summary.bias, routes=routes,
+        query=query, mean=summary.mean, spread=summary.spread, bias=summary.bias, mass=mass, routes=routes,
         query_b=query.stride(0), query_h=query.stride(1), query_n=query.stride(2), kv_heads=kv_heads,
         q_len=q_len, k_len=k_len, first_block=spec.first_block(q_len, k_len) if spec.aligned else 0,
         clusters=clusters, route_count=count, tiles=tiles, scale=scale,

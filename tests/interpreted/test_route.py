@@ -12,6 +12,7 @@ from prescore_compile.kernels import coarse, reference
 from prescore_compile.kernels.plan import Plan
 from prescore_compile.kernels.reference import Operands
 from prescore_compile.kernels.summary import Summary
+from prescore_compile.kernels.triton.mass import mass
 from prescore_compile.kernels.triton.route import route, route_source, spec_of
 
 ROUTED = {name: plan for name, plan in PLANS.items() if plan.routes and not plan.coarse}
@@ -20,7 +21,8 @@ ROUTED = {name: plan for name, plan in PLANS.items() if plan.routes and not plan
 def check(site: Operands, summary: Summary, plan: Plan) -> torch.Tensor:
     """The same routes, but where rounding decides between scores that are nearly equal."""
     length = site.key.shape[2]
-    got = route(site.query, summary, plan, site.causal, length, site.scale)
+    mass = reference.mass(site, summary, plan) if plan.share else None
+    got = route(site.query, summary, plan, site.causal, length, site.scale, mass=mass)
     want = routes_of(site, summary, plan)
     assert got.shape == want.shape and got.dtype == want.dtype
     assert torch.equal(got >= 0, want >= 0)
@@ -38,6 +40,35 @@ def check(site: Operands, summary: Summary, plan: Plan) -> torch.Tensor:
 def test_routes_are_the_references(name: str, length: int, heads: int, kv_heads: int, causal: bool) -> None:
     site = operands(length, heads=heads, kv_heads=kv_heads, causal=causal, padded=length > 100, dim=20)
     check(site, summary_of(site, ROUTED[name]), ROUTED[name])
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("length", "window"), [(1, 0), (97, 0), (150, 16)])
+def test_mass(length: int, window: int, causal: bool) -> None:
+    plan = Plan(chunk=32, window=window, sinks=3, routes=4, share=0.05)
+    site = operands(length, causal=causal, padded=length > 100, dim=20)
+    summary = summary_of(site, plan)
+    torch.testing.assert_close(mass(site, summary, plan), reference.mass(site, summary, plan), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("settings", [{}, {"coarse": 3}, {"routes": 70}])
+def test_share(settings: dict[str, int]) -> None:
+    """Also on two levels and by bisection; with a NaN that every query must meet, and one of infinite mass."""
+    plan = Plan(**Plan(chunk=32, window=0, sinks=3, routes=6, share=0.1).settings() | settings)
+    site = operands(300, batch=1, heads=2, kv_heads=1)
+    summary = summary_of(site, plan)
+    found = check(site, summary, plan)
+    every = routes_of(site, summary, Plan(**plan.settings() | {"share": 0.0}))
+    assert 0.1 < (found >= 0).sum() / (every >= 0).sum() < 0.9
+    near = torch.zeros(site.query.shape[:3])
+    near[:, :, 200], near[:, :, 201] = math.inf, -math.inf
+    bias = summary.bias.clone()
+    bias[:, :, 3] = math.nan
+    tainted = summary._replace(bias=bias)
+    implementation = coarse.route if plan.coarse else reference.route
+    got = route(site.query, tainted, plan, True, 300, site.scale, mass=near)
+    assert torch.equal(got, implementation(site.query, tainted, plan, True, 300, site.scale, mass=near))
+    assert (got[:, :, 64:] == 3).any(3).all()
 
 
 @pytest.mark.parametrize("causal", [False, True])
