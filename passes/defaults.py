@@ -19,12 +19,12 @@ TWO_SIDED_ON_A_GPU = replace(TWO_SIDED, chunk=256)
 """The same, cut from chunks that a kernel clusters."""
 
 
-def default_plan(causal: bool, device: str) -> Plan:
-    """The plan of a site on a kind of device.
+def default_plan(causal: bool, device: str, pairs: bool = False) -> Plan:
+    """The plan of a site on a kind of device; ``pairs``: a mask, bias or softcap rules centroids out.
 
     On a GPU a causal site has ``Plan()``: with ``CAUSAL`` a tile reads more routed keys, and routing to 33
     clusters spills registers at D = 128 (docs/triton.md).
     """
     if device == "cpu":
         return CAUSAL if causal else TWO_SIDED
-    return Plan() if causal else TWO_SIDED_ON_A_GPU
+    return Plan() if causal or pairs else TWO_SIDED_ON_A_GPU
