@@ -35,10 +35,11 @@ from prescore_compile.kernels.ops import _empty_summary
 from prescore_compile.kernels.plan import Plan
 from prescore_compile.kernels.reference import Operands
 from prescore_compile.kernels.summary import Summary
-from prescore_compile.kernels.triton import attend, attend_backward, clusters, mass, route, union
+from prescore_compile.kernels.triton import attend, attend_backward, clusters, mass, residual, route, union
+from prescore_compile.passes.defaults import CAUSAL, TWO_SIDED_ON_A_GPU
 
 RESULTS = Path(__file__).parent / "results" / "triton-aot.json"
-MODULES = (attend, attend_backward, clusters, route, union)
+MODULES = (attend, attend_backward, clusters, residual, route, union)
 
 SHARED = {"sm_80": 166912, "sm_90": 232448, "gfx942": 65536}
 """Bytes of shared memory that one program may have."""
@@ -82,6 +83,11 @@ VARIANTS = {
     "centroids 64": Variant(plan=Plan(keep=24, centroids=8, routes=0, window=0), causal=False),
     "few queries 128": Variant(dim=128, queries=1, backward=False),
     "two levels 128": Variant(plan=Plan(coarse=32), dim=128, group=4, backward=False),
+    "residual 64": Variant(plan=TWO_SIDED_ON_A_GPU, causal=False, default=True),
+    "residual 128": Variant(plan=TWO_SIDED_ON_A_GPU, causal=False, dim=128, group=4, default=True),
+    "causal residual 128": Variant(plan=Plan(window=0, residual=True), dim=128, group=4),
+    "chunk 256 64": Variant(plan=CAUSAL),
+    "chunk 256 128": Variant(plan=CAUSAL, dim=128, group=4),
     "64 routes": Variant(plan=Plan(routes=64), backward=False),
     "share 64": Variant(plan=Plan(routes=64, share=0.001), backward=False),
     "many routes": Variant(plan=Plan(routes=200, cluster=32), backward=False),
@@ -217,7 +223,7 @@ def broken(name: str, target: str, kernels: dict[str, dict[str, int]]) -> list[s
     return found
 
 
-WITHOUT_PRODUCTS = ("cluster", "mark", "union", "merge")
+WITHOUT_PRODUCTS = ("cluster", "mark", "union", "centroids", "merge")
 """Kernels whose source has no product of matrices."""
 
 

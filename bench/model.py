@@ -139,7 +139,11 @@ def attend(site: Site) -> Work:
     pairs += min(routed, pairs) * (site.union - 1)
     # Sorting a tile's routes: each is read, written and read again.
     lists = 12 * site.rows * plan.routes
-    return Work(2 * pairs * _features(site), 0, _operands(site) + lists, 1 + 2 * bool(plan.routes), ATTEND_SHARE)
+    traffic = _operands(site) + lists
+    if plan.residual:  # the centroids' members
+        traffic += NUMBER_BYTES * site.keys * _features(site)
+    launches = 1 + 2 * bool(plan.routes) + plan.residual
+    return Work(2 * pairs * _features(site), 0, traffic, launches, ATTEND_SHARE)
 
 
 def stages(site: Site, device: Device) -> dict[str, float]:

@@ -355,7 +355,7 @@ def attend_forward(
     The sums are ``[B, H, Nq]`` float32, +inf for a query without keys; where no generated kernel runs, ``[0]``.
     """
     rows = (row_index, row_owner, row_key, row_value, row_bias)
-    if not _attended(query, plan):
+    if not _generated(query):
         out = attend_eager(query, key, value, valid, order, routes, *rows, plan, causal, scale, logits, tensors)
         return out, query.new_empty(0, dtype=torch.float32)
     from .triton import attend as generated
@@ -370,7 +370,7 @@ def attend_forward(
 @attend_forward.register_fake
 def _(query, key, value, valid, order, routes, index, owner, row_key, row_value, row_bias, plan, *rest):  # type: ignore[no-untyped-def]
     batch, heads, length, _ = query.shape
-    sums = (batch, heads, length) if _attended(query, plan) else (0,)
+    sums = (batch, heads, length) if _generated(query) else (0,)
     out = query.new_empty(batch, length, heads, value.shape[3]).transpose(1, 2)
     return out, query.new_empty(sums, dtype=torch.float32)
 
@@ -458,7 +458,7 @@ def attend_backward(
     ``out`` and ``sums`` are what ``attend_forward`` returned.
     """
     rows = (row_index, row_owner, row_key, row_value, row_bias)
-    if not _attended(query, plan):
+    if not _generated(query):
         more = (plan, causal, scale, logits, tensors)
         return attend_backward_eager(grad, query, key, value, valid, order, routes, *rows, *more)
     from .triton import attend_backward as generated
@@ -531,11 +531,6 @@ def _compiled(query: Tensor) -> bool:
 def _generated(query: Tensor) -> bool:
     """Whether the generated kernels run: on a GPU that they are written for."""
     return query.dtype in cpu.DTYPES and not device.why_not(query.device)
-
-
-def _attended(query: Tensor, plan: str) -> bool:
-    """Whether the generated kernels attend: they read no residual yet."""
-    return _generated(query) and not Plan.parse(plan).residual
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

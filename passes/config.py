@@ -87,11 +87,11 @@ class Config(Plan):
                 raise OptionError(key, value, "no such option; the options are " + ", ".join(known))
         return cls(**(options or {}))
 
-    def plan_for(self, causal: bool, device: str) -> Plan:
+    def plan_for(self, causal: bool, device: str, pairs: bool = False) -> Plan:
         """The plan of a rewritten site, where ``plan`` gives none: the settings, or if none was set the default of
-        the site's kind; ``device``: "cpu", "cuda"."""
+        the site's kind; ``device``: "cpu", "cuda"; ``pairs``: see ``default_plan``."""
         own = Plan(**self.settings())
-        return default_plan(causal, device) if own == Plan() else own
+        return default_plan(causal, device, pairs) if own == Plan() else own
 
     @property
     def site_plans(self) -> Calibration | None:

@@ -65,7 +65,8 @@ def _planned(attention: Attention, mask: Mask, config: Config, key: str) -> tupl
     """The site's plan, or why there is none."""
     plans = config.site_plans
     if plans is None:
-        return config.plan_for(mask.causal, value_of(attention.query.node).device.type), ""
+        pairs = logits_of(attention, mask) != NOTHING
+        return config.plan_for(mask.causal, value_of(attention.query.node).device.type, pairs), ""
     shape = _shape(attention, mask.causal)
     sizes = {name: getattr(shape, name) for name in ("heads", "kv_heads", "head_dim", "value_dim", "causal")}
     return plans.find(SiteKey(key, **sizes))
@@ -151,9 +152,6 @@ def _unsupported(site: Site) -> str:
 
 
 def _lengths(attention: Attention, mask: Mask, config: Config, plan: Plan) -> str:
-    where = value_of(attention.query.node).device.type
-    if plan.residual and where != "cpu":
-        return f"unsupported_plan: residual on {where}"
     q_len, length = attention.size(attention.q), attention.size(attention.k)
     same = known_equal(q_len, length)
     if not same and not mask.causal and plan.window is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from ..kernels.plan import Plan
 
 CAUSAL = Plan(chunk=256, window=0, routes=64, share=0.001)
@@ -13,11 +15,16 @@ TWO_SIDED = Plan(chunk=512, window=0, sinks=1, cluster=32, routes=12, residual=T
 to must stand in as centroids; no key is special by its nearness."""
 
 
-def default_plan(causal: bool, device: str) -> Plan:
-    """The plan of a site on a kind of device.
+TWO_SIDED_ON_A_GPU = replace(TWO_SIDED, chunk=256)
+"""The same, cut from chunks that a kernel clusters."""
 
-    On a GPU it is ``Plan()``: chunks of 256 keys spill registers there, and no kernel reads a residual yet.
+
+def default_plan(causal: bool, device: str, pairs: bool = False) -> Plan:
+    """The plan of a site on a kind of device; ``pairs``: a mask, bias or softcap rules centroids out.
+
+    On a GPU a causal site has ``Plan()``: with ``CAUSAL`` a tile reads more routed keys, and routing to 33
+    clusters spills registers at D = 128 (docs/triton.md).
     """
-    if device != "cpu":
-        return Plan()
-    return CAUSAL if causal else TWO_SIDED
+    if device == "cpu":
+        return CAUSAL if causal else TWO_SIDED
+    return Plan() if causal or pairs else TWO_SIDED_ON_A_GPU

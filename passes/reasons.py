@@ -25,7 +25,6 @@ REASONS = {
     "function_transform": "Inside torch.func (grad, vmap, ...), with which the operators' gradients do not compose.",
     "unsupported_device": "There are kernels for CPUs and, through Triton, for NVIDIA GPUs of compute capability 8.0 "
     "or newer and AMD GPUs.",
-    "unsupported_plan": "The plan asks for what there is no kernel for on this device: leave it out, or give none.",
     "no_compiler": "The CPU kernels need a C++ compiler: install g++ or clang++, or set CXX.",
     "unsupported_heads": "Query heads are not a multiple of key/value heads, or keys and values differ in heads.",
     "unsupported_head_dim": "Heads of more than 256 features.",

@@ -16,8 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from prescore_compile.kernels import ops
-from prescore_compile.kernels.plan import OptionError, Plan
-from prescore_compile.kernels.triton import device, listing
+from prescore_compile.kernels.plan import Plan
+from prescore_compile.kernels.triton import device
 from prescore_compile.passes import Config, rewrite
 
 pytest.importorskip("triton")
@@ -90,14 +90,11 @@ def fakes(tensors: tuple[Any, ...], device: str) -> tuple[Any, ...]:
     return tuple(None if t is None else torch.empty(t.shape, dtype=t.dtype, device=device) for t in tensors)
 
 
-ATTENDED = [name for name, plan in PLANS.items() if not plan.residual]
-
-
 def prefixed(plan: Plan) -> list[str]:
-    return ["mark", "union"] if plan.routes else []
+    return ["mark", "union"] * bool(plan.routes) + ["centroids"] * plan.residual
 
 
-@pytest.mark.parametrize("name", ATTENDED)
+@pytest.mark.parametrize("name", PLANS)
 def test_forward_on_a_gpu(name: str) -> None:
     plan = PLANS[name]
     real = arguments(plan)
@@ -110,7 +107,7 @@ def test_forward_on_a_gpu(name: str) -> None:
     assert out.device.type == "cuda" and out.transpose(1, 2).is_contiguous()
 
 
-@pytest.mark.parametrize("name", ATTENDED)
+@pytest.mark.parametrize("name", PLANS)
 def test_backward_on_a_gpu(name: str) -> None:
     plan = PLANS[name]
     real = arguments(plan)
@@ -122,7 +119,8 @@ def test_backward_on_a_gpu(name: str) -> None:
             graph_of(lambda *t: ops.attend_backward(*t, plan.text, True, 0.25, "", []), out, out, sums, *tensors)
         )
     rows = ["d_sinks"] + ["d_segments"] * bool(plan.rows_per_segment)
-    assert list(seen) == [*prefixed(plan), "d_query", "d_window", *["d_routes"] * bool(plan.routes), *rows]
+    routed = ["d_residual"] * plan.residual + ["d_routes"] * bool(plan.routes)
+    assert list(seen) == [*prefixed(plan), "d_query", "d_window", *routed, *rows]
     for kernel, written in seen.items():
         if kernel.startswith("d_"):
             assert written <= {"d_query", "d_key", "d_value"}, f"{kernel} writes {written}"
@@ -175,12 +173,10 @@ def test_on_a_cpu_the_compiled_kernel_stays() -> None:
     assert [n.target for n in graph.nodes if "prescore" in str(n.target)] == [torch.ops.prescore.attend_eager.default]
 
 
-def test_a_residual_is_kept_exact_on_a_gpu() -> None:
-    gm = fx.symbolic_trace(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True))
+def test_a_residual_is_taken_on_a_gpu() -> None:
+    gm = fx.symbolic_trace(lambda q, k, v: F.scaled_dot_product_attention(q, k, v))
     with FakeTensorMode() as mode:
         q = torch.empty(1, 32, 32768, 64, device="cuda", dtype=torch.bfloat16)
     FakeTensorProp(gm, mode).propagate_dont_convert_inputs(q, q, q)
-    _, report = rewrite(gm, Config(residual=True))
-    assert report.sites[0].reason == "unsupported_plan: residual on cuda"
-    with pytest.raises(OptionError, match="residual"):
-        listing.spec(Plan(residual=True), dim=64)
+    _, report = rewrite(gm, Config(residual=True, window=0, cluster=32, routes=12))
+    assert [site.decision for site in report.sites] == ["rewrite"], report.sites[0].reason

@@ -1,4 +1,4 @@
-"""The attend kernel: one softmax over window, rows and routes, as ``kernels.reference`` defines it.
+"""The attend kernel: one softmax over window, rows, routes and residual, as ``kernels.reference`` defines it.
 
 One program attends one tile of queries of one KV head, in the manner of FlashAttention-2 (Dao
 2023): the softmax is kept up to date while keys go by, so that no logits are ever in memory.
@@ -14,7 +14,7 @@ import torch
 from ..plan import Plan
 from ..reference import Operands
 from ..summary import Summary
-from . import loops, options
+from . import loops, options, residual
 from .cache import launch, load
 from .render import fill, source
 from .spec import DTYPES, NOTHING, Lifted, Spec
@@ -45,6 +45,8 @@ def attend(
     $rows
 
     $routes
+
+    $residual
 
     # A query without any key gives 0.
     none = total == 0.0
@@ -154,6 +156,7 @@ def attend_source(spec: Spec) -> str:
         window=loops.window(spec, update, taint=True),
         rows=loops.rows(spec, update, taint=True),
         routes=loops.routes(spec, update, taint=True),
+        residual=residual.loop(spec, update),
         nothing="-inf" if spec.splits > 1 else "inf",
         out_mask=loops._all("live[:, None]", value_mask),
     )
@@ -188,6 +191,8 @@ def spec_of(site: Operands, routes: torch.Tensor, plan: Plan, lifted: Lifted = N
         raise ValueError(f"query: got {query.dtype}; allowed: {', '.join(str(dtype) for dtype in DTYPES)}")
     if lifted.allowed and plan.centroids:
         raise ValueError(f"centroids: got {plan.centroids}; allowed: 0 where a mask speaks of pairs of query and key")
+    if plan.residual and (lifted != NOTHING or softcap):
+        raise ValueError("residual: got True; allowed: False where a mask, a bias or a softcap speaks of pairs")
     target, dtype = "hip" if torch.version.hip else "cuda", DTYPES[query.dtype]
     dim, value_dim = int(query.shape[3]), int(value.shape[3])
     spec = Spec(
@@ -243,6 +248,9 @@ def operands(
         values |= union(spec, routes, q_len, k_len, kv_heads, clusters) | dict(order=order, places=order.shape[2])
         if loops.copies(spec):
             values["copies"] = copies(summary, spec.settings, k_len)
+        if loops.residual(spec):
+            values |= residual.centroids(spec, site._replace(key=key, value=value), summary)
+            values |= dict(routes=routes.contiguous(), route_count=routes.shape[3])
     return values | loops.mask_values(spec, more), batch * kv_heads * tiles
 
 

@@ -19,7 +19,7 @@ from ..layout import chunk_count
 from ..plan import Plan
 from ..reference import Operands
 from ..summary import Summary
-from . import loops, options
+from . import loops, options, residual
 from .attend import about, operands, spec_of, strides
 from .cache import launch, load
 from .render import fill, source
@@ -27,6 +27,8 @@ from .spec import NOTHING, Lifted, Spec, cdiv
 
 SINK_SPLITS = 16
 """Programs that share the queries of the sinks, which all queries attend."""
+REST_SPLITS = 8
+"""Programs that share the queries of a block of centroids, which nearly all queries attend."""
 
 D_QUERY = """
 def d_query(
@@ -46,6 +48,8 @@ def d_query(
     $rows
 
     $routes
+
+    $residual
 
     to = d_query + batch * d_query_b + (head * d_query_h + query_at.to(tl.int64) * d_query_n)[:, None]
     tl.store(to + feature[None, :], (summed * scale).to(d_query.dtype.element_ty), mask=$query_mask)
@@ -239,6 +243,7 @@ $highest
 """
 
 ADD_ROUTES = """
+$to_members
 key_to = d_key + (pair * k_len + at)[:, None] * DIM + feature[None, :]
 value_to = d_value + (pair * k_len + at)[:, None] * VALUE_DIM + value_feature[None, :]
 d_key_tile += tl.load(key_to, mask=$d_key_mask, other=0.0)
@@ -305,6 +310,8 @@ def attend_backward(
     else:
         d_key.zero_()
         d_value.zero_()
+    if loops.residual(spec):
+        own |= _residual(spec, run, summary)
     if spec.routes:
         index = inverse(routes, kv_heads, summary.order.shape[2] // plan.cluster)
         run(
@@ -317,6 +324,17 @@ def attend_backward(
     if loops.has_rows(spec):
         d_row_key, d_row_value = _rows(spec, run, summary, k_len)
     return d_query, d_key, d_value, d_row_key, d_row_value
+
+
+def _residual(spec: Spec, run: Any, summary: Summary) -> dict[str, torch.Tensor]:
+    """Gradients of the centroids, for ``d_routes``: by parts, which are added in order."""
+    batch, kv_heads, places = summary.order.shape
+    clusters = places // spec.settings.cluster
+    size = (REST_SPLITS, batch, kv_heads, clusters)
+    d_key, d_value = (_float32(summary.row_key, *size, features) for features in (spec.dim, spec.value_dim))
+    grid = (batch * kv_heads * cdiv(clusters, residual.narrow(spec).tile.keys), REST_SPLITS)
+    run(residual_source(spec), "d_residual", grid, d_key=d_key, d_value=d_value)
+    return dict(d_rest_key=d_key.sum(0), d_rest_value=d_value.sum(0))
 
 
 def _rows(spec: Spec, run: Any, summary: Summary, k_len: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -382,6 +400,7 @@ def d_query_source(spec: Spec) -> str:
         window=loops.window(spec, update, taint=False),
         rows=loops.rows(spec, update, taint=False),
         routes=loops.routes(spec, update, taint=False),
+        residual=residual.loop(spec, update),
         query_mask=_mask(spec, "live[:, None]", "dim"),
     )
     return source("d_query", about(spec, "attend backward, gradient of the query"), fill(D_QUERY, parts))
@@ -423,7 +442,7 @@ def rows_source(spec: Spec, of_sinks: bool) -> str:
     elif loops.two_sided(spec):
         pairs += " & ((index[None, :] < low[:, None]) | (index[None, :] >= high[:, None]))"
     borders = fill(BORDERS, loops.names(spec))
-    bias = "\nlogits += (row_logit * LOG2E)[None, :]" if plan.centroids else ""
+    bias = loops.BIAS if plan.centroids else ""
     blocks = cdiv(count, keys)
     name = "d_sinks" if of_sinks else "d_segments"
     what = "the first keys" if of_sinks else "selected keys and centroids"
@@ -446,6 +465,28 @@ def rows_source(spec: Spec, of_sinks: bool) -> str:
     )
 
 
+def residual_source(spec: Spec) -> str:
+    """Source of ``d_residual``: centroids of clusters, of which each is a few programs'."""
+    spec = residual.narrow(spec)
+    borders = fill(BORDERS, loops.names(spec))
+    lines = (borders, residual.own_routes(spec), residual.words(spec, "begin_cluster"), residual.unread(spec))
+    choose = "\n".join(part for part in lines if part)
+    return _key_major(
+        spec,
+        "d_residual",
+        "attend backward, gradients of the centroids of clusters",
+        own=["pairs"],
+        owner=residual.OWNER,
+        load_keys=residual.OWNED,
+        over_queries=RUN,
+        score=loops.score(spec, "at") + loops.BIAS,
+        mask=loops.mask(spec, residual.pairs(spec, True), choose),
+        store=residual.STORE_OWNED,
+        split_first=" + split * ROWS",
+        run_step=spec.tile.rows * REST_SPLITS,
+    )
+
+
 def routes_source(spec: Spec) -> str:
     """Source of ``d_routes``: adds what each cluster's own queries give its keys."""
     spec = replace(spec, tile=replace(spec.tile, keys=spec.settings.cluster))
@@ -459,13 +500,14 @@ def routes_source(spec: Spec) -> str:
         spec,
         "d_routes",
         "attend backward, gradients of the routed keys and values",
-        own=["chosen_by", "chosen_from", "chosen_total"],
+        own=["chosen_by", "chosen_from", "chosen_total", *["d_rest_key", "d_rest_value"] * loops.residual(spec)],
         owner=ROUTES_OWNER,
         load_keys=ROUTES_KEYS,
         over_queries=ROUTES_QUERIES,
         score=loops.score(spec, "at"),
         mask=loops.mask(spec, pairs, choose),
         store=ADD_ROUTES,
+        to_members=residual.TO_MEMBERS if loops.residual(spec) else "",
     )
 
 

@@ -1,16 +1,14 @@
 """Cluster on a GPU: one program a chunk cuts it into balanced clusters and describes each of them.
 
-The tree of ``kernels.clusterings.pca_tree``, level by level. A level's parts are one axis of a tile
-``[PARTS, PART, DIM]``, so all parts of a level are worked on at once. Each level loads the chunk's
-keys again in the order that the level before left: the chunk comes from memory once, and from the
-first-level cache after that, where moving rows between lanes would cost a pass through shared memory
-too. A part's covariance is never made: a step of the power iteration is the two products
-``centred^T (centred direction)`` of a matrix and a vector, 4 L D flops a level where the covariance
-alone would be 2 L D^2; there is nothing in it for a tensor core. A part is ordered by a sorting network on
-numbers of 64 bits: the coordinate, then the place (so that equal keys keep their order), then the key.
+The tree of ``kernels.clusterings.pca_tree``, level by level. No copy of a chunk is held: a level works on
+``AT_ONCE`` numbers, a few of its parts at once or a part in blocks of its keys, which are loaded again for
+each step of the power iteration. So the chunk comes from memory once, and from the caches after that, widened from
+16 bits and centred on the way. A part's covariance is never made: a step of the power iteration is the two
+products ``centred^T (centred direction)`` of a matrix and a vector, 4 L D flops a level where the
+covariance alone would be 2 L D^2; there is nothing in it for a tensor core. A part is ordered by a sorting
+network on numbers of 64 bits: the coordinate, then the place (so that equal keys keep their order), then the key.
 
-A chunk of more than ``CHUNK`` keys, or of more than ``NUMBERS`` numbers, does not fit on chip: it
-takes ``summary.clusters``, whose torch operations are linear in n as well.
+A chunk of more than ``CHUNK`` keys takes ``summary.clusters``, whose torch operations are linear in n as well.
 """
 
 from __future__ import annotations
@@ -27,11 +25,14 @@ from ..plan import Plan
 from .cache import launch, load
 from .network import EXCHANGE, rising
 from .render import arguments, fill, source
-from .spec import power_of_two
+from .spec import MOST_FEATURES, power_of_two
 
 CHUNK = 256
-NUMBERS = 32768
-"""The largest chunk: its keys, and its keys times their features (128 KiB of float32)."""
+"""Keys of the largest chunk."""
+WARPS = 8
+AT_ONCE = 4096
+"""Numbers that are held at once, 16 registers a lane for each copy. Twice as many spill."""
+
 KERNEL = """
 def cluster(
     $arguments
@@ -46,41 +47,44 @@ def cluster(
     chunk = program % chunks
     key_head = key + pair // kv_heads * key_b + pair % kv_heads * key_h
     value_head = value + pair // kv_heads * value_b + pair % kv_heads * value_h
+    members = member + pair // kv_heads * k_len  #? valid
     feature = tl.arange(0, $dim_tile)
     value_feature = tl.arange(0, $value_tile)
     order = chunk * CHUNK + tl.arange(0, CHUNK)
     $levels
 
     # Each cluster: its keys, their mean and spread, and whether all of it is finite.
-    at = tl.reshape(order, [CLUSTERS, CLUSTER])
-    $points
-    count = tl.sum(here.to(tl.float32), 1)
-    mean_tile = tl.sum(points, 1) / tl.maximum(count, 1.0)[:, None]
-    off = tl.where(here[:, :, None], points - mean_tile[:, None, :], 0.0)
-    factor = 2.0 * tl.log(tl.maximum(count, 1.0)) / tl.maximum(count, 1.0)
-    spread_tile = tl.sum(off * off, 1) * factor[:, None]
-    values = tl.load(
-        value_head + at.to(tl.int64)[:, :, None] * value_n + value_feature[None, None, :],
-        mask=here[:, :, None] & (value_feature < VALUE_DIM)[None, None, :],
-        other=0.0,
-    ).to(tl.float32)
-    # 0 * x is NaN for what is not finite.
-    taint = tl.sum(tl.sum(points * 0.0, 2) + tl.sum(values * 0.0, 2), 1)
-    bias_row = tl.where(count > 0, taint, float("-inf"))
+    all_at = tl.reshape(order, [$blocks, $some, CLUSTER])
+    for block in range(0, $blocks):
+        at = tl.sum(tl.where(tl.arange(0, $blocks)[:, None, None] == block, all_at, 0), 0)
+        $points
+        count = tl.sum(here.to(tl.float32), 1)
+        mean_tile = tl.sum(points, 1) / tl.maximum(count, 1.0)[:, None]
+        off = tl.where(here[:, :, None], points - mean_tile[:, None, :], 0.0)
+        factor = 2.0 * tl.log(tl.maximum(count, 1.0)) / tl.maximum(count, 1.0)
+        spread_tile = tl.sum(off * off, 1) * factor[:, None]
+        values = tl.load(
+            value_head + at.to(tl.int64)[:, :, None] * value_n + value_feature[None, None, :],
+            mask=here[:, :, None] & (value_feature < VALUE_DIM)[None, None, :],
+            other=0.0,
+        ).to(tl.float32)
+        # 0 * x is NaN for what is not finite.
+        taint = tl.sum(tl.sum(points * 0.0, 2) + tl.sum(values * 0.0, 2), 1)
+        bias_row = tl.where(count > 0, taint, float("-inf"))
 
-    place = chunk * CHUNK + tl.reshape(tl.arange(0, CHUNK), [CLUSTERS, CLUSTER])
-    tl.store(order_out + pair * chunks * CHUNK + place, tl.where(here, at, -1))
-    first = pair * chunks * CLUSTERS + chunk * CLUSTERS
-    to = (first + tl.arange(0, CLUSTERS))[:, None] * DIM + feature[None, :]
-    inside = tl.broadcast_to((feature < DIM)[None, :], [CLUSTERS, $dim_tile])
-    tl.store(mean + to, mean_tile, mask=inside)
-    tl.store(spread + to, spread_tile, mask=inside)
-    tl.store(bias + first + tl.arange(0, CLUSTERS), bias_row)
+        own = block * $some + tl.arange(0, $some)
+        place = chunk * CHUNK + own[:, None] * CLUSTER + tl.arange(0, CLUSTER)[None, :]
+        tl.store(order_out + pair * chunks * CHUNK + place, tl.where(here, at, -1))
+        first = pair * chunks * CLUSTERS + chunk * CLUSTERS
+        to = (first + own)[:, None] * DIM + feature[None, :]
+        inside = tl.broadcast_to((feature < DIM)[None, :], [$some, $dim_tile])
+        tl.store(mean + to, mean_tile, mask=inside)
+        tl.store(spread + to, spread_tile, mask=inside)
+        tl.store(bias + first + own, bias_row)
 """
 
 POINTS = """
-here = (at < k_len) & (at >= $sinks)  #? not valid
-here = tl.load(member + pair // kv_heads * k_len + at, mask=at < k_len, other=0) != 0  #? valid
+$here
 points = tl.load(
     key_head + at.to(tl.int64)[:, :, None] * key_n + feature[None, None, :],
     mask=here[:, :, None] & (feature < DIM)[None, None, :],
@@ -88,28 +92,100 @@ points = tl.load(
 ).to(tl.float32)
 """
 
+HERE = """
+$here = ($at < k_len) & ($at >= $sinks)  #? not valid
+$here = tl.load(members + $at, mask=$at < k_len, other=0) != 0  #? valid
+"""
+
+# Of the key that is farthest from the centre; ``at_most`` is one more than its place, 0: the part has no key.
+DIRECTION = """
+direction = tl.load(
+    key_head + (at_most - 1).to(tl.int64)[:, None] * key_n + feature[None, :],
+    mask=(at_most > 0)[:, None] & (feature < DIM)[None, :],
+    other=0.0,
+).to(tl.float32)
+direction = tl.where((at_most > 0)[:, None], direction - centre, 0.0)
+"""
+
+# A function of its own, so that its names are its own at every level.
+COORDINATES = """def coordinates($parameters):
+    # Where each key lies along the direction in which its part of PART keys is widest: PARTS parts at a time, or
+    # one, BLOCK of its keys at a time.
+    DIM: tl.constexpr = $dim
+    CHUNK: tl.constexpr = $chunk
+    BLOCKS: tl.constexpr = PART // BLOCK
+    TILES: tl.constexpr = CHUNK // (PARTS * BLOCK)
+    feature = tl.arange(0, $dim_tile)
+    all_at = tl.reshape(order, [TILES, PARTS, BLOCK])
+    which = tl.arange(0, TILES)[:, None, None]
+    place = tl.arange(0, BLOCK)
+    all_along = tl.zeros([TILES, PARTS, BLOCK], tl.float32)
+    for first in range(0, TILES, BLOCKS):
+        if BLOCKS == 1:
+            at = tl.sum(tl.where(which == first, all_at, 0), 0)
+            $points
+            count = tl.maximum(tl.sum(here.to(tl.float32), 1), 1.0)
+            centre = tl.sum(points, 1) / count[:, None]
+            points = tl.where(here[:, :, None], points - centre[:, None, :], 0.0)
+            farthest = tl.argmax(tl.sum(points * points, 2), 1)
+            at_most = tl.sum(tl.where(here & (place[None, :] == farthest[:, None]), at + 1, 0), 1)
+            $direction
+            along = tl.zeros([PARTS, BLOCK], tl.float32)
+            for step in range(0, $steps + 1):
+                direction /= tl.maximum(tl.sqrt(tl.sum(direction * direction, 1)), 1e-12)[:, None]
+                along = tl.sum(points * direction[:, None, :], 2)
+                direction = tl.sum(points * along[:, :, None], 1)
+            all_along = tl.where(which == first, along[None, :, :], all_along)
+        else:
+            count = tl.zeros([PARTS], tl.float32)
+            centre = tl.zeros([PARTS, $dim_tile], tl.float32)
+            for block in range(first, first + BLOCKS):
+                at = tl.sum(tl.where(which == block, all_at, 0), 0)
+                $points
+                count += tl.sum(here.to(tl.float32), 1)
+                centre += tl.sum(points, 1)
+            centre /= tl.maximum(count, 1.0)[:, None]
+            most = tl.full([PARTS], -1.0, tl.float32)
+            at_most = tl.zeros([PARTS], tl.int32)
+            for block in range(first, first + BLOCKS):
+                at = tl.sum(tl.where(which == block, all_at, 0), 0)
+                $points
+                points = tl.where(here[:, :, None], points - centre[:, None, :], 0.0)
+                far = tl.sum(points * points, 2)
+                farthest = tl.argmax(far, 1)
+                its = tl.sum(tl.where(here & (place[None, :] == farthest[:, None]), at + 1, 0), 1)
+                at_most = tl.where(tl.max(far, 1) > most, its, at_most)
+                most = tl.maximum(most, tl.max(far, 1))
+            $direction
+            for step in range(0, $steps + 1):
+                direction /= tl.maximum(tl.sqrt(tl.sum(direction * direction, 1)), 1e-12)[:, None]
+                following = tl.zeros([PARTS, $dim_tile], tl.float32)
+                for block in range(first, first + BLOCKS):
+                    at = tl.sum(tl.where(which == block, all_at, 0), 0)
+                    $points
+                    points = tl.where(here[:, :, None], points - centre[:, None, :], 0.0)
+                    along = tl.sum(points * direction[:, None, :], 2)
+                    following += tl.sum(points * along[:, :, None], 1)
+                    all_along = tl.where(which == block, along[None, :, :], all_along)
+                direction = following
+    return tl.reshape(all_along, [CHUNK])
+
+
+@triton.jit
+"""
+
 LEVEL = """
 
 # Halve each part of $part keys along the direction in which it is widest.
-at = tl.reshape(order, [$parts, $part])
-$points
-count = tl.maximum(tl.sum(here.to(tl.float32), 1), 1.0)
-centre = tl.sum(points, 1) / count[:, None]
-points = tl.where(here[:, :, None], points - centre[:, None, :], 0.0)
-place = tl.arange(0, $part)
-farthest = tl.argmax(tl.sum(points * points, 2), 1)
-direction = tl.sum(tl.where((place[None, :] == farthest[:, None])[:, :, None], points, 0.0), 1)
-along = tl.zeros([$parts, $part], tl.float32)
-for step in range(0, $steps + 1):
-    direction /= tl.maximum(tl.sqrt(tl.sum(direction * direction, 1)), 1e-12)[:, None]
-    along = tl.sum(points * direction[:, None, :], 2)
-    direction = tl.sum(points * along[:, :, None], 1)
+part_at = tl.reshape(order, [$parts, $part])
+$part_here
+along = tl.reshape(coordinates($given, $part, $at_once, $block), [$parts, $part])
 # Floats as integers of the same order; what is no member comes last, but before NaN.
 along = tl.where(along == 0.0, 0.0, along)
-bits = tl.where(here, along, float("inf")).to(tl.int32, bitcast=True)
+bits = tl.where(part_here, along, float("inf")).to(tl.int32, bitcast=True)
 bits = tl.where(bits < 0, bits ^ 2147483647, bits)
-bits = tl.where(here & (along != along), 2147483647, bits)
-number = (bits.to(tl.int64) << 32) | (place[None, :] * CHUNK + at % CHUNK)
+bits = tl.where(part_here & (along != along), 2147483647, bits)
+number = (bits.to(tl.int64) << 32) | (tl.arange(0, $part)[None, :] * CHUNK + part_at % CHUNK)
 number = tl.reshape(number, [$parts] + [2] * $log)
 $rising
 order = chunk * CHUNK + tl.reshape((number & (CHUNK - 1)).to(tl.int32), [CHUNK])
@@ -130,16 +206,14 @@ class ClusterSpec:
         return Plan.parse(self.plan)
 
     @property
-    def warps(self) -> int:
-        """Of the launch: 64 registers a lane for each copy of the largest default chunk, 128 keys of 128 features."""
-        return 8 if self.settings.chunk * tile_of(max(self.dim, self.value_dim)) <= 16384 else 16
+    def keys(self) -> int:
+        """Keys that are held at once."""
+        return min(self.settings.chunk, AT_ONCE // tile_of(max(self.dim, self.value_dim)))
 
 
 def fits(plan: Plan, dim: int, value_dim: int) -> bool:
     """Whether a chunk fits on chip and is clustered by the tree, which is the one clustering written for it."""
-    return (
-        plan.clustering == "pca_tree" and plan.chunk <= CHUNK and plan.chunk * tile_of(max(dim, value_dim)) <= NUMBERS
-    )
+    return plan.clustering == "pca_tree" and plan.chunk <= CHUNK and max(dim, value_dim) <= MOST_FEATURES
 
 
 def tile_of(dim: int) -> int:
@@ -164,17 +238,28 @@ def cluster_source(spec: ClusterSpec) -> str:
         sinks=plan.sinks,
         steps=POWER_ITERATIONS,
         valid=spec.valid,
+        some=max(1, spec.keys // plan.cluster),
+        blocks=plan.chunk // max(spec.keys, plan.cluster),
     )
+    parts["here"] = fill(HERE, parts | {"at": "at", "here": "here"})
     parts["points"] = fill(POINTS, parts)
+    parts["direction"] = fill(DIRECTION, parts)
+    given = ["order", "key_head", "key_n", *["members"] * spec.valid, "k_len"]
+    constants = ", ".join(f"{name}: tl.constexpr" for name in ("PART", "PARTS", "BLOCK"))
+    parts |= {"given": ", ".join(given), "parameters": f"{', '.join(given)}, {constants}"}
     levels, part = [], plan.chunk
     while part > plan.cluster:
         log = part.bit_length() - 1
+        block = min(part, spec.keys)
         own = {"part": part, "parts": plan.chunk // part, "log": log, "rising": rising("number", range(log))}
+        own |= {"block": block, "at_once": min(plan.chunk // part, spec.keys // block)}
+        own["part_here"] = fill(HERE, parts | {"at": "part_at", "here": "part_here"})
         levels.append(fill(LEVEL, parts | own))
         part //= 2
     parts["levels"] = "\n\n".join(levels)
     about = {"plan": spec.plan, "stage": "summarize, the clusters of a chunk"}
-    return source("cluster", about, EXCHANGE + fill(KERNEL, parts))
+    helpers = EXCHANGE + fill(COORDINATES, parts) + "\n" if levels else ""
+    return source("cluster", about, helpers + fill(KERNEL, parts))
 
 
 def clusters(
@@ -200,7 +285,7 @@ def clusters(
         kv_heads=heads, k_len=k_len, chunks=chunks,
     )  # fmt: skip
     kernel = load(cluster_source(spec), "cluster")
-    launch(kernel, (batch * heads * chunks,), values, warps=spec.warps, stages=1)
+    launch(kernel, (batch * heads * chunks,), values, warps=WARPS, stages=1)
     return order, mean, spread, bias
 
 

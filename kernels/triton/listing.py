@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import torch
 
-from ..plan import OptionError, Plan
-from . import loops, options
+from ..plan import Plan
+from . import loops, options, residual
 from .attend import attend_source, merge_source
-from .attend_backward import d_query_source, routes_source, rows_source, window_source
+from .attend_backward import d_query_source, residual_source, routes_source, rows_source, window_source
 from .clusters import ClusterSpec, cluster_source, fits
 from .mass import FEATURES
 from .route import route_source
@@ -32,13 +32,7 @@ def spec(
     softcap: float = 0.0,
     splits: int = 1,
 ) -> Spec:
-    """The spec of a forward kernel; see ``Spec``. ``value_dim`` 0: as ``dim``.
-
-    Raises:
-        OptionError: the plan has a residual, which no generated kernel reads yet.
-    """
-    if plan.residual:
-        raise OptionError("residual", True, "False on a GPU")
+    """The spec of a forward kernel; see ``Spec``. ``value_dim`` 0: as ``dim``."""
     value_dim = value_dim or dim
     return Spec(
         plan=plan.text,
@@ -69,6 +63,8 @@ def forward_sources(forward: Spec) -> dict[str, str]:
     found: dict[str, str] = {}
     if forward.routes:
         found |= {"mark": mark_source(forward), "union": union_source(forward)}
+    if loops.residual(forward):
+        found["centroids"] = residual.centroids_source(forward)
     found["attend"] = attend_source(forward)
     if forward.splits > 1:
         found["merge"] = merge_source(forward)
@@ -81,6 +77,8 @@ def backward_sources(backward: Spec) -> dict[str, str]:
     found = {"d_query": d_query_source(backward)}
     if loops.has_window(backward):
         found["d_window"] = window_source(backward)
+    if loops.residual(backward):
+        found["d_residual"] = residual_source(backward)
     if backward.routes:
         found["d_routes"] = routes_source(backward)
     if loops.has_rows(backward) and plan.sinks:

@@ -49,6 +49,7 @@ def names(spec: Spec) -> dict[str, Any]:
         has_window=has_window(spec),
         has_rows=has_rows(spec),
         routes=spec.routes,
+        per_chunk=plan.chunk // plan.cluster,
         copies=copies(spec),
         centroids=plan.centroids,
         valid=spec.valid,
@@ -79,6 +80,11 @@ def copies(spec: Spec) -> bool:
     return spec.routes and has_rows(spec) and bool(spec.settings.keep)
 
 
+def residual(spec: Spec) -> bool:
+    """The clusters that a query does not route to stand in as centroids."""
+    return spec.routes and spec.windowed and spec.settings.residual
+
+
 def precision(spec: Spec) -> str:
     """How float32 products are made: in three TF32 passes where there are tensor cores for that."""
     return ', input_precision="tf32x3"' if spec.dtype == "float32" and spec.target == "cuda" else ""
@@ -92,6 +98,7 @@ def parameters(spec: Spec, *own: str) -> str:
         found += ["row_key", "row_value", "row_index", *["row_bias"] * bool(spec.settings.centroids)]
     if spec.routes:
         found += ["order", "listed", "listed_rows", "listed_count", *["copies"] * copies(spec)]
+    found += ["routes", "rest_key", "rest_value", "rest_bias"] * residual(spec)
     loads, strides = mask_parameters(spec)
     found += loads
     found += [f"{name}_{axis}" for name in ("query", "key", "value") for axis in ("b", "h", "n")]
@@ -99,6 +106,7 @@ def parameters(spec: Spec, *own: str) -> str:
     found += strides
     found += ["kv_heads", "q_len", "k_len", *["first_block"] * spec.aligned]
     found += ["row_count"] * has_rows(spec) + ["places", "list_size"] * spec.routes
+    found += ["route_count"] * residual(spec)
     return arguments([*found, "tiles", "scale"])
 
 
@@ -211,6 +219,8 @@ finite = tl.abs(wide_value) < float("inf")
 logits = tl.where((tl.min(finite.to(tl.int32), 1) == 0)[None, :], float("nan"), logits)
 value_tile = tl.where(finite, wide_value, 0.0).to(value_tile.dtype)
 """
+
+BIAS = "\nlogits += (row_logit * LOG2E)[None, :]"
 
 STEP = """
 key_at = $key_at + feature[:, None]
@@ -340,14 +350,14 @@ def step(
     """Load the keys at ``at``, score them, mask them, and ``update`` what is summed.
 
     Args:
-        source: "key" or "row". index: the vector of their positions in the sequence.
+        source: "key", "row" or "rest" (a centroid of a cluster). index: the vector of their positions in the sequence.
         seen: the vector of those that exist, "" for all. pairs: which pairs count, "" for all.
         choose: lines that compute what ``pairs`` needs.
         taint: a value that is not finite must reach only the pairs that count.
     """
-    if source == "row":
-        key_at, value_at = "row_key + row_at[None, :] * DIM", "row_value + row_at[:, None] * VALUE_DIM"
-        bias = "\nlogits += (row_logit * LOG2E)[None, :]" if spec.settings.centroids else ""
+    if source in ("row", "rest"):
+        key_at, value_at = f"{source}_key + row_at[None, :] * DIM", f"{source}_value + row_at[:, None] * VALUE_DIM"
+        bias = BIAS if spec.settings.centroids or source == "rest" else ""
     else:
         key_at = "key_head + at.to(tl.int64)[None, :] * key_n"
         value_at = "value_head + at.to(tl.int64)[:, None] * value_n"

@@ -210,7 +210,7 @@ equal_count = route_count - count
 
 def spec_of(query: torch.Tensor, heads: int, plan: Plan, causal: bool, target: str) -> Spec:
     """What the kernel for these queries ``[B, H, Nq, D]`` depends on."""
-    narrow = target == "hip" and query.shape[3] > 128  # shared memory is 64 KiB there
+    narrow = target == "hip" and query.shape[3] * columns(plan) > 128 * COLUMNS  # shared memory is 64 KiB there
     return Spec(
         plan=plan.text,
         dtype=DTYPES[query.dtype],

@@ -19,7 +19,7 @@ from prescore_compile.kernels.triton.attend import attend
 
 SOME = PLANS["keep and routes"]
 # How routes were chosen is no concern of attend.
-ATTENDED = [name for name, plan in PLANS.items() if not plan.coarse and not plan.residual]
+ATTENDED = [name for name, plan in PLANS.items() if not plan.coarse]
 
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -84,7 +84,7 @@ def test_any_length(length: int) -> None:
 
 
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("name", [name for name, plan in EVERYTHING.items() if not plan.coarse and not plan.residual])
+@pytest.mark.parametrize("name", [name for name, plan in EVERYTHING.items() if not plan.coarse])
 def test_a_plan_that_covers_every_key_is_exact(name: str, causal: bool) -> None:
     plan = EVERYTHING[name]
     if name == "rows" and not causal:
@@ -159,7 +159,7 @@ def test_the_order_of_routes_does_not_matter() -> None:
     assert torch.equal(attend(site, summary, routes.flip(3).contiguous(), SOME)[0], base)
 
 
-@pytest.mark.parametrize("name", ["keep and routes", "streaming"])
+@pytest.mark.parametrize("name", ["keep and routes", "residual", "streaming"])
 def test_perturbing_the_future_leaves_the_past_bit_equal(name: str) -> None:
     plan, site = PLANS[name], operands(120, batch=1)
     base = attend(site, *parts(site, plan), plan)[0]
@@ -213,7 +213,7 @@ def test_strided_inputs() -> None:
         assert all(torch.equal(f, e) for f, e in zip(found, expected, strict=True))
 
 
-@pytest.mark.parametrize("name", ["routes", "keep and routes", "centroids", "streaming"])
+@pytest.mark.parametrize("name", ["routes", "keep and routes", "residual", "centroids", "streaming"])
 def test_few_queries_continue_a_cache(name: str) -> None:
     """Causal with fewer queries than keys: programs share the keys, and the last query sees the last key."""
     plan, full = PLANS[name], operands(150, batch=1)

@@ -20,6 +20,12 @@ CASES = {
 }
 
 
+@pytest.fixture(params=[4096, 512], ids=["few tiles", "many tiles"])
+def at_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With 512 numbers, parts of 64 keys are read in blocks, and those of 32 one or two at a time."""
+    monkeypatch.setattr(kernel, "AT_ONCE", request.param)
+
+
 def run(site: Operands, plan: Plan) -> Summary:
     found = kernel.any_clusters(site.key, site.value, site.valid, plan)
     return summary_of(site, plan)._replace(order=found[0], mean=found[1], spread=found[2], bias=found[3])
@@ -43,6 +49,7 @@ def describes(summary: Summary, site: Operands, plan: Plan) -> None:
             torch.testing.assert_close(summary.spread[b, h, c], spread, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.usefixtures("at_once")
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("name", CASES)
 def test_clusters_are_the_references(name: str, padded: bool) -> None:
@@ -55,6 +62,7 @@ def test_clusters_are_the_references(name: str, padded: bool) -> None:
     assert all(g.dtype == w.dtype and g.shape == w.shape for g, w in zip(got[:4], want[:4], strict=True))
 
 
+@pytest.mark.usefixtures("at_once")
 def test_separated_clusters_are_found_exactly() -> None:
     """Far apart, so that no median cut is decided by rounding."""
     plan = Plan(chunk=64, sinks=0)
@@ -75,6 +83,7 @@ def test_low_precision_and_strides(dtype: torch.dtype) -> None:
     describes(got, site, plan)
 
 
+@pytest.mark.usefixtures("at_once")
 @pytest.mark.parametrize("what", ["key", "value"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_what_is_not_finite_taints_its_cluster(what: str, bad: float) -> None:
@@ -86,6 +95,16 @@ def test_what_is_not_finite_taints_its_cluster(what: str, bad: float) -> None:
     assert len(tainted) == 1 and 40 in got.order.view(2, 2, -1, 16)[tuple(tainted[0])]
 
 
+def test_a_chunk_of_256_keys() -> None:
+    """In blocks of 64 keys at two levels, four and eight parts at once after that."""
+    plan = Plan(chunk=256, sinks=3)
+    site = operands(300, batch=1, heads=1, kv_heads=1, dim=48, value_dim=20)
+    got, want = run(site, plan), summary_of(site, plan)
+    assert (got.order == want.order).float().mean() > 0.95
+    describes(got, site, plan)
+
+
+@pytest.mark.usefixtures("at_once")
 def test_equal_keys_and_no_keys() -> None:
     plan = Plan(chunk=32, sinks=2)
     site = operands(70)
