@@ -161,12 +161,12 @@ def _insert(graph: fx.Graph, decision: Decision, rule: str, values: dict[str, An
         )
         if plan.routes:
             k_len = graph.call_method("size", (key, 2))
-            near = None
+            near: list[fx.Node] = []
             if plan.share:
                 mass = torch.ops.prescore.mass.default
-                near = call("mass", mass, query, key, valid, *rows, settings, causal, a.scale, *more)
+                near = [call("mass", mass, query, key, valid, *rows, settings, causal, a.scale, *more)]
             route, means = torch.ops.prescore.route.default, (order, mean, spread, bias)
-            routes = call("route", route, query, *means, settings, causal, k_len, a.scale, *more, near)
+            routes = call("route", route, query, *means, settings, causal, k_len, a.scale, *more, *near)
         attend = torch.ops.prescore.attend.default
         out = call("attend", attend, query, key, value, valid, order, routes, *rows, settings, causal, a.scale, *more)
         if decision.mask.mean and valid is not None:

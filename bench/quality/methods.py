@@ -101,7 +101,7 @@ def fit(make: Callable[[int], Plan], target: float, length: int, causal: bool = 
 
 
 SHARED = {
-    0.22: CAUSAL,
+    0.22: Plan(chunk=256, window=0, routes=64, share=0.001),
     0.10: Plan(window=0, cluster=32, routes=64, share=0.012),
     0.35: Plan(chunk=256, window=0, routes=128, share=0.00015),
 }
@@ -126,8 +126,8 @@ def own(length: int, target: float) -> Iterator[tuple[str, Plan]]:
 
         return fit(make, target, length)
 
-    yield "routes with a share", SHARED.get(target, CAUSAL)
-    yield "fixed routes", routed(base if small else replace(CAUSAL, routes=0, share=0.0))
+    yield "routes with a share", SHARED.get(target, SHARED[0.22])
+    yield "fixed routes", routed(base if small else replace(CAUSAL, routes=0))
     if not small:
         yield "fixed routes, chunk 128, window 128", routed(base)
     yield "StreamingLLM", fit(lambda n: replace(base, window=n), target, length)

@@ -19,7 +19,7 @@ from prescore_compile.kernels.triton.attend import attend
 
 SOME = PLANS["keep and routes"]
 # How routes were chosen is no concern of attend.
-ATTENDED = [name for name, plan in PLANS.items() if not plan.coarse]
+ATTENDED = [name for name, plan in PLANS.items() if not (plan.coarse or plan.share)]  # of which attend knows nothing
 
 
 pytestmark = pytest.mark.usefixtures("poisoned")
