@@ -36,9 +36,12 @@ from prescore_compile.kernels.plan import Plan
 from prescore_compile.kernels.reference import Operands
 from prescore_compile.kernels.summary import Summary
 from prescore_compile.kernels.triton import attend, attend_backward, clusters, route, union
+from prescore_compile.kernels.triton.scores import kernel as scores
+from prescore_compile.kernels.triton.scores import select
+from prescore_compile.kernels.triton.spec import DTYPES
 
 RESULTS = Path(__file__).parent / "results" / "triton-aot.json"
-MODULES = (attend, attend_backward, clusters, route, union)
+MODULES = (attend, attend_backward, clusters, route, scores, select, union)
 
 SHARED = {"sm_80": 166912, "sm_90": 232448, "gfx942": 65536}
 """Bytes of shared memory that one program may have."""
@@ -52,7 +55,7 @@ TYPES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """One site whose kernels are compiled; ``default``: nothing may spill."""
+    """One site whose kernels are compiled; ``default``: nothing may spill; ``scores``: those of scores alone."""
 
     plan: Plan = field(default_factory=Plan)
     dim: int = 64
@@ -63,12 +66,21 @@ class Variant:
     queries: int = 4096
     backward: bool = True
     default: bool = False
+    scores: bool = False
     logits: Logits = NOTHING
 
 
 DOCUMENT = sympy.Function("t00")
 IN_DOCUMENTS = Logits(sympy.And(sympy.Eq(DOCUMENT(B, Q), DOCUMENT(B, K)), K >= Q - 2000), softcap=50.0)
 """Packed documents with a sliding window and a softcap, as the graph pass says it."""
+
+
+
+def scored(method: str, dim: int, default: bool = True, **settings: Any) -> Variant:
+    """A site whose keys are scored and selected."""
+    plan = Plan(method=method, keep=32, routes=0, chunk=settings.pop("chunk", 128))
+    return Variant(plan=plan, dim=dim, default=default, scores=True, **settings)
+
 
 VARIANTS = {
     "default 64": Variant(default=True),
@@ -85,6 +97,21 @@ VARIANTS = {
     "64 routes": Variant(plan=Plan(routes=64), backward=False),
     "many routes": Variant(plan=Plan(routes=200, cluster=32), backward=False),
     "masked and capped 128": Variant(dim=128, group=4, logits=IN_DOCUMENTS),
+    "kmeans 64": scored("kmeans", 64),
+    "kmeans 128": scored("kmeans", 128),
+    "relative kmeans 128": scored("kmeans_relative", 128, padded=True),
+    "kmedian 64": scored("kmedian", 64),
+    "kmedian 128": scored("kmedian", 128),
+    "leverage 64": scored("leverage", 64),
+    "leverage 128": scored("leverage", 128, padded=True),
+    "peak 64": scored("peak", 64, group=4),
+    "peak 128": scored("peak", 128, group=4, padded=True),
+    "float16 kmedian 128": scored("kmedian", 128, default=False, dtype=torch.float16),
+    "float32 kmedian 64": scored("kmedian", 64, default=False, dtype=torch.float32),
+    "float32 leverage 128": scored("leverage", 128, default=False, dtype=torch.float32),
+    "kmeans 128, chunk 256": scored("kmeans", 128, default=False, chunk=256),
+    "kmedian 256": scored("kmedian", 256, default=False, chunk=64),
+    "peak 128, chunk 256": scored("peak", 128, default=False, chunk=256),
 }
 
 
@@ -129,6 +156,10 @@ def _run(variant: Variant) -> None:
     valid = tensor(2, length, dtype=torch.bool) if variant.padded else None
     query = tensor(2, heads * variant.group, variant.queries, variant.dim)
     site = Operands(query, key, tensor(*key.shape), valid, variant.causal, scale)
+    if plan.keep and scores.fits(plan, variant.dim, DTYPES[variant.dtype]):
+        select.select(scores.scores(query, key, valid, plan, variant.causal, scale), valid, plan)
+    if variant.scores:
+        return
     summary = Summary(*_empty_summary(key, site.value, plan.text))
     logits = variant.logits
     read = {name: tensor(2, length, dtype=torch.int64) for name in logits.tensors}
@@ -215,7 +246,7 @@ def broken(name: str, target: str, kernels: dict[str, dict[str, int]]) -> list[s
     return found
 
 
-WITHOUT_PRODUCTS = ("cluster", "mark", "union", "merge")
+WITHOUT_PRODUCTS = ("cluster", "mark", "merge", "select", "union")
 """Kernels whose source has no product of matrices."""
 
 

@@ -18,8 +18,8 @@ PAIRS = 16384
 
 ATTENTION = """
 result = tl.zeros([CHUNK], tl.float32)
-for member in range(0, $group):
-    query_head = query + pair // kv_heads * query_b + (pair % kv_heads * $group + member) * query_h
+for head in range(0, $group):
+    query_head = query + pair // kv_heads * query_b + (pair % kv_heads * $group + head) * query_h
     for begin in range($first, CHUNK, $rows):
         row = begin + tl.arange(0, $rows)
         query_at = chunk * CHUNK + row

@@ -34,11 +34,11 @@ square = tl.sum(centres * centres, 0)
 apart = tl.where(used[None, :], square[None, :] - 2.0 * product(keys, centres), float("inf"))
 owner = tl.argmin(apart, 1)
 own = owner[:, None] == centre[None, :]
-member = own & here[:, None]
+inside = own & here[:, None]
 """
 
 DISTANCE = """
-off = keys.to(tl.float32) - picked(own.to(tl.float32), tl.trans(centres))
+off = keys.to(tl.float32) - $picked(own.to(tl.float32), tl.trans(centres))
 distance = tl.sqrt(tl.sum(off * off, 1))
 """
 
@@ -47,9 +47,9 @@ $start
 own = (place[:, None] < 0) & used[None, :]
 for step in range(0, $iterations):
     $nearest
-    size = tl.sum(member.to(tl.float32), 0)
-    total = product(tl.trans(keys), member.to(tl.float32))  #? wide
-    total = tl.dot(tl.trans(keys)$wide_type, member.to(tl.float32).to(keys.dtype)$wide_type)  #? not wide
+    size = tl.sum(inside.to(tl.float32), 0)
+    total = product(tl.trans(keys), inside.to(tl.float32))  #? wide
+    total = tl.dot(tl.trans(keys)$wide_type, inside.to(tl.float32).to(keys.dtype)$wide_type)  #? not wide
     centres = tl.where((size > 0)[None, :], total / tl.maximum(size, 1.0)[None, :], centres)
 $distance
 whole = tl.sum(tl.where(own & here[:, None], distance[:, None], 0.0), 0)  #? relative
@@ -65,7 +65,7 @@ for step in range(0, $iterations):
     for weiszfeld in range(0, $steps):
         # A mean of the cluster's keys, each weighted by 1 / its distance from the median so far.
         $distance
-        weight = tl.where(member, (1.0 / tl.maximum(distance, 1e-6))[:, None], 0.0)
+        weight = tl.where(inside, (1.0 / tl.maximum(distance, 1e-6))[:, None], 0.0)
         total = tl.sum(weight, 0)
         moved = product(tl.trans(keys), weight) / tl.maximum(total, 1e-30)[None, :]
         centres = tl.where((total > 0)[None, :], moved, centres)
@@ -86,8 +86,8 @@ def body(method: str, parts: dict[str, Any]) -> str:
         steps=WEISZFELD_STEPS,
         relative=method == "kmeans_relative",
         tiny="1.1754943508222875e-38",
+        picked="picked" if parts["wide"] else "product",
         nearest=NEAREST,
-        distance=DISTANCE,
     )
-    own["start"] = fill(START, own)
+    own |= dict(start=fill(START, own), distance=fill(DISTANCE, own))
     return fill(KMEDIAN if median else KMEANS, own)
