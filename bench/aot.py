@@ -75,7 +75,6 @@ IN_DOCUMENTS = Logits(sympy.And(sympy.Eq(DOCUMENT(B, Q), DOCUMENT(B, K)), K >= Q
 """Packed documents with a sliding window and a softcap, as the graph pass says it."""
 
 
-
 def scored(method: str, dim: int, default: bool = True, **settings: Any) -> Variant:
     """A site whose keys are scored and selected."""
     plan = Plan(method=method, keep=32, routes=0, chunk=settings.pop("chunk", 128))

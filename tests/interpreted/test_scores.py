@@ -232,8 +232,10 @@ SCORES = {
     "different": lambda: torch.randn(2, 2, 75),
     "ties": lambda: torch.randint(0, 3, (2, 2, 75)).float(),
     "equal": lambda: torch.ones(2, 2, 75),
-    "not finite": lambda: torch.randn(2, 2, 75).masked_fill(torch.rand(2, 2, 75) < 0.2, math.nan)
-    + torch.zeros(2, 2, 75).masked_fill(torch.rand(2, 2, 75) < 0.2, -math.inf),
+    "not finite": lambda: (
+        torch.randn(2, 2, 75).masked_fill(torch.rand(2, 2, 75) < 0.2, math.nan)
+        + torch.zeros(2, 2, 75).masked_fill(torch.rand(2, 2, 75) < 0.2, -math.inf)
+    ),
 }
 
 
