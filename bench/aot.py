@@ -156,7 +156,9 @@ def _run(variant: Variant) -> None:
     query = tensor(2, heads * variant.group, variant.queries, variant.dim)
     site = Operands(query, key, tensor(*key.shape), valid, variant.causal, scale)
     if plan.keep and scores.fits(plan, variant.dim, DTYPES[variant.dtype]):
-        select.select(scores.scores(query, key, valid, plan, variant.causal, scale), valid, plan)
+        best = select.select(scores.scores(query, key, valid, plan, variant.causal, scale), valid, plan)
+        if select.segments_fit(plan):
+            select.select_segments(*best, plan)
     if variant.scores:
         return
     summary = Summary(*_empty_summary(key, site.value, plan.text))
@@ -245,7 +247,7 @@ def broken(name: str, target: str, kernels: dict[str, dict[str, int]]) -> list[s
     return found
 
 
-WITHOUT_PRODUCTS = ("cluster", "mark", "merge", "select", "union")
+WITHOUT_PRODUCTS = ("cluster", "mark", "merge", "select", "select_segments", "union")
 """Kernels whose source has no product of matrices."""
 
 

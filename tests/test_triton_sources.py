@@ -44,6 +44,7 @@ def golden() -> dict[str, str]:
         "kmedian_score": listing.all_sources(by_median, "")["score"],
         "peak_score": listing.all_sources(by_peak, "")["score"],
         "peak_select": listing.all_sources(by_peak, "")["select"],
+        "peak_select_segments": listing.all_sources(by_peak, "")["select_segments"],
         "default_union": listing.forward_sources(default)["union"],
         "default_attend": listing.forward_sources(default)["attend"],
         "streaming_attend": listing.forward_sources(streaming)["attend"],

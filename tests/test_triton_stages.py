@@ -12,6 +12,7 @@ from prescore_compile.kernels import ops, summary
 from prescore_compile.kernels.plan import METHODS, Plan
 from prescore_compile.kernels.triton.scores import kernel as scores
 
+SELECTED = {"select": {"best", "best_score"}, "select_segments": {"chosen"}}
 ROUTED = [name for name, plan in PLANS.items() if plan.routes]
 
 
@@ -26,7 +27,7 @@ def test_summarize(name: str, padded: bool) -> None:
         graph = graph_of(lambda *t: ops.summarize(*t, plan.text), *tensors)
         got = ops.summarize(*tensors, plan.text)
     expected = {"cluster": {"order_out", "mean", "spread", "bias"}}
-    expected |= {"select": {"best", "best_score"}} if plan.keep else {}
+    expected |= SELECTED if plan.keep else {}
     assert kernels(graph) == expected
     for g, w in zip(got, summary_of(site, plan), strict=True):
         assert (g.shape, g.dtype, g.device.type) == (w.shape, w.dtype, "cuda")
@@ -41,7 +42,7 @@ def test_rows_without_clusters(name: str, padded: bool) -> None:
         tensors = fakes((*site[1:4], torch.empty(2, 2, 200)), "cuda")
         graph = graph_of(lambda *t: ops.summarize(*t, plan.text), *tensors)
         got = ops.summarize(*tensors, plan.text)
-    assert kernels(graph) == {"select": {"best", "best_score"}}
+    assert kernels(graph) == {"select": {"best", "best_score"}} | ({} if plan.centroids else SELECTED)
     for g, w in zip(got, summary_of(site, plan), strict=True):
         assert (g.shape, g.dtype, g.device.type) == (w.shape, w.dtype, "cuda")
 
@@ -73,7 +74,7 @@ def test_one_graph_of_scores_and_rows_for_all_lengths(dynamic: bool, monkeypatch
     site = operands(200, dtype=torch.bfloat16)
     leaves = [tensor.requires_grad_() for tensor in site[:3]]
     graph = graph_of(rows, *leaves, dynamic=dynamic)
-    assert list(kernels(graph)) == ["score", "select"]
+    assert list(kernels(graph)) == ["score", "select", "select_segments"]
     sizes = [node for node in graph.nodes if isinstance(node.meta.get("val"), torch.SymInt)]
     assert bool(sizes) == dynamic
 

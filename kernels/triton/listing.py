@@ -102,6 +102,8 @@ def all_sources(forward: Spec, site: str) -> dict[str, str]:
         found["cluster"] = cluster_source(clusters)
     if select.fits(plan):
         found["select"] = select.select_source(select.SelectSpec(plan=forward.plan, valid=forward.valid))
+        if select.segments_fit(plan):
+            found["select_segments"] = select.segments_source(plan)
     if plan.routes and plan.window is not None:
         found["route"] = route_source(route_spec_of(forward), plan.chunk // plan.cluster, False)
     found |= forward_sources(forward) | backward_sources(backward_spec(forward))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import in_double, operands
 
+from prescore_compile.kernels import ops
 from prescore_compile.kernels import summary as summaries
 from prescore_compile.kernels.layout import chunk_count
 from prescore_compile.kernels.plan import Plan
@@ -259,6 +260,21 @@ def test_fewer_valid_keys_than_keep() -> None:
     assert chosen[0, 1, 1].unique().tolist() == [-1, 40, 41]
 
 
+@pytest.mark.parametrize("keep", [3, 32])
+@pytest.mark.parametrize("name", SCORES)
+def test_selected_keys_of_segments_are_the_references(name: str, keep: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 11 chunks: segments of 8, 4, 2 and 1; a step of fewer keys than a segment has."""
+    monkeypatch.setattr(select, "WIDTH", 64)
+    site, plan = operands(335, dim=16), plan_of("norm", keep=keep)
+    scores = torch.cat([SCORES[name]() for _ in range(5)], 2)[..., :335]
+    valid = torch.rand(2, 335) < 0.5
+    for there in (None, valid):
+        chosen = select.select_segments(*select.select(scores, there, plan), plan)
+        found = summaries.kept_rows(site.key, site.value, there, chosen, plan)
+        expected = summaries.summarize(site.key, site.value, there, scores, plan)[4:]
+        assert all(torch.equal(f, e) and f.dtype == e.dtype for f, e in zip(found, expected, strict=True))
+
+
 @pytest.mark.parametrize("method", EXACT)
 def test_rows_are_the_references(method: str) -> None:
     """Scored, selected and merged: the rows of a summary."""
@@ -270,6 +286,22 @@ def test_rows_are_the_references(method: str) -> None:
     assert torch.equal(got.row_index, expected.row_index) and torch.equal(got.row_owner, expected.row_owner)
 
 
+@pytest.mark.parametrize("settings", [{}, {"centroids": 2}, {"routes": 2}])
+def test_the_operators_launch_them(settings: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Score and summarize, as a GPU would run them, and as this machine does."""
+    site, plan = operands(150, padded=True), plan_of("leverage", **settings)
+    arguments = (site.query, site.key, site.valid, plan.text, site.causal, site.scale)
+    expected = ops.score_eager(*arguments)
+    rows = ops.summarize_eager(site.key, site.value, site.valid, expected, plan.text)[4:]
+    monkeypatch.setattr(ops, "_generated", lambda query: True)
+    scores = ops.score(*arguments)
+    read = site.valid[:, None].expand_as(scores)
+    torch.testing.assert_close(scores[read], expected[read], atol=1e-5, rtol=1e-4)
+    got = ops.summarize(site.key, site.value, site.valid, scores, plan.text)[4:]
+    for name, g, e in zip(("index", "owner", "key", "value", "bias"), got, rows, strict=True):
+        torch.testing.assert_close(g, e, atol=1e-6, rtol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+
+
 def test_what_does_not_fit() -> None:
     assert not kernel.fits(Plan(method="kernel_kmeans"), 64, "bfloat16")
     assert not kernel.fits(Plan(method="scorer_of_a_user:widest"), 64, "bfloat16")
@@ -278,3 +310,5 @@ def test_what_does_not_fit() -> None:
     assert not kernel.fits(plan_of("kmedian", chunk=256), 128, "float32")
     assert kernel.fits(plan_of("leverage", chunk=256), 128, "float32")
     assert not select.fits(plan_of("norm", keep=0)) and not select.fits(plan_of("norm", chunk=512))
+    assert not select.segments_fit(plan_of("norm", chunk=128, keep=65)) and select.segments_fit(plan_of("norm"))
+    assert not select.segments_fit(plan_of("norm", centroids=1))
