@@ -89,7 +89,7 @@ def test_the_model_grows_as_the_formulas_do() -> None:
 
 def test_decisions_on_a_gpu_expect_what_the_model_says() -> None:
     for dim in (64, 128):
-        for plan in (Plan(), Plan(coarse=32), Plan(routes=0)):
+        for plan in (Plan(), Plan(coarse=32), Plan(routes=0), Plan(keep=32, routes=0, method="kmeans")):
             shape = cost.Shape(1, 32, 8, dim, dim, True, "cuda")
             for length in (8192, 32768, 262144):
                 times = model.stages(model.Site(shape, length, plan), model.DEVICES["H100"])

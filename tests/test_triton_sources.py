@@ -106,7 +106,7 @@ def test_sites_that_select_keys_list_their_scores(method: str) -> None:
         head = found["score"].split("import triton")[0]
         assert f"# stage: score, {method} of a chunk's keys" in head and "# module: model.layers.0" in head
         assert ("query" in found["score"]) == (method in scores.READ_QUERIES)
-        assert list(found)[0] == "score"
+        assert next(iter(found)) == "score"
 
 
 def test_equal_specs_have_equal_sources() -> None:

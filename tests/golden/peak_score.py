@@ -8,6 +8,19 @@ import triton.language as tl
 
 
 @triton.jit
+def product(left, right):
+    # Two float32 factors: what TF32 rounds off either of them takes part in two more products.
+    out = tl.zeros([left.shape[0], right.shape[1]], tl.float32)
+    for small in range(0, 3):
+        first = (left.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+        second = (right.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+        first = tl.where(small == 0, left - first, first)
+        second = tl.where(small == 1, right - second, second)
+        out = tl.dot(first, second, out, input_precision="tf32")
+    return out
+
+
+@triton.jit
 def score(
     query, key, scores, query_b, query_h, query_n, key_b, key_h, key_n, kv_heads, k_len, chunks,
     scale,
@@ -41,7 +54,8 @@ def score(
                 mask=(query_at < k_len)[:, None] & (feature < DIM)[None, :],
                 other=0.0,
             )
-            logits = tl.dot(queries, tl.trans(keys), input_precision="tf32x3") * (scale * 1.4426950408889634)
+            logits = product(queries, tl.trans(keys))
+            logits *= scale * 1.4426950408889634
             allowed = tl.broadcast_to(here[None, :], [128, CHUNK])
             allowed &= place[None, :] <= row[:, None]
             logits = tl.where(allowed, logits, float("-inf"))

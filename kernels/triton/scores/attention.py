@@ -28,7 +28,9 @@ for head in range(0, $group):
             mask=(query_at < k_len)[:, None] & (feature < DIM)[None, :],
             other=0.0,
         )
-        logits = tl.dot(queries$wide_type, tl.trans(keys)$wide_type$precision) * (scale * 1.4426950408889634)
+        logits = tl.dot(queries$wide_type, tl.trans(keys)$wide_type)  #? not wide
+        logits = product(queries, tl.trans(keys))  #? wide
+        logits *= scale * 1.4426950408889634
         allowed = tl.broadcast_to(here[None, :], [$rows, CHUNK])
         allowed &= place[None, :] <= row[:, None]  #? causal
         logits = tl.where(allowed, logits, float("-inf"))

@@ -48,7 +48,7 @@ own = (place[:, None] < 0) & used[None, :]
 for step in range(0, $iterations):
     $nearest
     size = tl.sum(inside.to(tl.float32), 0)
-    total = product(tl.trans(keys), inside.to(tl.float32))  #? wide
+    total = tl.trans(picked(tl.trans(inside.to(tl.float32)), keys))  #? wide
     total = tl.dot(tl.trans(keys)$wide_type, inside.to(tl.float32).to(keys.dtype)$wide_type)  #? not wide
     centres = tl.where((size > 0)[None, :], total / tl.maximum(size, 1.0)[None, :], centres)
 $distance

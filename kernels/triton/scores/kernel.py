@@ -105,7 +105,7 @@ def most_numbers(method: str, dtype: str, dim: int) -> int:
     if method == "leverage":  # a chunk comes in steps
         return CHUNK * leverage.FEATURES if dim <= leverage.FEATURES else 0
     if method in CENTRES:
-        return 32768 if dtype == "bfloat16" and dim <= 128 else 16384
+        return (32768 if dtype == "bfloat16" else 16384) // (1 if dim <= 128 else 2)
     return 16384 if dtype == "float32" and method in READ_QUERIES else 32768
 
 
@@ -126,7 +126,6 @@ def score_source(spec: ScoreSpec) -> str:
         valid=spec.valid,
         wide=exact,
         wide_type=widened(spec.dtype),
-        precision=products.wide_precision(spec.target) if exact else "",
         wide_precision=products.wide_precision(spec.target),
         passes=spec.target == "cuda",
         store=STORE,
@@ -142,6 +141,7 @@ def score_source(spec: ScoreSpec) -> str:
         functions = (products.product(spec.dtype, spec.target), *[products.picked(spec.target)] * exact)
     elif method in READ_QUERIES:
         parts["body"] = attention.body(method, parts)
+        functions = (products.product(spec.dtype, spec.target),) * exact
     else:
         parts["body"] = fill(NORM, {"root": "-tl.sqrt" if method == "inverse_norm" else "tl.sqrt"})
     about = {"plan": spec.plan, "stage": f"score, {method} of a chunk's keys"}

@@ -108,7 +108,7 @@ INVERT = """
 # The inverse of the pivot block's factor: eliminate below the diagonal, in the block and in ones beside it.
 both = tl.join(pivot, identity)
 is_pivot = tl.arange(0, 2)[None, None, :] == 0
-for pivot_row in range(0, BLOCK):
+for pivot_row in tl.static_range(0, BLOCK):
     line = tl.sum(tl.where((row == pivot_row)[:, None, None], both, 0.0), 0)
     column = tl.where(is_pivot & (row == pivot_row)[None, :, None], both, 0.0)
     column = tl.sum(tl.sum(column, 2), 1)

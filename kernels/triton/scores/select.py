@@ -172,7 +172,7 @@ def select(scores: torch.Tensor, valid: torch.Tensor | None, plan: Plan) -> tupl
 
 
 def select_segments(best: torch.Tensor, best_score: torch.Tensor, plan: Plan) -> torch.Tensor:
-    """The selected keys of every segment: ``[B, Hkv, C, keep]`` int32, ascending, -1: none. Of what ``select`` gives."""
+    """Selected keys of every segment, of what ``select`` gives: ``[B, Hkv, C, keep]`` int32, ascending, -1: none."""
     batch, heads, chunks, keep = best.shape
     chosen = best.new_empty(best.shape, dtype=torch.int32)
     values = dict(best=best, best_score=best_score, chosen=chosen, chunks=chunks)
