@@ -123,7 +123,7 @@ def exact(site: Site) -> Work:
 
 
 def score(site: Site) -> Work:
-    """A read of the keys, and of the queries where those are read; and the selection of keys and their copies."""
+    """A read of the keys, and of the queries where those are read."""
     plan, shape = site.plan, site.shape
     if not plan.keep:
         return Work()
@@ -132,17 +132,25 @@ def score(site: Site) -> Work:
     heads = shape.heads // shape.kv_heads if plan.method in SCORE_LANES_A_HEAD else 0
     if heads:
         lanes += heads * SCORE_LANES_A_HEAD[plan.method][wide]
+    traffic = NUMBER_BYTES * shape.head_dim * (1 + heads) + 4
+    return Work(lanes=site.keys * lanes * SCORE_STALLS, traffic=site.keys * traffic, launches=1)
+
+
+def select(site: Site) -> Work:
+    """The best keys of chunks and of segments, and their copies."""
+    plan = site.plan
+    if not plan.keep:
+        return Work()
     segments = math.log2(max(site.length / plan.chunk, 2)) / 2  # that a chunk is in
-    lanes += SELECT_LANES + segments * plan.keep / plan.chunk * SEGMENT_LANES
-    traffic = NUMBER_BYTES * shape.head_dim * (1 + heads) + 8 + ROW_BYTES
-    return Work(lanes=site.keys * lanes * SCORE_STALLS, traffic=site.keys * traffic, launches=3 + ROW_LAUNCHES)
+    lanes = SELECT_LANES + segments * plan.keep / plan.chunk * SEGMENT_LANES
+    return Work(lanes=site.keys * lanes * SCORE_STALLS, traffic=site.keys * (4 + ROW_BYTES), launches=2 + ROW_LAUNCHES)
 
 
 def summarize(site: Site) -> Work:
     """Clusters of each chunk: a read of keys and values, and the power iterations of each level."""
     plan, dim = site.plan, site.shape.head_dim
-    if not plan.routes:
-        return Work(traffic=site.keys * 1.0, launches=3)
+    if not plan.routes:  # the sinks' rows
+        return Work() if plan.keep else Work(traffic=site.keys * 1.0, launches=3)
     levels = (plan.chunk // plan.cluster).bit_length() - 1
     iterations = levels * (POWER_ITERATIONS + 1) * 4 * dim  # two products, each a multiplication and a sum
     written = 4 + (8 * dim + 4) / plan.cluster
@@ -181,7 +189,7 @@ def stages(site: Site, device: Device) -> dict[str, float]:
     return found | {"total": sum(found.values()), "exact": exact(site).seconds(device)}
 
 
-STAGES = {"score": score, "summarize": summarize, "route": route, "attend": attend}
+STAGES = {"score": score, "select": select, "summarize": summarize, "route": route, "attend": attend}
 
 
 def parts(measured: Mapping[str, float], predicted: Mapping[str, float], factor: float = 2.0) -> dict[str, float]:

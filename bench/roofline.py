@@ -51,7 +51,7 @@ def table(
                         **{f"{stage}, ms": 1e3 * seconds for stage, seconds in times.items()},
                         "total, ms": 1e3 * total,
                         "faster": exact / total,
-                        "bounds": " ".join(f"{stage[0]}:{work.bound(device)}" for stage, work in works.items()),
+                        "bounds": " ".join(f"{stage[:2]}:{work.bound(device)}" for stage, work in works.items()),
                         "memory, GB": memory(site) / 1e9,
                         "fits": memory(site) < device.memory,
                     }

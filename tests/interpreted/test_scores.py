@@ -346,6 +346,7 @@ def test_what_does_not_fit() -> None:
     assert not kernel.fits(plan_of("kmeans", chunk=512), 16, "bfloat16")
     assert not kernel.fits(plan_of("leverage", chunk=32), 129, "bfloat16")
     assert not kernel.fits(plan_of("kmedian", chunk=256), 128, "float32")
+    assert not kernel.fits(plan_of("norm", chunk=16), 257, "bfloat16")
     assert kernel.fits(plan_of("leverage", chunk=256), 128, "float32")
     assert not select.fits(plan_of("norm", keep=0)) and not select.fits(plan_of("norm", chunk=512))
     assert not select.segments_fit(plan_of("norm", chunk=128, keep=65)) and select.segments_fit(plan_of("norm"))

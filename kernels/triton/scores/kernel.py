@@ -13,7 +13,7 @@ from ..cache import launch, load
 from ..clusters import CHUNK, tile_of
 from ..render import arguments, fill, source
 from ..route import target, widened
-from ..spec import DTYPES
+from ..spec import DTYPES, MOST_FEATURES
 from . import attention, centres, leverage, products
 
 METHODS = ("kmeans", "kmeans_relative", "kmedian", "leverage", "peak", "query", "norm", "inverse_norm")
@@ -95,7 +95,7 @@ class ScoreSpec:
 
 def fits(plan: Plan, dim: int, dtype: str) -> bool:
     """Whether a chunk is scored on chip: a method that has a kernel, and a chunk that fits."""
-    if plan.method not in METHODS or plan.chunk > CHUNK:
+    if plan.method not in METHODS or plan.chunk > CHUNK or dim > MOST_FEATURES:
         return False
     return plan.chunk * tile_of(dim) <= most_numbers(plan.method, dtype, dim)
 
