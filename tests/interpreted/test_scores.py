@@ -119,7 +119,7 @@ def test_distances_on_tensor_cores(dtype: torch.dtype, method: str, products: st
 @pytest.mark.parametrize("method", EXACT)
 def test_low_precision_and_strides(method: str, dtype: torch.dtype) -> None:
     """Keys of 16 bits are factors as they are, and what they meet is float32: the float32 tolerance holds."""
-    site = operands(75, dim=20, dtype=dtype)
+    site = operands(75, dim=20, batch=1, dtype=dtype)
     turned = {name: getattr(site, name).transpose(1, 2).contiguous().transpose(1, 2) for name in ("query", "key")}
     check(site._replace(**turned), plan_of(method))
 
@@ -192,7 +192,7 @@ def test_leverage_of_hard_chunks(name: str, products: str) -> None:
 
 @pytest.mark.parametrize("method", ["leverage", "norm", "inverse_norm"])
 def test_permuting_keys_permutes_scores(method: str) -> None:
-    site, order = operands(32, dim=20), torch.randperm(32)
+    site, order = operands(32, dim=20, batch=1), torch.randperm(32)
     turned = site._replace(key=site.key[:, :, order])
     torch.testing.assert_close(run(turned, plan_of(method)), run(site, plan_of(method))[:, :, order])
 
@@ -222,7 +222,7 @@ def test_degenerate_chunks(method: str, case: str) -> None:
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("method", kernel.METHODS)
 def test_a_key_that_is_not_finite_scores_the_most_and_is_in_no_sum(method: str, padded: bool) -> None:
-    site, plan = operands(64, dim=16, padded=padded), plan_of(method)
+    site, plan = operands(64, dim=16, heads=2, kv_heads=1, padded=padded), plan_of(method)
     hidden = torch.zeros(2, 64, dtype=torch.bool)
     hidden[0, 40] = hidden[1, 33] = True
     valid = site.valid if padded else torch.ones(2, 64, dtype=torch.bool)
@@ -246,7 +246,7 @@ def test_a_query_that_is_not_finite_reaches_the_keys_it_answers() -> None:
 
 @pytest.mark.parametrize("method", kernel.METHODS)
 def test_scores_are_deterministic_and_of_their_chunk_alone(method: str) -> None:
-    site, plan = operands(96, dim=16), plan_of(method)
+    site, plan = operands(96, dim=16, batch=1, heads=2, kv_heads=1), plan_of(method)
     before = run(site, plan)
     assert torch.equal(run(site, plan), before)
     site.key[:, :, 64:] += 3
@@ -299,7 +299,7 @@ def test_fewer_valid_keys_than_keep() -> None:
 
 
 @pytest.mark.parametrize("keep", [3, 32])
-@pytest.mark.parametrize("name", SCORES)
+@pytest.mark.parametrize("name", ["ties", "not finite"])
 def test_selected_keys_of_segments_are_the_references(name: str, keep: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 11 chunks: segments of 8, 4, 2 and 1; a step of fewer keys than a segment has."""
     monkeypatch.setattr(select, "WIDTH", 64)
@@ -313,7 +313,7 @@ def test_selected_keys_of_segments_are_the_references(name: str, keep: int, monk
         assert all(torch.equal(f, e) and f.dtype == e.dtype for f, e in zip(found, expected, strict=True))
 
 
-@pytest.mark.parametrize("method", EXACT)
+@pytest.mark.parametrize("method", ["kmeans", "leverage", "peak"])
 def test_rows_are_the_references(method: str) -> None:
     """Scored, selected and merged: the rows of a summary."""
     site, plan = operands(150, dim=16, padded=True), plan_of(method, centroids=2)
