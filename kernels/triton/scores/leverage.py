@@ -9,7 +9,7 @@ them on tensor cores, and one matrix [D, D] in the lanes whatever the chunk.
 
 Why the factor's inverse and not A's: ``eps`` bounds the condition number by 1000 D + 1, and scores have to
 survive it. The error of ``C^-1 x`` grows with the root of it; that of an A^-1 that is written down, by
-Newton-Schulz iterations or by elimination, with all of it, and 22 iterations of two products of D^3 are 20
+Newton-Schulz iterations or by elimination, with all of it, and 22 iterations of two products of D^3 are 15
 times the flops. docs/triton.md has the figures.
 """
 
