@@ -36,10 +36,13 @@ from prescore_compile.kernels.plan import Plan
 from prescore_compile.kernels.reference import Operands
 from prescore_compile.kernels.summary import Summary
 from prescore_compile.kernels.triton import attend, attend_backward, clusters, mass, residual, route, union
+from prescore_compile.kernels.triton.scores import kernel as scores
+from prescore_compile.kernels.triton.scores import select
+from prescore_compile.kernels.triton.spec import DTYPES
 from prescore_compile.passes.defaults import CAUSAL, TWO_SIDED_ON_A_GPU
 
 RESULTS = Path(__file__).parent / "results" / "triton-aot.json"
-MODULES = (attend, attend_backward, clusters, residual, route, union)
+MODULES = (attend, attend_backward, clusters, residual, route, scores, select, union)
 
 SHARED = {"sm_80": 166912, "sm_90": 232448, "gfx942": 65536}
 """Bytes of shared memory that one program may have."""
@@ -53,7 +56,7 @@ TYPES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """One site whose kernels are compiled; ``default``: nothing may spill."""
+    """One site whose kernels are compiled; ``default``: nothing may spill; ``scores``: those of scores alone."""
 
     plan: Plan = field(default_factory=Plan)
     dim: int = 64
@@ -64,12 +67,20 @@ class Variant:
     queries: int = 4096
     backward: bool = True
     default: bool = False
+    scores: bool = False
     logits: Logits = NOTHING
 
 
 DOCUMENT = sympy.Function("t00")
 IN_DOCUMENTS = Logits(sympy.And(sympy.Eq(DOCUMENT(B, Q), DOCUMENT(B, K)), K >= Q - 2000), softcap=50.0)
 """Packed documents with a sliding window and a softcap, as the graph pass says it."""
+
+
+def scored(method: str, dim: int, default: bool = True, **settings: Any) -> Variant:
+    """A site whose keys are scored and selected."""
+    plan = Plan(method=method, keep=32, routes=0, chunk=settings.pop("chunk", 128))
+    return Variant(plan=plan, dim=dim, default=default, scores=True, **settings)
+
 
 VARIANTS = {
     "default 64": Variant(default=True),
@@ -89,9 +100,26 @@ VARIANTS = {
     "chunk 256 64": Variant(plan=CAUSAL),
     "chunk 256 128": Variant(plan=CAUSAL, dim=128, group=4),
     "64 routes": Variant(plan=Plan(routes=64), backward=False),
-    "share 64": Variant(plan=Plan(routes=64, share=0.001), backward=False),
     "many routes": Variant(plan=Plan(routes=200, cluster=32), backward=False),
     "masked and capped 128": Variant(dim=128, group=4, logits=IN_DOCUMENTS),
+    "kmeans 64": scored("kmeans", 64),
+    "kmeans 128": scored("kmeans", 128),
+    "relative kmeans 128": scored("kmeans_relative", 128, padded=True),
+    "kmedian 64": scored("kmedian", 64),
+    "kmedian 128": scored("kmedian", 128),
+    "leverage 64": scored("leverage", 64),
+    "leverage 128": scored("leverage", 128, padded=True),
+    "peak 64": scored("peak", 64, group=4),
+    "peak 128": scored("peak", 128, group=4, padded=True),
+    "float16 kmedian 128": scored("kmedian", 128, default=False, dtype=torch.float16),
+    "float32 kmedian 64": scored("kmedian", 64, default=False, dtype=torch.float32),
+    "float16 kmedian 64, chunk 256": scored("kmedian", 64, default=False, dtype=torch.float16, chunk=256),
+    "float32 kmeans 256, chunk 32": scored("kmeans", 256, default=False, dtype=torch.float32, chunk=32),
+    "float32 peak 128": scored("peak", 128, default=False, dtype=torch.float32),
+    "float32 leverage 128": scored("leverage", 128, default=False, dtype=torch.float32),
+    "kmeans 128, chunk 256": scored("kmeans", 128, default=False, chunk=256),
+    "kmedian 256": scored("kmedian", 256, default=False, chunk=64),
+    "peak 128, chunk 256": scored("peak", 128, default=False, chunk=256),
 }
 
 
@@ -136,6 +164,12 @@ def _run(variant: Variant) -> None:
     valid = tensor(2, length, dtype=torch.bool) if variant.padded else None
     query = tensor(2, heads * variant.group, variant.queries, variant.dim)
     site = Operands(query, key, tensor(*key.shape), valid, variant.causal, scale)
+    if plan.keep and scores.fits(plan, variant.dim, DTYPES[variant.dtype]):
+        best = select.select(scores.scores(query, key, valid, plan, variant.causal, scale), valid, plan)
+        if select.segments_fit(plan):
+            select.select_segments(*best, plan)
+    if variant.scores:
+        return
     summary = Summary(*_empty_summary(key, site.value, plan.text))
     logits = variant.logits
     read = {name: tensor(2, length, dtype=torch.int64) for name in logits.tensors}
@@ -223,7 +257,7 @@ def broken(name: str, target: str, kernels: dict[str, dict[str, int]]) -> list[s
     return found
 
 
-WITHOUT_PRODUCTS = ("cluster", "mark", "union", "centroids", "merge")
+WITHOUT_PRODUCTS = ("cluster", "mark", "union", "centroids", "merge", "select", "select_segments")
 """Kernels whose source has no product of matrices."""
 
 

@@ -22,6 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench import model
 from prescore_compile.kernels import coarse, ops, reference
+from prescore_compile.kernels import summary as summaries
 from prescore_compile.kernels.plan import Plan
 from prescore_compile.kernels.reference import Operands
 from prescore_compile.kernels.summary import Summary
@@ -41,6 +42,8 @@ BACKENDS = {
     "math": SDPBackend.MATH,
 }
 MATH_UP_TO = 4096
+SCORED = {"kmeans": LIMIT, "kmedian": 0.3, "leverage": LIMIT, "peak": LIMIT}
+"""Methods whose scores are timed, and the largest error: k-median's depends on float32's rounding (docs/triton.md)."""
 
 
 @dataclass(frozen=True)
@@ -154,6 +157,14 @@ class Ways:
     def summarize(self) -> Summary:
         return Summary(*ops.summarize(self.site.key, self.site.value, None, None, self.plan.text))
 
+    def scored(self, method: str) -> Plan:
+        """The plan that selects keys by this method."""
+        return Plan(method=method, keep=min(32, self.plan.chunk), chunk=self.plan.chunk, routes=0)
+
+    def score(self, method: str) -> torch.Tensor:
+        site = self.site
+        return ops.score(site.query, site.key, None, self.scored(method).text, site.causal, site.scale)
+
     def route(self) -> torch.Tensor:
         s, site = self.summary, self.site
         return ops.route(
@@ -248,6 +259,10 @@ def measure(case: Case, plan: Plan, machine: Machine, flex: bool) -> dict[str, A
         checked("attend", ways.attend, attended)
         if not failed:
             checked("total", ways.total, attended)
+    for method, limit in SCORED.items():
+        with told(failed, f"score {method}"):
+            work = functools.partial(ways.score, method)
+            time_of(f"score {method}", work, check_scores(ways, method, work()), limit)
     d_exact = gradient(few, None, None, plan, ways.grad)
     d_attended = gradient(few, wide, part, plan, ways.grad)
     if "total" in times:
@@ -266,6 +281,14 @@ def measure(case: Case, plan: Plan, machine: Machine, flex: bool) -> dict[str, A
             work()
             times["flex"] = machine.seconds(work)
     return row(case, plan, machine, times, failed)
+
+
+def check_scores(ways: Ways, method: str, scores: torch.Tensor) -> float:
+    """Largest error of the scores of the first chunk, which no other key takes part in."""
+    plan, site = ways.scored(method), ways.site
+    query, key = (tensor[:, :, : plan.chunk].float() for tensor in (site.query, site.key))
+    want = summaries.score(query, key, None, plan, site.causal, site.scale)
+    return error(scores[:, :, : plan.chunk], want)
 
 
 def reference_clusters(ways: Ways) -> float:
@@ -314,6 +337,9 @@ def row(case: Case, plan: Plan, machine: Machine, times: dict[str, float], faile
     best = min(backends, key=backends.__getitem__) if backends else None
     found: dict[str, Any] = asdict(case) | {"stages": times, "failed": failed}
     found["predicted"] = model.stages(model.Site(shape, case.n, plan), machine.model)
+    for method in SCORED:
+        scored = model.Site(shape, case.n, Plan(method=method, keep=32))
+        found["predicted"][f"score {method}"] = model.score(scored).seconds(machine.model)
     if best is not None:
         found["stages"] = times | {"exact": backends[best]}
         found |= {"best": best, "exact_tflops": exact_flops / backends[best] / 1e12}

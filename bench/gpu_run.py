@@ -50,7 +50,8 @@ def run(cases: list[gpu.Case], plan: Plan, machine: gpu.Machine, out: Path, seco
     out.write_text(json.dumps({"about": about(machine, plan), "cases": rows, "left_out": left_out}, indent=1) + "\n")
     out.with_suffix(".svg").write_text(plot(rows))
     print(f"wrote {out} and {out.with_suffix('.svg').name}")
-    ours = ("case", "stages", "summarize", "route", "attend", "total", "total, backward")
+    ours = ["case", "stages", "summarize", "route", "attend", "total", "total, backward"]
+    ours += [f"score {method}" for method in gpu.SCORED]
     return int(any(name in ours or "wrong result" in why for row in rows for name, why in row["failed"].items()))
 
 
@@ -90,7 +91,7 @@ def plot(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         if (row["causal"], row["dim"], row["group"]) == shape:
             for name, seconds in row["stages"].items():
-                if name != "exact" and not name.endswith("backward"):
+                if name != "exact" and not name.endswith("backward") and not name.startswith("score "):
                     series.setdefault(name, []).append((row["n"], 1e3 * seconds))
     title = f"Attention, {'causal' if shape[0] else 'two-sided'}, D = {shape[1]}, groups of {shape[2]}"
     return svg.lines(title, "keys", "milliseconds", series)

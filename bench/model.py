@@ -8,6 +8,7 @@ marked so, assumed. What was measured on a GPU replaces them: see ``bench.roofli
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -48,6 +49,22 @@ BACKWARD = 2.5
 """Products of a backward, for each of its forward: five of them, not two."""
 ROUTE_PAIR = 106
 """Instructions of a lane for one pair of row and representative: 54 and 52 in the two loops of sm_90's binary."""
+SCORE_LANES = {
+    "kmeans": (3250, 5690), "kmeans_relative": (3450, 6000), "kmedian": (8650, 20_800), "leverage": (19_100, 80_300),
+    "peak": (2070, 3870), "query": (840, 1540), "norm": (630, 1340), "inverse_norm": (630, 1340),
+}  # fmt: skip
+"""Instructions of a lane for one scored key of 64 or 128 features, chunks of 128: counted in sm_90's binary."""
+SCORE_LANES_A_HEAD = {"peak": (1910, 2780), "query": (700, 900)}
+"""More of them for each query head of the KV head."""
+SCORE_STALLS = 2.0
+"""By how much the barriers of a score kernel, of which one to four run on a multiprocessor, slow it down; assumed."""
+SELECT_LANES = 1460
+"""Instructions of a lane for one key: to select it in its chunk, and a segment's program without its steps."""
+SEGMENT_LANES = 1770
+"""The same of one step of a segment's program, for each key that it reads; counted too."""
+ROW_BYTES = 980
+ROW_LAUNCHES = 20
+"""What the torch operations that copy selected keys read and write for a key, and their number; counted."""
 NUMBER_BYTES = 2
 
 
@@ -105,11 +122,35 @@ def exact(site: Site) -> Work:
     return Work(2 * pairs * _features(site), 0, _operands(site), 1, EXACT_SHARE)
 
 
+def score(site: Site) -> Work:
+    """A read of the keys, and of the queries where those are read."""
+    plan, shape = site.plan, site.shape
+    if not plan.keep:
+        return Work()
+    wide = int(shape.head_dim > 64)
+    lanes = SCORE_LANES[plan.method][wide]
+    heads = shape.heads // shape.kv_heads if plan.method in SCORE_LANES_A_HEAD else 0
+    if heads:
+        lanes += heads * SCORE_LANES_A_HEAD[plan.method][wide]
+    traffic = NUMBER_BYTES * shape.head_dim * (1 + heads) + 4
+    return Work(lanes=site.keys * lanes * SCORE_STALLS, traffic=site.keys * traffic, launches=1)
+
+
+def select(site: Site) -> Work:
+    """The best keys of chunks and of segments, and their copies."""
+    plan = site.plan
+    if not plan.keep:
+        return Work()
+    segments = math.log2(max(site.length / plan.chunk, 2)) / 2  # that a chunk is in
+    lanes = SELECT_LANES + segments * plan.keep / plan.chunk * SEGMENT_LANES
+    return Work(lanes=site.keys * lanes * SCORE_STALLS, traffic=site.keys * (4 + ROW_BYTES), launches=2 + ROW_LAUNCHES)
+
+
 def summarize(site: Site) -> Work:
     """Clusters of each chunk: a read of keys and values, and the power iterations of each level."""
     plan, dim = site.plan, site.shape.head_dim
-    if not plan.routes:
-        return Work(traffic=site.keys * 1.0, launches=3)
+    if not plan.routes:  # the sinks' rows
+        return Work() if plan.keep else Work(traffic=site.keys * 1.0, launches=3)
     levels = (plan.chunk // plan.cluster).bit_length() - 1
     iterations = levels * (POWER_ITERATIONS + 1) * 4 * dim  # two products, each a multiplication and a sum
     written = 4 + (8 * dim + 4) / plan.cluster
@@ -148,11 +189,11 @@ def attend(site: Site) -> Work:
 
 def stages(site: Site, device: Device) -> dict[str, float]:
     """Predicted seconds of each stage of a forward, of all of them, and of exact attention."""
-    found = {name: work(site).seconds(device) for name, work in STAGES.items()}
+    found = {name: work(site).seconds(device) for name, work in STAGES.items() if work(site) != Work()}
     return found | {"total": sum(found.values()), "exact": exact(site).seconds(device)}
 
 
-STAGES = {"summarize": summarize, "route": route, "attend": attend}
+STAGES = {"score": score, "select": select, "summarize": summarize, "route": route, "attend": attend}
 
 
 def parts(measured: Mapping[str, float], predicted: Mapping[str, float], factor: float = 2.0) -> dict[str, float]:

@@ -37,9 +37,9 @@ def table(
             for coarse in (0, CHUNKS) if length >= TWO_LEVELS_FROM else (0,):
                 shape = cost.Shape(batch, heads, kv_heads, dim, dim, True)
                 site = model.Site(shape, length, Plan(coarse=coarse))
-                times = {
-                    stage: work(site).seconds(device) * scales.get(stage, 1.0) for stage, work in model.STAGES.items()
-                }
+                works = {stage: work(site) for stage, work in model.STAGES.items()}
+                works = {stage: work for stage, work in works.items() if work != model.Work()}
+                times = {stage: work.seconds(device) * scales.get(stage, 1.0) for stage, work in works.items()}
                 exact = model.exact(site).seconds(device) * scales.get("exact", 1.0)
                 total = sum(times.values())
                 rows.append(
@@ -51,7 +51,7 @@ def table(
                         **{f"{stage}, ms": 1e3 * seconds for stage, seconds in times.items()},
                         "total, ms": 1e3 * total,
                         "faster": exact / total,
-                        "bounds": " ".join(f"{s[0]}:{w(site).bound(device)}" for s, w in model.STAGES.items()),
+                        "bounds": " ".join(f"{stage[:2]}:{work.bound(device)}" for stage, work in works.items()),
                         "memory, GB": memory(site) / 1e9,
                         "fits": memory(site) < device.memory,
                     }

@@ -43,13 +43,27 @@ def prescored(
     return attend(q, k, v, valid, order, routes, *rows, settings, causal, scale, *more)
 
 
-@torch.library.custom_op("prescore::score", mutates_args=())
+@torch.library.triton_op("prescore::score", mutates_args=())
 def score(query: Tensor, key: Tensor, valid: Tensor | None, plan: str, causal: bool, scale: float) -> Tensor:
     """Scores ``[B, Hkv, Nk]`` float32; see ``kernels.summary.score``. Not differentiable."""
+    settings = Plan.parse(plan)
+    if not _generated(key):
+        return score_eager(query, key, valid, plan, causal, scale)
+    from .triton.scores import kernel as generated
+
+    if not generated.fits(settings, key.shape[3], str(key.dtype).removeprefix("torch.")):
+        return score_eager(query, key, valid, plan, causal, scale)
+    return generated.scores(query, key, valid, settings, causal, scale)
+
+
+@torch.library.custom_op("prescore::score_eager", mutates_args=())
+def score_eager(query: Tensor, key: Tensor, valid: Tensor | None, plan: str, causal: bool, scale: float) -> Tensor:
+    """``score`` in torch operations."""
     return summaries.score(query, key, valid, Plan.parse(plan), causal, scale)
 
 
 @score.register_fake
+@score_eager.register_fake
 def _(query, key, valid, plan, causal, scale):  # type: ignore[no-untyped-def]
     return key.new_empty(key.shape[:3], dtype=torch.float32)
 
@@ -73,15 +87,23 @@ def summarize(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The fields of ``kernels.summary.Summary``; row_key and row_value are differentiable."""
     settings = Plan.parse(plan)
-    if not (settings.routes and _generated(key)):
+    if not ((settings.routes or settings.keep) and _generated(key)):
         return summarize_eager(key, value, valid, scores, plan)
     from .triton import clusters as generated
+    from .triton.scores import select
 
-    if not generated.fits(settings, key.shape[3], value.shape[3]):
+    if settings.routes and not generated.fits(settings, key.shape[3], value.shape[3]):
         return summarize_eager(key, value, valid, scores, plan)
-    member = None if valid is None else generated.members(valid, settings.sinks)
-    clusters = generated.clusters(key, value, member, settings)
-    return (*clusters, *rows(key, value, valid, scores, plan))
+    clusters = _empty_summary(key, value, plan)[:4]
+    if settings.routes:
+        member = None if valid is None else generated.members(valid, settings.sinks)
+        clusters = generated.clusters(key, value, member, settings)
+    if scores is None or not select.fits(settings):
+        return (*clusters, *rows(key, value, valid, None, scores, plan))
+    best = select.select(scores, valid, settings)
+    if not select.segments_fit(settings):
+        return (*clusters, *rows(key, value, valid, *best, plan))
+    return (*clusters, *kept_rows(key, value, valid, select.select_segments(*best, settings), plan))
 
 
 @torch.library.custom_op("prescore::summarize_eager", mutates_args=())
@@ -96,16 +118,33 @@ def summarize_eager(
 
 @torch.library.custom_op("prescore::rows", mutates_args=())
 def rows(
-    key: Tensor, value: Tensor, valid: Tensor | None, scores: Tensor | None, plan: str
+    key: Tensor, value: Tensor, valid: Tensor | None, place: Tensor | None, scores: Tensor | None, plan: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The last five fields of ``summarize``: rows without clusters, in torch operations linear in n."""
+    """The last five fields of ``summarize``: rows without clusters, in torch operations linear in n.
+
+    ``place``: the best keys of each chunk, whose scores are then ``scores``; None: those are of all keys.
+    """
     settings = Plan.parse(plan)
     settings = Plan(**settings.settings() | {"routes": 0})
-    return tuple(summaries.summarize(key, value, valid, scores, settings)[4:])  # type: ignore[return-value]
+    best = None if place is None or scores is None else (place, scores)
+    return tuple(summaries.summarize(key, value, valid, scores, settings, best=best)[4:])  # type: ignore[return-value]
 
 
 @rows.register_fake
-def _(key, value, valid, scores, plan):  # type: ignore[no-untyped-def]
+def _(key, value, valid, place, scores, plan):  # type: ignore[no-untyped-def]
+    return _empty_summary(key, value, plan)[4:]
+
+
+@torch.library.custom_op("prescore::kept_rows", mutates_args=())
+def kept_rows(
+    key: Tensor, value: Tensor, valid: Tensor | None, chosen: Tensor, plan: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``rows`` of a plan without centroids whose selected keys ``chosen`` are known; see ``summary.kept_rows``."""
+    return summaries.kept_rows(key, value, valid, chosen, Plan.parse(plan))
+
+
+@kept_rows.register_fake
+def _(key, value, valid, chosen, plan):  # type: ignore[no-untyped-def]
     return _empty_summary(key, value, plan)[4:]
 
 

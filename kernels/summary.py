@@ -114,13 +114,14 @@ def summarize(
     scores: torch.Tensor | None,
     plan: Plan,
     cluster: Clusters | None = None,
+    best: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> Summary:
     """Cluster and select the keys of every chunk; see ``Summary``.
 
     Args:
         key: ``[B, Hkv, Nk, D]``. value: ``[B, Hkv, Nk, Dv]``. valid: ``[B, Nk]`` bool or None.
         scores: ``[B, Hkv, Nk]`` float32; needed when ``plan.keep`` is not 0.
-        cluster: default ``clusters``.
+        cluster: default ``clusters``. best: what ``_best_of_chunks`` gives, where that was found elsewhere.
     """
     sink = sink_index(key, valid, plan.sinks)
     member = _chunk_mask(key, valid, plan.chunk).flatten(2)
@@ -131,8 +132,25 @@ def summarize(
         none = key.new_zeros(*key.shape[:2], 0, dtype=torch.float32)
         wide = key.new_zeros(*key.shape[:2], 0, key.shape[3], dtype=torch.float32)
         order, mean, spread, bias = none.int(), wide, wide.clone(), none
-    index, owner = _rows(key, value, member, sink, scores, plan)
+    if plan.keep and best is None:
+        assert scores is not None
+        best = _best_of_chunks(scores, member, plan)
+    index, owner = _rows(key, value, member, sink, best, plan)
     return Summary(order, mean, spread, bias, index, owner, *gather_rows(key, value, index, owner, plan))
+
+
+def kept_rows(
+    key: torch.Tensor, value: torch.Tensor, valid: torch.Tensor | None, chosen: torch.Tensor, plan: Plan
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The last five fields of ``Summary`` of a plan without centroids.
+
+    ``chosen`` ``[B, Hkv, C, keep]``: the selected keys of each segment, -1: none.
+    """
+    batch, heads, length, _ = key.shape
+    sink = sink_index(key, valid, plan.sinks).unsqueeze(1).expand(batch, heads, plan.sinks)
+    index = torch.cat([sink.int(), chosen.int().flatten(2)], 2)
+    owner = torch.empty((0, batch, heads, length), dtype=torch.int32, device=key.device)
+    return index, owner, *gather_rows(key, value, index, owner, plan)
 
 
 def gather_rows(
@@ -218,24 +236,25 @@ def _rows(
     value: torch.Tensor,
     member: torch.Tensor,
     sink: torch.Tensor,
-    scores: torch.Tensor | None,
+    best: tuple[torch.Tensor, torch.Tensor] | None,
     plan: Plan,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which key each row copies, and which centroid row owns each key at each segment size."""
+    """Which key each row copies, and which centroid row owns each key at each segment size.
+
+    ``best``: of each chunk, see ``_best_of_chunks``; needed when ``plan.keep`` is not 0.
+    """
     batch, heads, length, _ = key.shape
     total = chunk_count(length, plan.chunk)
     sinks = sink.unsqueeze(1).expand(batch, heads, plan.sinks)
     table = torch.full((batch, heads, total, plan.rows_per_segment), -1, device=key.device)
-    best: tuple[torch.Tensor, torch.Tensor] | None = None
     owners = []
     size = 1
     while plan.rows_per_segment and size <= total:
         named = slice(size - 1, total, 2 * size)
         begin, inside = _of_size(member, size, plan.chunk)
         chosen = inside.new_zeros((*inside.shape[:3], 0), dtype=torch.long)
-        if plan.keep:
-            assert scores is not None
-            best = _merged(best, plan.keep) if best else _best_of_chunks(scores, member, plan)
+        if best is not None:
+            best = _merged(best, plan.keep) if size > 1 else best
             place, score = (tensor[:, :, ::2] for tensor in best)
             chosen = place.where(score > NEG_INF, -1)
             table[:, :, named, : plan.keep] = chosen

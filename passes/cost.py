@@ -38,26 +38,40 @@ class Prices:
             way. route_pair: of a routing pair whatever its features.
         union: routed pairs that are computed, for each that is attended.
         per_key, per_feature: a key and KV head, to cluster and copy it; and each of its features.
-        score: a key and KV head, to score it, by method. fixed: the launches.
+        score: a key and KV head, to score it, by method; other: by a user's own scorer. select: of scored keys, to
+            find the best and copy them. fixed: the launches. select_fixed: those of scores and selected keys.
     """
 
     attend: float
     route: float
     score: Mapping[str, int]
+    other: int
     route_pair: float = 0.0
     union: float = 1.0
     per_key: float = 0.0
     per_feature: float = 0.0
+    select: float = 0.0
     fixed: float = 0.0
+    select_fixed: float = 0.0
 
 
 PRICES = {
-    "cpu": Prices(attend=ATTEND_PRICE, route=ROUTE_PRICE, per_key=SUMMARY_PER_KEY, score=SCORE_PER_KEY),
-    # Modelled, not measured: an H100 in bfloat16 as `bench/model.py` has it, for AMD's GPUs too. Scores are torch
-    # operations there, some 20 passes over float32 keys: assumed.
+    # What a user's scorer costs nobody knows: as kmedian, the dearest that reads keys alone.
+    "cpu": Prices(
+        attend=ATTEND_PRICE, route=ROUTE_PRICE, per_key=SUMMARY_PER_KEY, score=SCORE_PER_KEY,
+        other=SCORE_PER_KEY["kmedian"],
+    ),
+    # Modelled, not measured: an H100 in bfloat16 as `bench/model.py` has it, for AMD's GPUs too. Scores: 128 features,
+    # 4 query heads a KV head. kernel_kmeans, window_peak, random and a user's scorer are torch operations there:
+    # what they read and write, or their launches where that is more.
     "cuda": Prices(
         attend=1.5, route=0.0, route_pair=1060.0, union=3.0, per_feature=840.0, fixed=1.3e10,
-        score=dict.fromkeys(SCORE_PER_KEY, 2_000_000),
+        score={
+            "kmeans": 114_000, "kmeans_relative": 120_000, "kmedian": 416_000, "leverage": 1_600_000,
+            "peak": 300_000, "query": 103_000, "norm": 26_000, "inverse_norm": 26_000,
+            "kernel_kmeans": 9_000_000, "window_peak": 20_000_000, "random": 1_000_000,
+        },
+        other=9_000_000, select=150_000, select_fixed=3.4e10,
     ),
 }  # fmt: skip
 
@@ -143,8 +157,9 @@ def prescored_time(shape: Shape, plan: Plan) -> sympy.Expr:
     prices = PRICES[shape.device]
     keys, rows = shape.batch * shape.kv_heads * N, shape.batch * shape.heads
     summary = (prices.per_key + prices.per_feature * shape.head_dim) * keys if plan.routes else 0
-    # What a user's scorer costs nobody knows: as kmedian, the dearest that reads keys alone.
-    scoring = prices.score.get(plan.method, prices.score["kmedian"]) * keys if plan.keep else 0
+    scoring = 0
+    if plan.keep:
+        scoring = (prices.score.get(plan.method, prices.other) + prices.select) * keys + prices.select_fixed
     attended, routing = attended_pairs(plan, shape.causal), routing_pairs(plan, shape.causal, prices.union)
     if prices.union != 1:
         attended += (prices.union - 1) * _least(N * plan.routes * plan.cluster, attended)

@@ -12,7 +12,13 @@ triton = pytest.importorskip("triton")
 
 from bench import aot  # noqa: E402
 
-FAST = [("default 64", "sm_90", "route"), ("default 64", "sm_80", "cluster"), ("default 64", "gfx942", "attend")]
+FAST = [
+    ("default 64", "sm_90", "route"),
+    ("default 64", "sm_80", "cluster"),
+    ("default 64", "gfx942", "attend"),
+    ("leverage 64", "sm_90", "score"),
+    ("relative kmeans 128", "gfx942", "score"),
+]
 """What is compiled each time: about a minute on one core. The rest is slow."""
 
 
@@ -50,7 +56,7 @@ def test_the_kept_figures_are_within_bounds() -> None:
             assert not aot.broken(name, target, {kernel: of[target] for kernel, of in kernels.items()})
 
 
-@pytest.mark.parametrize("name", ["default 64", "masked and capped 128"])
+@pytest.mark.parametrize("name", ["default 64", "masked and capped 128", "keep 64", "leverage 128"])
 def test_the_launches_are_those_that_were_kept(name: str) -> None:
     """Without compiling anything: a kernel that is new has no figures yet."""
     for target in aot.SHARED:

@@ -40,6 +40,7 @@ def test_dry_run(tmp_path: Path) -> None:
     assert [case["causal"] for case in cases] == [True, False]
     for case in cases:
         stages = {"summarize", "route", "attend", "total", "total, backward", "sdpa math", "sdpa math, backward"}
+        stages |= {f"score {method}" for method in gpu.SCORED}
         assert stages <= set(case["stages"]), case["failed"]
         assert {"sdpa efficient", "sdpa cudnn"} <= set(case["failed"]), "a CPU has neither"
         assert case["faster"] > 0 and case["attend_tflops"] > 0 and case["predicted"]["total"] > 0
@@ -56,6 +57,14 @@ def test_a_wrong_result_gets_no_time(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     (row,) = json.loads((tmp_path / "out.json").read_text())["cases"]
     assert "wrong result" in row["failed"]["attend"] and "attend" not in row["stages"] and "total" not in row["stages"]
     assert "attend_tflops" not in row and "faster" not in row and "sdpa math" in row["stages"]
+
+
+def test_wrong_scores_get_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = gpu.Ways.score
+    monkeypatch.setattr(gpu.Ways, "score", lambda ways, method: right(ways, method) * (1.5 if method == "peak" else 1))
+    found = gpu.measure(gpu.Case(256, True, 16, 2, 2), Plan(routes=2), gpu.Machine("cpu", torch.float32, 1), False)
+    assert "wrong result" in found["failed"]["score peak"] and "score peak" not in found["stages"]
+    assert {"score kmeans", "score kmedian", "score leverage"} <= found["stages"].keys() & found["predicted"].keys()
 
 
 def test_what_a_case_raises_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -89,7 +98,7 @@ def test_the_model_grows_as_the_formulas_do() -> None:
 
 def test_decisions_on_a_gpu_expect_what_the_model_says() -> None:
     for dim in (64, 128):
-        for plan in (Plan(), Plan(coarse=32), Plan(routes=0)):
+        for plan in (Plan(), Plan(coarse=32), Plan(routes=0), Plan(keep=32, routes=0, method="kmeans")):
             shape = cost.Shape(1, 32, 8, dim, dim, True, "cuda")
             for length in (8192, 32768, 262144):
                 times = model.stages(model.Site(shape, length, plan), model.DEVICES["H100"])

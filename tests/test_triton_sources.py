@@ -12,9 +12,10 @@ import pytest
 import sympy
 from conftest import PLANS
 
-from prescore_compile.kernels.plan import Plan
+from prescore_compile.kernels.plan import METHODS, Plan
 from prescore_compile.kernels.triton import listing, sources
 from prescore_compile.kernels.triton.maths import lifted
+from prescore_compile.kernels.triton.scores import kernel as scores
 
 GOLDEN = Path(__file__).with_name("golden")
 Q, K = sympy.symbols("q k", integer=True, nonnegative=True)
@@ -22,7 +23,7 @@ DOCUMENT = sympy.Function("document")
 
 
 def golden() -> dict[str, str]:
-    """A handful: the default plan, what it needs beside it, a mask, and a backward."""
+    """A handful: the default plan, what it needs beside it, a mask, a backward, and scores."""
     default = listing.spec(Plan(), dim=64)
     streaming = listing.spec(PLANS["streaming"], dim=80, value_dim=64, group=3, dtype="float32", causal=False)
     masked = listing.spec(
@@ -38,7 +39,15 @@ def golden() -> dict[str, str]:
     residual = listing.spec(
         Plan(window=0, sinks=1, cluster=32, routes=12, residual=True), dim=64, group=2, causal=False
     )
+    by_leverage = listing.spec(Plan(method="leverage", keep=16, routes=0), dim=128)
+    by_median = listing.spec(Plan(method="kmedian", keep=16, routes=0), dim=64, valid=True)
+    by_peak = listing.spec(Plan(method="peak", keep=16, threshold=0.1, routes=0), dim=80, group=3, dtype="float32")
     return {
+        "leverage_score": listing.all_sources(by_leverage, "")["score"],
+        "kmedian_score": listing.all_sources(by_median, "")["score"],
+        "peak_score": listing.all_sources(by_peak, "")["score"],
+        "peak_select": listing.all_sources(by_peak, "")["select"],
+        "peak_select_segments": listing.all_sources(by_peak, "")["select_segments"],
         "default_union": listing.forward_sources(default)["union"],
         "default_attend": listing.forward_sources(default)["attend"],
         "streaming_attend": listing.forward_sources(streaming)["attend"],
@@ -93,6 +102,18 @@ def test_sources_say_where_they_come_from() -> None:
         assert "# module: model.layers.3.self_attn" in head and "stage: " in head
         assert all(f"{k}={v}" in head for k, v in plan.settings().items())
         compile(text, name, "exec")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_sites_that_select_keys_list_their_scores(method: str) -> None:
+    found = sources(Plan(method=method, keep=8), dim=64, group=4, site="model.layers.0.self_attn")
+    assert ("score" in found) == (method in scores.METHODS) and "select" in found
+    assert not {"score", "select"} & sources(Plan(method=method), dim=64).keys()
+    if "score" in found:
+        head = found["score"].split("import triton")[0]
+        assert f"# stage: score, {method} of a chunk's keys" in head and "# module: model.layers.0" in head
+        assert ("query" in found["score"]) == (method in scores.READ_QUERIES)
+        assert next(iter(found)) == "score"
 
 
 def test_equal_specs_have_equal_sources() -> None:

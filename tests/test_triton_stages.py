@@ -1,4 +1,4 @@
-"""What a compiler sees of summarize and route on a GPU, without one."""
+"""What a compiler sees of score, summarize and route on a GPU, without one."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from test_triton_graph import _driver, fakes, graph_of, kernels, launched  # noq
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from prescore_compile.kernels import ops, summary
-from prescore_compile.kernels.plan import Plan
+from prescore_compile.kernels.plan import METHODS, Plan
+from prescore_compile.kernels.triton.scores import kernel as scores
 
+SELECTED = {"select": {"best", "best_score"}, "select_segments": {"chosen"}}
 ROUTED = [name for name, plan in PLANS.items() if plan.routes]
 
 
@@ -24,9 +26,57 @@ def test_summarize(name: str, padded: bool) -> None:
         tensors = fakes((*site[1:4], scores), "cuda")
         graph = graph_of(lambda *t: ops.summarize(*t, plan.text), *tensors)
         got = ops.summarize(*tensors, plan.text)
-    assert kernels(graph) == {"cluster": {"order_out", "mean", "spread", "bias"}}
+    expected = {"cluster": {"order_out", "mean", "spread", "bias"}}
+    expected |= SELECTED if plan.keep else {}
+    assert kernels(graph) == expected
     for g, w in zip(got, summary_of(site, plan), strict=True):
         assert (g.shape, g.dtype, g.device.type) == (w.shape, w.dtype, "cuda")
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("name", ["keep", "centroids"])
+def test_rows_without_clusters(name: str, padded: bool) -> None:
+    plan = PLANS[name]
+    site = operands(200, dtype=torch.bfloat16, padded=padded)
+    with FakeTensorMode():
+        tensors = fakes((*site[1:4], torch.empty(2, 2, 200)), "cuda")
+        graph = graph_of(lambda *t: ops.summarize(*t, plan.text), *tensors)
+        got = ops.summarize(*tensors, plan.text)
+    assert kernels(graph) == {"select": {"best", "best_score"}} | ({} if plan.centroids else SELECTED)
+    for g, w in zip(got, summary_of(site, plan), strict=True):
+        assert (g.shape, g.dtype, g.device.type) == (w.shape, w.dtype, "cuda")
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("method", METHODS)
+def test_score(method: str, padded: bool) -> None:
+    """One launch, or what is not written for a GPU as one operator."""
+    plan = Plan(method=method, keep=4, chunk=32, routes=0)
+    site = operands(200, dtype=torch.bfloat16, padded=padded)
+    with FakeTensorMode():
+        tensors = fakes((*site[:3], site.valid), "cuda")
+        graph = graph_of(lambda q, k, v, there: ops.score(q, k, there, plan.text, True, 0.25), *tensors)
+        got = ops.score(tensors[0], tensors[1], tensors[3], plan.text, True, 0.25)
+    eager = [node for node in graph.nodes if node.target is torch.ops.prescore.score_eager.default]
+    assert kernels(graph) == ({"score": {"scores"}} if method in scores.METHODS else {})
+    assert len(eager) == (method not in scores.METHODS)
+    assert (got.shape, got.dtype, got.device.type) == ((2, 2, 200), torch.float32, "cuda")
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_one_graph_of_scores_and_rows_for_all_lengths(dynamic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "_generated", lambda query: True)
+    plan = Plan(method="peak", keep=4, chunk=32, routes=0)
+
+    def rows(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return ops.summarize(k, v, None, ops.score(q, k, None, plan.text, True, 0.25), plan.text)[6]
+
+    site = operands(200, dtype=torch.bfloat16)
+    leaves = [tensor.requires_grad_() for tensor in site[:3]]
+    graph = graph_of(rows, *leaves, dynamic=dynamic)
+    assert list(kernels(graph)) == ["score", "select", "select_segments"]
+    sizes = [node for node in graph.nodes if isinstance(node.meta.get("val"), torch.SymInt)]
+    assert bool(sizes) == dynamic
 
 
 @pytest.mark.parametrize("name", ROUTED)

@@ -5,6 +5,7 @@
 | ``spec``, ``options`` | what the source of a kernel depends on, and how it is cut |
 | ``render``, ``maths`` | templates filled to source text; lifted masks as Triton expressions |
 | ``cache`` | source text to a kernel that can be launched |
+| ``scores`` | score, and the selection of a chunk's keys |
 | ``clusters``, ``route`` | summarize and route |
 | ``loops``, ``union``, ``attend``, ``attend_backward`` | attend |
 | ``device`` | where they run |

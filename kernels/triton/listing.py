@@ -14,6 +14,8 @@ from .clusters import ClusterSpec, cluster_source, fits
 from .mass import FEATURES
 from .route import route_source
 from .route import spec_of as route_spec
+from .scores import kernel as scores
+from .scores import select
 from .spec import DTYPES, NOTHING, Lifted, Spec
 from .union import mark_source, union_source
 
@@ -89,14 +91,20 @@ def backward_sources(backward: Spec) -> dict[str, str]:
 
 
 def all_sources(forward: Spec, site: str) -> dict[str, str]:
-    """Every source of a site: summarize, route, attend and its backward; ``site`` is named in their heads."""
+    """Every source of a site: score, summarize, route, attend and its backward; ``site`` is named in their heads."""
     plan = forward.settings
     found: dict[str, str] = {}
+    if plan.keep and scores.fits(plan, forward.dim, forward.dtype):
+        found["score"] = scores.score_source(score_spec(forward))
     if plan.routes and fits(plan, forward.dim, forward.value_dim):
         clusters = ClusterSpec(dim=forward.dim, value_dim=forward.value_dim, plan=forward.plan, valid=forward.valid)
         found["cluster"] = cluster_source(clusters)
     if plan.share:
         found["mass"] = attend_source(mass_spec(forward))
+    if select.fits(plan):
+        found["select"] = select.select_source(select.SelectSpec(plan=forward.plan, valid=forward.valid))
+        if select.segments_fit(plan):
+            found["select_segments"] = select.segments_source(plan)
     if plan.routes and plan.window is not None:
         found["route"] = route_source(route_spec_of(forward), plan.chunk // plan.cluster, False)
     found |= forward_sources(forward) | backward_sources(backward_spec(forward))
@@ -111,6 +119,20 @@ def mass_spec(forward: Spec) -> Spec:
     tile = options.forward(forward.target, forward.dtype, forward.dim, features, 0)
     near = forward.settings.near.text
     return replace(forward, plan=near, value_dim=features, routes=False, splits=1, tile=tile)
+
+
+def score_spec(forward: Spec) -> scores.ScoreSpec:
+    """The spec of the score kernel of the same site."""
+    reads = forward.settings.method in scores.READ_QUERIES
+    return scores.ScoreSpec(
+        plan=forward.plan,
+        dtype=forward.dtype,
+        target=forward.target,
+        dim=forward.dim,
+        group=forward.group if reads else 0,
+        causal=forward.causal if reads else True,
+        valid=forward.valid,
+    )
 
 
 def route_spec_of(forward: Spec) -> Spec:
