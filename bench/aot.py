@@ -35,7 +35,7 @@ from prescore_compile.kernels.ops import _empty_summary
 from prescore_compile.kernels.plan import Plan
 from prescore_compile.kernels.reference import Operands
 from prescore_compile.kernels.summary import Summary
-from prescore_compile.kernels.triton import attend, attend_backward, clusters, mass, residual, route, union
+from prescore_compile.kernels.triton import attend, attend_backward, clusters, residual, route, union
 from prescore_compile.kernels.triton.scores import kernel as scores
 from prescore_compile.kernels.triton.scores import select
 from prescore_compile.kernels.triton.spec import DTYPES
@@ -179,8 +179,7 @@ def _run(variant: Variant) -> None:
         if variant.queries > 1:
             clusters.any_clusters(key, site.value, valid, plan)
         known = by_chunk(logits, read, plan.chunk)
-        near = mass.mass(site, summary, plan, logits.lifted, **more) if plan.share else None
-        routes = route.route(query, summary, plan, variant.causal, length, scale, logits.reach, known, near)
+        routes = route.route(query, summary, plan, variant.causal, length, scale, logits.reach, known)
     out, sums = attend.attend(site, summary, routes, plan, logits.lifted, **more)
     if variant.backward:
         attend_backward.attend_backward(out, out, sums, site, summary, routes, plan, logits.lifted, **more)

@@ -16,8 +16,6 @@
 
 namespace prescore {
 
-constexpr double LOG2_E = 1.44269504088896340736;
-
 struct Sources {  // what attend reads besides the query
   View key, value;
   const uint8_t* valid;  // [batch, position] or null

@@ -8,7 +8,6 @@ so a cluster that stands out inside a dull chunk can be missed: this is another 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 import torch
@@ -71,29 +70,13 @@ def route(
         eligible = reference.outside(chunk * plan.chunk, span, causal, k_len)
         more = (plan, k_len, logits, tensors)
         scores = reference.reached(reference.routing_scores(tile, level, scale), span, chunk, *more)
-        best = _best(_ranked(scores, level, eligible), plan.coarse)
+        best = reference.best_of(scores, level, eligible, plan.coarse)
         chosen = torch.zeros(*best.shape[:3], len(chunk) + 1, dtype=torch.bool, device=query.device)
         chosen.scatter_(3, best, True)
         inside = chosen[..., :-1].repeat_interleave(per_chunk, 3)
         of_cluster = chunk.repeat_interleave(per_chunk)
         scores = reference.reached(reference.routing_scores(tile, summary, scale), span, of_cluster, *more)
-        scores = _ranked(scores, summary, inside)
-        if plan.share:
-            assert mass is not None
-            scores = scores.masked_fill(~reference.worth(scores, mass[:, :, span.begin : span.end], plan), -math.inf)
-        best = _best(scores, count)
+        near = None if mass is None else mass[:, :, span.begin : span.end]
+        best = reference.best_of(scores, summary, inside, count, plan.share, near)
         routes[:, :, span.begin : span.end] = best.where(best < clusters, -1)
     return routes
-
-
-def _ranked(scores: torch.Tensor, summary: Summary, eligible: torch.Tensor) -> torch.Tensor:
-    """The scores with +inf for NaN and -inf for what may not be chosen."""
-    scores = scores.nan_to_num(nan=math.inf, neginf=-math.inf, posinf=math.inf)
-    empty = summary.bias.repeat_interleave(scores.shape[1] // summary.bias.shape[1], 1).unsqueeze(2) == -math.inf
-    return scores.masked_fill(~eligible | empty, -math.inf)
-
-
-def _best(scores: torch.Tensor, count: int) -> torch.Tensor:
-    """The ``count`` best of the last axis, ascending; where there are fewer, its length."""
-    best = scores.argsort(dim=3, descending=True, stable=True)[..., :count]
-    return best.where(scores.gather(3, best) > -math.inf, scores.shape[3]).sort(3).values

@@ -102,26 +102,42 @@ def route(
         eligible = outside(chunks * plan.chunk, span, causal, k_len)
         scores = routing_scores(query[:, :, span.begin : span.end].float(), summary, scale)
         scores = reached(scores, span, chunks, plan, k_len, logits, tensors)
-        scores = scores.nan_to_num(nan=math.inf, neginf=-math.inf, posinf=math.inf)
-        empty = _per_query_head(summary.bias, query).unsqueeze(2) == float("-inf")
-        scores = scores.masked_fill(~eligible | empty, float("-inf"))
-        if plan.share:
-            assert mass is not None
-            scores = scores.masked_fill(~worth(scores, mass[:, :, span.begin : span.end], plan), float("-inf"))
-        best = scores.argsort(dim=3, descending=True, stable=True)[..., :count]
-        best = best.where(scores.gather(3, best) > float("-inf"), clusters).sort(3).values
+        near = None if mass is None else mass[:, :, span.begin : span.end]
+        best = best_of(scores, summary, eligible, count, plan.share, near)
         routes[:, :, span.begin : span.end] = best.where(best < clusters, -1)
     return routes
 
 
-def worth(scores: torch.Tensor, mass: torch.Tensor, plan: Plan) -> torch.Tensor:
-    """Whether a cluster is expected to have ``plan.share`` of a query's softmax, for scores ``[B, H, T, clusters]``.
+def best_of(
+    scores: torch.Tensor,
+    summary: Summary,
+    eligible: torch.Tensor,
+    count: int,
+    share: float = 0.0,
+    mass: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The ``count`` best of the last axis, ascending; where there are fewer, its length.
+
+    Of the ``eligible`` that are not empty and, with a ``share``, for which ``worth`` holds. NaN ranks first.
+    """
+    scores = scores.nan_to_num(nan=math.inf, neginf=-math.inf, posinf=math.inf)
+    empty = _per_query_head(summary.bias, scores).unsqueeze(2) == float("-inf")
+    scores = scores.masked_fill(~eligible | empty, float("-inf"))
+    if share:
+        assert mass is not None
+        scores = scores.masked_fill(~worth(scores, mass, share), float("-inf"))
+    best = scores.argsort(dim=3, descending=True, stable=True)[..., :count]
+    return best.where(scores.gather(3, best) > float("-inf"), scores.shape[3]).sort(3).values
+
+
+def worth(scores: torch.Tensor, mass: torch.Tensor, share: float) -> torch.Tensor:
+    """Whether a cluster is expected to have ``share`` of a query's softmax, for scores ``[B, H, T, clusters]``.
 
     A score stands for the logarithm of what its cluster adds to the softmax's sum, ``mass`` ``[B, H, T]`` for that
     of the keys that the query attends anyway. NaN hides nothing.
     """
     total = torch.logaddexp(scores.logsumexp(3), mass.to(scores.dtype))
-    return ~(scores < (total + math.log(plan.share)).unsqueeze(3))
+    return ~(scores < (total + math.log(share)).unsqueeze(3))
 
 
 def mass(

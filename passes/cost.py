@@ -24,7 +24,7 @@ SCORE_PER_KEY = {
     "inverse_norm": 10_000, "query": 73_000,
 }  # fmt: skip
 LONGEST = 2**24
-# Of the routes that a plan with a share may take, those that it takes on average: 64 at the default's share and 8192
+# Of the routes that a plan with a share may take, those that it takes on average: 64 at a share of 0.001 and 8192
 # tokens of text, by `python -m bench.quality`. Content decides, so this is an expectation.
 FILLED = 0.37
 

@@ -33,10 +33,12 @@ def run_text(store: Store, model: Any, tokenizer: Any, name: str, length: int, m
         key = {"part": "text", "text": name, "method": method.name, "density": round(method.density, 4)}
 
         def run(method: Method = method) -> dict[str, Any]:
-            after = hidden(model, ids, method.attend)
+            # A plan that counts what it spends counts this text alone.
+            attend = Planned(method.attend.plan) if isinstance(method.attend, Planned) else method.attend
+            after = hidden(model, ids, attend)
             found = told(compare(model, before[SKIPPED:-1], after[SKIPPED:-1], ids[0, SKIPPED + 1 :]))
-            if isinstance(method.attend, Planned) and method.attend.plan.share:
-                found["spent"] = method.attend.density(length)
+            if isinstance(attend, Planned) and attend.plan.share:
+                found["spent"] = attend.density(length)
             return found
 
         store.measure(key, run)

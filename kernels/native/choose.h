@@ -33,11 +33,11 @@ inline float log_sum(const int32_t* from, int64_t count, float base) {
   int32_t most = LOWEST_RANK;
   for (int i = 0; i < L; ++i) most = std::max<int32_t>(most, best[i]);
   if (most >= INFINITE_RANK) return base != base ? base : std::numeric_limits<float>::infinity();
-  const float top = most == LOWEST_RANK || base > score_of(isplat(most))[0] ? base : score_of(isplat(most))[0];
+  const float highest = score_of(isplat(most))[0], top = highest > base ? highest : base;
   if (!(top > NEG_INF) || top == std::numeric_limits<float>::infinity()) return top;
   vec total = {};
   for (int64_t c = 0; c < count; c += L)
-    total += exp2_vec((score_of(iload(from + c)) - top) * (float)1.44269504088896340736);
+    total += exp2_vec((score_of(iload(from + c)) - top) * (float)LOG2_E);
   return top + std::log(sum_lanes(total) + std::exp(base - top));
 }
 

@@ -26,6 +26,7 @@ constexpr int L = 4;
 typedef float vec __attribute__((vector_size(4 * L), aligned(4), may_alias));
 typedef int32_t ivec __attribute__((vector_size(4 * L), aligned(4), may_alias));
 
+constexpr double LOG2_E = 1.44269504088896340736;
 constexpr float NEG_INF = -std::numeric_limits<float>::infinity();
 
 inline vec splat(float x) { return vec{} + x; }
