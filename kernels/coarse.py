@@ -16,7 +16,7 @@ from . import reference
 from .layout import spans
 from .logits import NOTHING, Logits
 from .plan import Plan
-from .summary import Summary
+from .summary import Summary, spread_factor
 
 
 def coarse(summary: Summary, plan: Plan) -> Summary:
@@ -37,14 +37,13 @@ def coarse(summary: Summary, plan: Plan) -> Summary:
     total = count.sum(3)
     share = (count / total.clamp(min=1).unsqueeze(3)).unsqueeze(4)
     whole = (share * mean).sum(3)
-    # A cluster's spread is its variance times 2 ln(count); one key has none.
-    factor = (2 * count.clamp(min=1).log()).unsqueeze(4)
+    factor = spread_factor(count, plan).unsqueeze(4)  # one key has none
     variance = torch.where(factor > 0, spread / factor.clamp(min=1e-6), 0)
     off = mean - whole.unsqueeze(3)
     variance = (share * (variance + off * off)).sum(3)
     taint = bias.masked_fill(bias == float("-inf"), 0).sum(3)
     bias = taint.masked_fill(total == 0, float("-inf"))
-    return summary._replace(mean=whole, spread=variance * (2 * total.clamp(min=1).log()).unsqueeze(3), bias=bias)
+    return summary._replace(mean=whole, spread=variance * spread_factor(total, plan).unsqueeze(3), bias=bias)
 
 
 def route(

@@ -47,6 +47,7 @@ class _Geometry(ctypes.Structure):
         ),
         ("scale", ctypes.c_double),
         ("log_share", ctypes.c_double),
+        ("spread_factor", ctypes.c_double),
     ]
 
 
@@ -231,6 +232,7 @@ def _geometry(
         threads=torch.get_num_threads(),
         scale=scale,
         log_share=math.log(plan.share) if plan.share else -math.inf,
+        spread_factor=2 * plan.spread**2,
     )
 
 

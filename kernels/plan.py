@@ -60,6 +60,8 @@ class Plan:
         cluster: keys a cluster; ``chunk / cluster`` is a power of two.
         clustering: what groups a chunk's keys into clusters: one of ``CLUSTERINGS``.
         routes: clusters that a query attends; 0 inserts no route.
+        spread: by how much the deviations of a cluster's keys from their mean count when clusters are ranked: 1.0 as if
+            keys were normal, more where single keys stand out; 0.0: the mean alone.
         share: least share of a query's softmax that a cluster must be expected to have, to be routed to; ``routes`` is
             then the most that a query attends. The budget goes where attention is spread. 0.0: the best ``routes``.
         residual: whether the clusters that a query does not attend stand in as centroids: mean key, mean value,
@@ -79,6 +81,7 @@ class Plan:
     cluster: int = 16
     clustering: str = "pca_tree"
     routes: int = 27
+    spread: float = 1.0
     share: float = 0.0
     residual: bool = False
     coarse: int = 0
@@ -101,7 +104,9 @@ class Plan:
             check_int("window", self.window, 0)
         check_int("sinks", self.sinks, 0, 65536)
         check_int("keep", self.keep, 0, self.chunk)
-        for name, allowed, most in (("threshold", "a finite number >= 0", math.inf), ("share", "from 0 to below 1", 1)):
+        number = "a finite number >= 0"
+        numbers = ("threshold", number, math.inf), ("spread", number, math.inf), ("share", "from 0 to below 1", 1)
+        for name, allowed, most in numbers:
             given = getattr(self, name)
             if not isinstance(given, (int, float)) or isinstance(given, bool) or not 0 <= given < most:
                 raise OptionError(name, given, allowed)
@@ -181,7 +186,7 @@ PLAN_FIELDS = tuple(f.name for f in fields(Plan) if f.init)
 def _parse(text: str) -> Plan:
     values: dict[str, Any] = dict(setting.split("=") for setting in text.split())
     for name, value in values.items():
-        if name in ("threshold", "share"):
+        if name in ("threshold", "spread", "share"):
             values[name] = float(value)
         elif name == "residual":
             values[name] = value == "True"

@@ -66,7 +66,8 @@ def routing_scores(query: torch.Tensor, summary: Summary, scale: float) -> torch
 
     ``scale * q . mean_c + |scale| * sqrt(sum_i q_i^2 * 2 ln(count) var_ci)``: the expected best
     logit of the cluster's keys, were they normal with its mean and variance (the expected maximum
-    of n normals is about sqrt(2 ln n) standard deviations above the mean).
+    of n normals is about sqrt(2 ln n) standard deviations above the mean); with ``plan.spread``, that many times
+    the standard deviation.
     """
     spread = _logits(query * query, summary.spread.to(query.dtype), 1.0).sqrt()
     return (

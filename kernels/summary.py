@@ -38,7 +38,7 @@ class Summary(NamedTuple):
     Attributes:
         order: ``[B, Hkv, P]`` int32, the key at each place, cluster after cluster; -1: no key.
         mean: ``[B, Hkv, P / cluster, D]`` float32, mean key of each cluster.
-        spread: same shape, elementwise key variance times ``2 ln(count)``.
+        spread: same shape, elementwise key variance times ``spread_factor``.
         bias: ``[B, Hkv, P / cluster]`` float32: 0, or -inf (no key), or NaN (a key or value in it
             is not finite: every query must meet it, as in exact attention).
         row_index: ``[B, Hkv, R]`` int32, the key that a row copies; -1: centroid or empty.
@@ -214,6 +214,14 @@ def clusters(
     return order.int(), mean.view(*shape, dim), spread.view(*shape, dim), bias
 
 
+def spread_factor(count: torch.Tensor, plan: Plan) -> torch.Tensor:
+    """What a cluster's variance is multiplied by, for ``count`` keys: ``2 ln(count) * plan.spread ** 2``.
+
+    The largest of n normal numbers is expected about ``sqrt(2 ln(n))`` standard deviations above their mean.
+    """
+    return 2 * plan.spread**2 * count.clamp(min=1).log()
+
+
 def _represent(
     keys: torch.Tensor, member: torch.Tensor, plan: Plan
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -227,7 +235,7 @@ def _represent(
     count = size.clamp(min=1)
     mean = inside.sum(2) / count
     off = (inside - mean.unsqueeze(2)) * weight
-    spread = (off * off).sum(2) / count * (2 * count.log())
+    spread = (off * off).sum(2) / count * spread_factor(count, plan)
     return order, mean, spread, size.squeeze(2)
 
 

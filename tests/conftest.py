@@ -31,9 +31,9 @@ collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpre
 # Small, and between them every source: window, sinks, selected keys, centroids, routes.
 PLANS = {
     "routes": Plan(chunk=32, window=16, sinks=3, routes=3),
-    "two levels": Plan(chunk=32, window=16, sinks=3, routes=3, coarse=2),
+    "two levels": Plan(chunk=32, window=16, sinks=3, routes=3, spread=1.5, coarse=2),
     "residual": Plan(chunk=32, window=16, sinks=3, routes=2, residual=True),
-    "share": Plan(chunk=32, window=16, sinks=3, routes=6, share=0.05),
+    "share": Plan(chunk=32, window=16, sinks=3, routes=6, spread=1.3, share=0.05),
     "wide clusters": Plan(chunk=64, window=0, sinks=5, routes=2, cluster=32),
     "keep": Plan(chunk=32, window=8, sinks=2, keep=4, routes=0),
     "keep and routes": Plan(chunk=32, window=16, sinks=2, keep=5, routes=3),

@@ -158,3 +158,28 @@ def test_heads_and_batch_rows_do_not_meet(name: str) -> None:
     torch.testing.assert_close(ops.prescored(swapped, plan).flip(0), base)
     one = Operands(site.query[:, 2:], site.key[:, 1:], site.value[:, 1:], None, True, site.scale)
     torch.testing.assert_close(ops.prescored(one, plan), base[:, 2:])
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.5, 1.0, 2.5])
+def test_spread_counts_deviations_in_routing_scores(factor: float) -> None:
+    """The mean's logit and so many times the deviation that normal keys would have."""
+    site = operands(150, causal=False)
+    plain, settings = PLANS["routes"], PLANS["routes"].settings()
+    summaries = [summary_of(site, Plan(**settings | {"spread": s})) for s in (0.0, 1.0, factor)]
+    mean, one, some = (reference.routing_scores(site.query, s, site.scale) for s in summaries)
+    live = one.isfinite()
+    assert torch.equal(summaries[0].order, summaries[2].order) and live.any()
+    torch.testing.assert_close((some - mean)[live], factor * (one - mean)[live], atol=1e-4, rtol=1e-4)
+    assert plain.spread == 1.0 and Plan.parse(Plan(spread=factor).text).spread == factor
+
+
+def test_more_spread_finds_a_key_that_stands_out() -> None:
+    """One strong key among weak ones against a cluster that is a little better on the mean."""
+    plan = Plan(chunk=32, window=0, sinks=0, routes=1, clustering="contiguous")
+    key = torch.zeros(1, 1, 64, 4)
+    key[0, 0, 5, 0], key[0, 0, 16:32, 0] = 4.0, 2.0
+    query = torch.tensor([4.0, 0, 0, 0]).expand(1, 1, 64, 4).contiguous()
+    site = Operands(query, key, key, None, True, 1.0)
+    for spread, want in ((0.5, 1), (2.0, 0)):
+        wide = Plan(**plan.settings() | {"spread": spread})
+        assert routes_of(site, summary_of(site, wide), wide)[0, 0, -1, 0] == want

@@ -14,7 +14,7 @@ from prescore_compile import smollm
 from .methods import Method, Planned, exact
 from .model import Compared, compare, context, hidden, tail
 from .store import Store
-from .texts import TEXTS, Recall, copied, planted
+from .texts import CHOSEN_ON, HELD_OUT, TEXTS, Recall, copied, planted
 
 SKIPPED = 1024
 """Positions that are not scored: there every method is nearly exact."""
@@ -44,9 +44,12 @@ def run_text(store: Store, model: Any, tokenizer: Any, name: str, length: int, m
         store.measure(key, run)
 
 
-def run_recall(store: Store, model: Any, task: str, recall: Recall, methods: list[Method]) -> None:
+def run_recall(store: Store, model: Any, task: str, recall: Recall, methods: list[Method], draw: int = 0) -> None:
     """All methods on one tail whose context was read exactly."""
-    keys = [{"part": "recall", "text": task, "method": m.name, "density": round(m.density, 4)} for m in methods]
+    of_draw = {"draw": draw} if draw else {}
+    keys = [
+        {"part": "recall", "text": task, "method": m.name, "density": round(m.density, 4)} | of_draw for m in methods
+    ]
     if all(store.find(**key) for key in keys):
         return
     before = context(model, recall.ids[:, : recall.first], exact)
@@ -84,10 +87,11 @@ def check(model: Any, tokenizer: Any) -> None:
         assert off < 1e-4, f"replacing attention by itself moved the model's output by {off:.2g}"
 
 
-def tasks(tokenizer: Any, length: int, names: Iterable[str]) -> dict[str, Recall]:
-    """For each text: copies from two depths, and 24 facts planted in it."""
+def tasks(tokenizer: Any, length: int, names: Iterable[str], draw: int = 0) -> dict[str, Recall]:
+    """For each text: copies from two depths, and 24 facts planted in it; each ``draw`` has others."""
+    texts = (*HELD_OUT, *CHOSEN_ON)
     found = {}
-    for seed, name in enumerate(names):
-        found[f"copy {name}"] = copied(tokenizer, name, length)
-        found[f"facts {name}"] = planted(tokenizer, name, length, seed)
+    for name in names:
+        found[f"copy {name}"] = copied(tokenizer, name, length, draw)
+        found[f"facts {name}"] = planted(tokenizer, name, length, texts.index(name) + len(texts) * draw)
     return found

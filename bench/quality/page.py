@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +31,26 @@ def texts(found: list[dict[str, Any]], target: tuple[float, float]) -> str:
 
 
 def recalls(found: list[dict[str, Any]], target: tuple[float, float]) -> str:
-    """Loss over exact in nats, and accuracy (exact's), of each method, a column a task."""
+    """Loss over exact in nats, and accuracy (exact's), of each method, a column a task.
+
+    Means over the draws of a task; with several, +- the standard error of the mean of the loss.
+    """
     names = list(dict.fromkeys(c["text"] for c in found if c["part"] == "recall"))
-    rows: dict[tuple[str, float], dict[str, str]] = {}
+    rows: dict[tuple[str, float], dict[str, list[dict[str, Any]]]] = {}
     for c in found:
         if c["part"] == "recall" and target[0] <= c["density"] <= target[1]:
-            told = f"+{c['loss'] - c['exact_loss']:.2f}, {c['accuracy']:.3f} ({c['exact_accuracy']:.3f})"
-            rows.setdefault((c["method"], c["density"]), {})[c["text"]] = told
-    lines = [[m, f"{100 * d:.1f}%", *(r.get(n, "") for n in names)] for (m, d), r in rows.items()]
+            rows.setdefault((c["method"], c["density"]), {}).setdefault(c["text"], []).append(c)
+    lines = [[m, f"{100 * d:.1f}%", *(_recall(r[n]) if n in r else "" for n in names)] for (m, d), r in rows.items()]
     return tabulate(lines, ["method", "pairs", *names], "github", disable_numparse=True)
+
+
+def _recall(draws: list[dict[str, Any]]) -> str:
+    over = [c["loss"] - c["exact_loss"] for c in draws]
+    told = f"{statistics.mean(over):+.2f}"
+    if len(draws) > 1:
+        told += f" ± {statistics.stdev(over) / len(draws) ** 0.5:.2f}"
+    got, exact = (statistics.mean(c[name] for c in draws) for name in ("accuracy", "exact_accuracy"))
+    return f"{told}, {got:.3f} ({exact:.3f})"
 
 
 def plot(found: list[dict[str, Any]]) -> str:

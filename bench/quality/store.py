@@ -24,7 +24,7 @@ class Store:
 
     def find(self, **key: Any) -> dict[str, Any] | None:
         for cell in self.cells:
-            if all(cell.get(name) == value for name, value in key.items()):
+            if all(cell.get(name) == value for name, value in ({"draw": None} | key).items()):
                 return cell
         return None
 

@@ -66,9 +66,10 @@ NAMES = (
 PLACES = "Oslo Lima Cairo Paris Kyoto Delhi Rome Quito".split()
 
 
-def copied(tokenizer: Any, name: str, length: int) -> Recall:
+def copied(tokenizer: Any, name: str, length: int, draw: int = 0) -> Recall:
     """Two passages of 256 tokens, from about 6/7 and 2/5 of the context ago, come again at the end.
 
+    Each further ``draw``, of at most 5, takes those that lie a sixteenth of the context later.
     Scored from the 33rd token of a passage on: before that the reader cannot know what is copied.
     """
     tail = 2 * PASSAGE + 2
@@ -76,7 +77,7 @@ def copied(tokenizer: Any, name: str, length: int) -> Recall:
     newline = tokenizer("\n", return_tensors="pt").input_ids[0, -1:]
     parts, scored = [context], [torch.zeros(len(context), dtype=torch.bool)]
     for depth in (1 / 7, 3 / 5):
-        begin = int(depth * len(context))
+        begin = int((depth + draw / 16) * len(context))
         parts += [newline, context[begin : begin + PASSAGE]]
         here = torch.zeros(PASSAGE + 1, dtype=torch.bool)
         here[1 + PRELUDE :] = True

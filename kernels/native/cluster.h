@@ -114,7 +114,7 @@ struct Cluster {
     for (int64_t c = 0; c < per_chunk; ++c) {
       const int64_t first = c * g.cluster, last = first + g.cluster, to = bh * chunks * per_chunk + chunk * per_chunk + c;
       const int64_t count = mean_of(s, first, last, in, s.mean.data());
-      const float widen = 2.0f * std::log((float)std::max<int64_t>(count, 1)) / (float)std::max<int64_t>(count, 1);
+      const float widen = (float)g.spread_factor * std::log((float)std::max<int64_t>(count, 1)) / (float)std::max<int64_t>(count, 1);
       float taint = count ? 0.0f : NEG_INF;
       std::fill(s.next.begin(), s.next.end(), 0.0f);
       for (int64_t i = first; i < last; ++i) {

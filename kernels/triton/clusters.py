@@ -61,7 +61,7 @@ def cluster(
         count = tl.sum(here.to(tl.float32), 1)
         mean_tile = tl.sum(points, 1) / tl.maximum(count, 1.0)[:, None]
         off = tl.where(here[:, :, None], points - mean_tile[:, None, :], 0.0)
-        factor = 2.0 * tl.log(tl.maximum(count, 1.0)) / tl.maximum(count, 1.0)
+        factor = $spread_factor * tl.log(tl.maximum(count, 1.0)) / tl.maximum(count, 1.0)
         spread_tile = tl.sum(off * off, 1) * factor[:, None]
         values = tl.load(
             value_head + at.to(tl.int64)[:, :, None] * value_n + value_feature[None, None, :],
@@ -236,6 +236,7 @@ def cluster_source(spec: ClusterSpec) -> str:
         cluster=plan.cluster,
         clusters=plan.chunk // plan.cluster,
         sinks=plan.sinks,
+        spread_factor=2 * plan.spread**2,
         steps=POWER_ITERATIONS,
         valid=spec.valid,
         some=max(1, spec.keys // plan.cluster),

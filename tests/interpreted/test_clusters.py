@@ -44,7 +44,7 @@ def describes(summary: Summary, site: Operands, plan: Plan) -> None:
             if not len(inside):
                 assert summary.bias[b, h, c] == -math.inf
                 continue
-            spread = inside.var(0, unbiased=False) * 2 * math.log(len(inside))
+            spread = inside.var(0, unbiased=False) * 2 * math.log(len(inside)) * plan.spread**2
             torch.testing.assert_close(summary.mean[b, h, c], inside.mean(0), atol=1e-5, rtol=1e-4)
             torch.testing.assert_close(summary.spread[b, h, c], spread, atol=1e-5, rtol=1e-4)
 
@@ -75,7 +75,7 @@ def test_separated_clusters_are_found_exactly() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_and_strides(dtype: torch.dtype) -> None:
-    plan = Plan(chunk=32, sinks=2)
+    plan = Plan(chunk=32, sinks=2, spread=1.5)
     site = operands(70, dtype=dtype)
     turned = site._replace(key=site.key.transpose(1, 2).contiguous().transpose(1, 2))
     got, want = run(turned, plan), summary_of(site, plan)
