@@ -57,8 +57,9 @@ def test_every_field_can_be_set_and_is_frozen() -> None:
 def test_a_site_without_settings_gets_the_default_of_its_kind() -> None:
     config = Config(min_seq_len=5)
     assert config.plan_for(True, "cpu") == defaults.CAUSAL and config.plan_for(False, "cpu") == defaults.TWO_SIDED
-    assert config.plan_for(True, "cuda") == Plan() and config.plan_for(False, "cuda") == defaults.TWO_SIDED_ON_A_GPU
-    assert config.plan_for(False, "cuda", pairs=True) == Plan(), "a centroid stands for several keys"
+    assert config.plan_for(True, "cuda") == defaults.CAUSAL_ON_A_GPU
+    assert config.plan_for(False, "cuda") == defaults.TWO_SIDED_ON_A_GPU
+    assert config.plan_for(False, "cuda", pairs=True) == defaults.CAUSAL_ON_A_GPU, "a centroid stands for several keys"
     assert Config(seed=3).plan_for(False, "cpu") == Plan(seed=3), "what is set is set for every site"
 
 

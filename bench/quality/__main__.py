@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--densities", type=float, nargs="+", default=DENSITIES)
     parser.add_argument("--texts", nargs="+", default=[*HELD_OUT, *CHOSEN_ON])
     parser.add_argument("--methods", nargs="+", default=["*"], help="globs over the methods' names")
-    parser.add_argument("--draws", type=int, default=1, help="instances of each copy and facts task, at most 6")
+    parser.add_argument("--draws", type=int, default=1, help="seeds, and copies and facts, at most 6")
     parser.add_argument("--out", type=Path, default=RESULTS / "quality.json")
     parser.add_argument("--page", action="store_true", help="only tell what is stored")
     arguments = parser.parse_args()
@@ -47,14 +47,16 @@ def main() -> None:
     model, tokenizer = smollm.load()
     language.check(model, tokenizer)
     for target in arguments.densities:
-        wanted = [m for m in methods(arguments.length, target) if any(fnmatch(m.name, g) for g in arguments.methods)]
-        if "recall" in arguments.part:
-            for draw in range(arguments.draws):
+        for draw in range(arguments.draws):
+            found = methods(arguments.length, target, draw)
+            wanted = [m for m in found if any(fnmatch(m.name, g) for g in arguments.methods)]
+            if "recall" in arguments.part:
                 for task, recall in language.tasks(tokenizer, arguments.length, arguments.texts, draw).items():
                     language.run_recall(store, model, task, recall, wanted, draw)
-        if "text" in arguments.part:
-            for name in arguments.texts:
-                language.run_text(store, model, tokenizer, name, arguments.length, wanted)
+            if "text" in arguments.part:
+                wanted = [m for m in wanted if m.drawn or not draw]
+                for name in arguments.texts:
+                    language.run_text(store, model, tokenizer, name, arguments.length, wanted, draw)
 
 
 if __name__ == "__main__":

@@ -20,17 +20,24 @@ SKIPPED = 1024
 """Positions that are not scored: there every method is nearly exact."""
 
 
-def run_text(store: Store, model: Any, tokenizer: Any, name: str, length: int, methods: Iterable[Method]) -> None:
-    """All methods on one text: the whole model with every attention replaced."""
-    todo = [
-        m for m in methods if store.find(part="text", text=name, method=m.name, density=round(m.density, 4)) is None
-    ]
+def run_text(
+    store: Store,
+    model: Any,
+    tokenizer: Any,
+    name: str,
+    length: int,
+    methods: Iterable[Method],
+    draw: int = 0,
+    label: str | None = None,
+) -> None:
+    """All methods on one text: the whole model with every attention replaced; ``label``: what the text is called."""
+    todo = [(m, _key("text", label or name, m, draw)) for m in methods]
+    todo = [(method, key) for method, key in todo if store.find(**key) is None]
     if not todo:
         return
     ids = smollm.token_ids(tokenizer, TEXTS[name](), length)
     before = hidden(model, ids, exact)
-    for method in todo:
-        key = {"part": "text", "text": name, "method": method.name, "density": round(method.density, 4)}
+    for method, key in todo:
 
         def run(method: Method = method) -> dict[str, Any]:
             # A plan that counts what it spends counts this text alone.
@@ -46,10 +53,7 @@ def run_text(store: Store, model: Any, tokenizer: Any, name: str, length: int, m
 
 def run_recall(store: Store, model: Any, task: str, recall: Recall, methods: list[Method], draw: int = 0) -> None:
     """All methods on one tail whose context was read exactly."""
-    of_draw = {"draw": draw} if draw else {}
-    keys = [
-        {"part": "recall", "text": task, "method": m.name, "density": round(m.density, 4)} | of_draw for m in methods
-    ]
+    keys = [_key("recall", task, m, draw) for m in methods]
     if all(store.find(**key) for key in keys):
         return
     before = context(model, recall.ids[:, : recall.first], exact)
@@ -64,6 +68,11 @@ def run_recall(store: Store, model: Any, task: str, recall: Recall, methods: lis
             return told(compare(model, want[at - 1], got[at - 1], rest[0, at]))
 
         store.measure(key, run)
+
+
+def _key(part: str, text: str, method: Method, draw: int) -> dict[str, Any]:
+    key = {"part": part, "text": text, "method": method.name, "density": round(method.density, 4)}
+    return key | ({"draw": draw} if draw else {})
 
 
 def told(found: Compared) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from prescore_compile.kernels import summary as summaries
 from prescore_compile.kernels.layout import segments, spans
 from prescore_compile.kernels.plan import Plan
 from prescore_compile.kernels.reference import Operands
-from prescore_compile.passes.defaults import CAUSAL
+from prescore_compile.passes.defaults import CAUSAL, CAUSAL_ON_A_GPU
 
 from . import rivals
 from .rivals import Attend
@@ -20,11 +20,15 @@ from .rivals import Attend
 
 @dataclass(frozen=True)
 class Method:
-    """One line of the table: how it attends and which share of the pairs that costs, routing counted in."""
+    """One line of the table: how it attends and which share of the pairs that costs, routing counted in.
+
+    ``drawn``: it draws at random, from the seed that ``methods`` was given.
+    """
 
     name: str
     attend: Attend
     density: float
+    drawn: bool = False
 
 
 class Planned:
@@ -101,8 +105,8 @@ def fit(make: Callable[[int], Plan], target: float, length: int, causal: bool = 
 
 
 SHARED = {
-    0.22: Plan(chunk=256, window=0, routes=64, share=0.001),
-    0.10: Plan(window=0, cluster=32, routes=64, share=0.012),
+    0.22: Plan(chunk=256, window=0, routes=64, share=0.0012),
+    0.10: Plan(window=0, cluster=32, routes=64, share=0.0135),
     0.35: Plan(chunk=256, window=0, routes=128, share=0.00015),
 }
 """Routed plans with a share: no more than these densities on the texts that choices are made on, at 8192 tokens."""
@@ -129,7 +133,7 @@ def own(length: int, target: float) -> Iterator[tuple[str, Plan]]:
     yield "routes with a share", SHARED.get(target, SHARED[0.22])
     yield "fixed routes", routed(base if small else replace(CAUSAL, routes=0))
     if not small:
-        yield "fixed routes, chunk 128, window 128", routed(base)
+        yield "fixed routes, chunk 128, window 128", routed(replace(CAUSAL_ON_A_GPU, routes=0))
     yield "StreamingLLM", fit(lambda n: replace(base, window=n), target, length)
     for method in ("kmeans", "kmedian", "leverage"):
         yield f"{method} + routes", routed(replace(base, method=method, keep=4 if small else 8))
@@ -139,12 +143,16 @@ def own(length: int, target: float) -> Iterator[tuple[str, Plan]]:
     yield "SnapKV-like (query)", kept("query")
 
 
-def methods(length: int, target: float) -> Iterator[Method]:
+DRAWN = ("kmeans", "kmedian", "random")
+
+
+def methods(length: int, target: float, seed: int = 0) -> Iterator[Method]:
     """Every method at this density: the ones that matter most first."""
-    plans = dict(own(length, target))
+    plans = {name: replace(plan, seed=seed) for name, plan in own(length, target)}
     for name, plan in plans.items():
         # What a share leaves is counted as it runs.
-        yield Method(name, Planned(plan), target if plan.share else density(plan, length))
+        spent = target if plan.share else density(plan, length)
+        yield Method(name, Planned(plan), spent, drawn=plan.keep > 0 and plan.method in DRAWN)
     routed = plans["fixed routes"]
     for name, attend in (
         ("MoBA-like (mean of runs)", rivals.moba(routed)),
@@ -160,8 +168,8 @@ def methods(length: int, target: float) -> Iterator[Method]:
         ("HyperAttention + kmeans", "drop"),
         ("HyperAttention, zeroed", "zero"),
     ):
-        hyper = rivals.Hyper.at(target, scoring)
-        yield Method(name, hyper, hyper.density(length))
+        hyper = replace(rivals.Hyper.at(target, scoring), seed=seed)
+        yield Method(name, hyper, hyper.density(length), drawn=True)
 
 
 def exact(site: Operands, first: int) -> torch.Tensor:

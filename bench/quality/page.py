@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +18,33 @@ def cells(path: Path) -> list[dict[str, Any]]:
 
 
 def texts(found: list[dict[str, Any]], target: tuple[float, float]) -> str:
-    """Perplexity ratio / KL / top-1 agreement of each method with a density in the range, a column a text."""
-    names = list(dict.fromkeys(c["text"] for c in found if c["part"] == "text"))
-    rows: dict[tuple[str, float], dict[str, str]] = {}
+    """Perplexity ratio / KL / top-1 agreement of each method with a density in the range, a column a text.
+
+    Means over the seeds of a method that draws; with several, the KL +- its standard deviation.
+    """
+    return _table(found, "text", target, told)
+
+
+def told(draws: list[dict[str, Any]]) -> str:
+    """Ratio / KL / top-1 of a cell, or of the seeds of one."""
+    ratio, kl, top1 = (statistics.mean(c[name] for c in draws) for name in ("ratio", "kl", "top1"))
+    more = f" ± {statistics.stdev(c['kl'] for c in draws):.3f}" if len(draws) > 1 else ""
+    spent = f" at {100 * draws[0]['spent']:.1f}%" if "spent" in draws[0] else ""
+    return f"{ratio:.3f} / {kl:.3f}{more} / {top1:.3f}{spent}"
+
+
+def _table(
+    found: list[dict[str, Any]],
+    part: str,
+    target: tuple[float, float],
+    tell: Callable[[list[dict[str, Any]]], str],
+) -> str:
+    names = list(dict.fromkeys(c["text"] for c in found if c["part"] == part))
+    rows: dict[tuple[str, float], dict[str, list[dict[str, Any]]]] = {}
     for c in found:
-        if c["part"] == "text" and target[0] <= c["density"] <= target[1]:
-            told = f"{c['ratio']:.3f} / {c['kl']:.3f} / {c['top1']:.3f}"
-            if "spent" in c:
-                told += f" at {100 * c['spent']:.1f}%"
-            rows.setdefault((c["method"], c["density"]), {})[c["text"]] = told
-    lines = [[m, f"{100 * d:.1f}%", *(r.get(n, "") for n in names)] for (m, d), r in rows.items()]
+        if c["part"] == part and target[0] <= c["density"] <= target[1]:
+            rows.setdefault((c["method"], c["density"]), {}).setdefault(c["text"], []).append(c)
+    lines = [[m, f"{100 * d:.1f}%", *(tell(r[n]) if n in r else "" for n in names)] for (m, d), r in rows.items()]
     return tabulate(lines, ["method", "pairs", *names], "github", disable_numparse=True)
 
 
@@ -35,22 +53,16 @@ def recalls(found: list[dict[str, Any]], target: tuple[float, float]) -> str:
 
     Means over the draws of a task; with several, +- the standard error of the mean of the loss.
     """
-    names = list(dict.fromkeys(c["text"] for c in found if c["part"] == "recall"))
-    rows: dict[tuple[str, float], dict[str, list[dict[str, Any]]]] = {}
-    for c in found:
-        if c["part"] == "recall" and target[0] <= c["density"] <= target[1]:
-            rows.setdefault((c["method"], c["density"]), {}).setdefault(c["text"], []).append(c)
-    lines = [[m, f"{100 * d:.1f}%", *(_recall(r[n]) if n in r else "" for n in names)] for (m, d), r in rows.items()]
-    return tabulate(lines, ["method", "pairs", *names], "github", disable_numparse=True)
+    return _table(found, "recall", target, _recall)
 
 
 def _recall(draws: list[dict[str, Any]]) -> str:
     over = [c["loss"] - c["exact_loss"] for c in draws]
-    told = f"{statistics.mean(over):+.2f}"
+    loss = f"{statistics.mean(over):+.2f}"
     if len(draws) > 1:
-        told += f" ± {statistics.stdev(over) / len(draws) ** 0.5:.2f}"
+        loss += f" ± {statistics.stdev(over) / len(draws) ** 0.5:.2f}"
     got, exact = (statistics.mean(c[name] for c in draws) for name in ("accuracy", "exact_accuracy"))
-    return f"{told}, {got:.3f} ({exact:.3f})"
+    return f"{loss}, {got:.3f} ({exact:.3f})"
 
 
 def plot(found: list[dict[str, Any]]) -> str:
