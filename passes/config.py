@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
-from ..kernels.plan import OptionError, Plan, check_int
+from ..kernels.plan import PLAN_FIELDS, OptionError, Plan, check_int
 from .defaults import default_plan
 from .planfile import load
 from .plans import Calibration
@@ -20,7 +20,8 @@ INNER = ("inductor", "aot_eager", "eager")
 class Config(Plan):
     """Everything ``torch.compile(..., backend="prescore", options={...})`` takes.
 
-    The settings of a ``Plan``; where none is set, each site gets the default of its kind (``passes.defaults``). And:
+    The settings of a ``Plan``: what is given replaces that setting of each site's default (``passes.defaults``), see
+    ``plan_for``. And:
 
     Attributes:
         min_seq_len: sites with fewer keys than this run exact (reason ``too_short``).
@@ -44,6 +45,13 @@ class Config(Plan):
     only_if_faster: bool = True
     plan: Calibration | str | os.PathLike[str] | Mapping[str, Any] | None = None
     dump: str | None = None
+    given: tuple[str, ...] = field(init=False, repr=False, default=())
+    """The plan's settings that were given, whatever their values."""
+
+    def __new__(cls, **settings: Any) -> Config:
+        config = super().__new__(cls)
+        object.__setattr__(config, "given", tuple(name for name in PLAN_FIELDS if name in settings))
+        return config
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -63,12 +71,9 @@ class Config(Plan):
             object.__setattr__(self, key, tuple(value))
         if self.plan is not None:
             object.__setattr__(self, "plan", load(self.plan))
-            usual = Plan().settings()
-            given = {key: value for key, value in self.settings().items() if value != usual[key]}
-            if given:
-                raise OptionError(
-                    "plan", "a plan file", f"not together with {_listed(given)}: it says what each site runs with"
-                )
+            if self.given:
+                given = ", ".join(f"{key}={value!r}" for key, value in self.own_settings().items())
+                raise OptionError("plan", "a plan file", f"not together with {given}: it says what each site runs with")
 
     @classmethod
     def exact(cls, **options: Any) -> Config:
@@ -88,10 +93,26 @@ class Config(Plan):
         return cls(**(options or {}))
 
     def plan_for(self, causal: bool, device: str, pairs: bool = False) -> Plan:
-        """The plan of a rewritten site, where ``plan`` gives none: the settings, or if none was set the default of
-        the site's kind; ``device``: "cpu", "cuda"; ``pairs``: see ``default_plan``."""
-        own = Plan(**self.settings())
-        return default_plan(causal, device, pairs) if own == Plan() else own
+        """The plan of a rewritten site, where ``plan`` gives none: the default of its kind with the given settings.
+
+        Where these do not go with that default, selected keys with a residual say, they are settings of ``Plan()``.
+        ``device``: "cpu", "cuda"; ``pairs``: see ``default_plan``.
+        """
+        try:
+            return replace(default_plan(causal, device, pairs), **self.own_settings())
+        except OptionError:
+            return Plan(**self.own_settings())
+
+    def changed(self, **settings: Any) -> Config:
+        """With other settings; a ``plan`` takes the place of a plan's settings."""
+        kept = [field.name for field in fields(self) if field.init and field.name not in PLAN_FIELDS]
+        if settings.get("plan") is None:
+            kept += self.given
+        return Config(**{name: getattr(self, name) for name in kept} | settings)
+
+    def own_settings(self) -> dict[str, Any]:
+        """The plan's settings that were given."""
+        return {name: getattr(self, name) for name in self.given}
 
     @property
     def site_plans(self) -> Calibration | None:
@@ -102,7 +123,3 @@ class Config(Plan):
         """Whether ``include`` and ``exclude`` let a site of this module path be rewritten."""
         included = any(fnmatchcase(module, glob) for glob in self.include)
         return included and not any(fnmatchcase(module, glob) for glob in self.exclude)
-
-
-def _listed(settings: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key}={value!r}" for key, value in settings.items())

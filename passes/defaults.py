@@ -23,9 +23,7 @@ TWO_SIDED_ON_A_GPU = replace(TWO_SIDED, chunk=256)
 
 
 def default_plan(causal: bool, device: str, pairs: bool = False) -> Plan:
-    """The plan of a site on a kind of device; ``pairs``: a mask, bias or softcap rules centroids out.
-
-    """
+    """The plan of a site on a kind of device; ``pairs``: a mask, bias or softcap rules centroids out."""
     if device == "cpu":
         return CAUSAL if causal else TWO_SIDED
     return CAUSAL_ON_A_GPU if causal or pairs else TWO_SIDED_ON_A_GPU

@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import copy
+import pickle
+from dataclasses import replace
+
 import pytest
 
 from prescore_compile import Config
@@ -60,7 +64,19 @@ def test_a_site_without_settings_gets_the_default_of_its_kind() -> None:
     assert config.plan_for(True, "cuda") == defaults.CAUSAL_ON_A_GPU
     assert config.plan_for(False, "cuda") == defaults.TWO_SIDED_ON_A_GPU
     assert config.plan_for(False, "cuda", pairs=True) == defaults.CAUSAL_ON_A_GPU, "a centroid stands for several keys"
-    assert Config(seed=3).plan_for(False, "cpu") == Plan(seed=3), "what is set is set for every site"
+
+
+def test_what_is_given_replaces_that_setting_of_each_default() -> None:
+    config = Config(routes=40, window=128)
+    assert config.plan_for(True, "cpu") == replace(defaults.CAUSAL, routes=40, window=128)
+    assert config.plan_for(False, "cpu") == replace(defaults.TWO_SIDED, routes=40, window=128)
+    assert Config(routes=27).plan_for(True, "cpu").routes == 27, "also where Plan() has the same value"
+    keep = Config(keep=8)
+    assert keep.plan_for(True, "cpu") == replace(defaults.CAUSAL, keep=8)
+    assert keep.plan_for(False, "cpu") == Plan(keep=8), "not beside a residual"
+    later = config.changed(routes=7, inner="eager")
+    assert later.own_settings() == {"window": 128, "routes": 7} and later.inner == "eager" and config.routes == 40
+    assert config != Config(routes=40) and copy.deepcopy(config) == pickle.loads(pickle.dumps(config)) == config
 
 
 def test_globs() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -58,7 +58,7 @@ class Switch:
         self.sites: dict[SiteKey, SiteReport] = {}
         self.kept: dict[str, str] = {}
         self._model = model
-        self._config = replace(config, min_seq_len=0, only_if_faster=False)
+        self._config = config.changed(min_seq_len=0, only_if_faster=False)
         self._graphs: list[_Graph] = []
         self._plans: Plans = {}
         self._spent = Spent()
@@ -106,7 +106,7 @@ class _Graph:
     def __init__(self, gm: fx.GraphModule, config: Config) -> None:
         self.gm = gm
         # A plan without a limit shows every site that some plan can be given.
-        everything = replace(config, window=None, sinks=0, keep=0, centroids=0, routes=0)
+        everything = config.changed(window=None, sinks=0, keep=0, centroids=0, routes=0)
         _, self.report = rewrite(gm, everything)
         self.sites = {SiteKey.of(site): _pairs(site) for site in self.report.rewritten}
         self._last: tuple[Plans, fx.GraphModule, Spent] | None = None
@@ -131,8 +131,7 @@ class _Graph:
 
     def rewritten(self, config: Config, plans: Plans) -> tuple[fx.GraphModule, Report]:
         """The graph rewritten, and what was decided."""
-        usual = Plan().settings()
-        return rewrite(self.gm, replace(config, **usual, plan=plans_only(plans)))
+        return rewrite(self.gm, config.changed(plan=plans_only(plans)))
 
 
 def _pairs(site: SiteReport) -> int:
