@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bench.quality import encoder, methods, rivals
+from bench.quality import encoder, lengths, methods, page, rivals
 from bench.quality.language import tasks
 from bench.quality.model import compare, context, hidden, tail
 from bench.quality.store import Store
@@ -150,8 +151,9 @@ class Letters:
         return "".join(map(chr, ids if isinstance(ids, list) else [ids]))
 
 
-def test_planted_facts_and_copies_can_be_found_in_their_context() -> None:
-    for name, recall in tasks(Letters(), 8192, ["code"]).items():
+@pytest.mark.parametrize("draw", [0, 5])
+def test_planted_facts_and_copies_can_be_found_in_their_context(draw: int) -> None:
+    for name, recall in tasks(Letters(), 8192, ["code"], draw).items():
         ids = recall.ids[0].tolist()
         assert len(ids) == 8192 and not recall.scored[: recall.first].any()
         context_text = "".join(map(chr, ids[: recall.first]))
@@ -159,3 +161,33 @@ def test_planted_facts_and_copies_can_be_found_in_their_context() -> None:
         parts = [part for part in answers.split("|") if part]
         assert len(parts) == (24 if name.startswith("facts") else 2)
         assert all(part in context_text for part in parts)
+
+
+def test_draws_are_other_instances_and_have_cells_of_their_own(tmp_path: Path) -> None:
+    found = [tasks(Letters(), 8192, ["code", "news"], draw) for draw in (0, 1)]
+    for task, recall in found[0].items():
+        assert not torch.equal(recall.ids, found[1][task].ids)
+    alone = tasks(Letters(), 8192, ["news"])
+    assert torch.equal(alone["facts news"].ids, found[0]["facts news"].ids), "whatever other texts there are"
+    store = Store(tmp_path / "cells.json", {})
+    key = {"part": "recall", "text": "copy", "method": "a", "density": 0.2}
+    cells = [store.measure(key, lambda: told(0.5)), store.measure(key | {"draw": 1}, lambda: told(0.7))]
+    assert len(store.cells) == 2 and store.find(text="copy") == cells[0] and store.find(draw=1) == cells[1]
+    assert "+0.60 ± 0.10, 0.400 (0.500)" in page.recalls(cells, (0.1, 0.3))
+
+
+def told(over: float) -> dict[str, float]:
+    return {"loss": 1 + over, "exact_loss": 1.0, "accuracy": 0.4, "exact_accuracy": 0.5}
+
+
+def test_a_raised_rotary_base_keeps_the_fastest_and_stretches_the_slowest() -> None:
+    """The highest frequency stays, the lowest is that of so many times as many positions."""
+    rotary, config = types.SimpleNamespace(), types.SimpleNamespace(max_position_embeddings=8192)
+    before = 1 / 100000.0 ** (torch.arange(0, 64, 2) / 64)
+    rotary.inv_freq = before.clone()
+    model = types.SimpleNamespace(model=types.SimpleNamespace(rotary_emb=rotary), config=config)
+    lengths.stretch(model, 8192)
+    assert torch.equal(rotary.inv_freq, before)
+    lengths.stretch(model, 32768)
+    ratio = before / rotary.inv_freq
+    assert ratio[0] == 1 and ratio[-1].item() == pytest.approx(4, rel=1e-4) and (ratio.diff() > 0).all()

@@ -46,6 +46,10 @@ def candidates(length: int, target: float) -> Iterator[Method]:
             "chunk 256, window 64": replace(base, chunk=256, window=64),
             "chunk 256, window 0": replace(base, chunk=256, window=0),
             "chunk 512, window 0": replace(base, chunk=512, window=0),
+            **{
+                f"chunk 256, window 0, spread {s}": replace(base, chunk=256, window=0, spread=s)
+                for s in (1.2, 1.4, 1.6)
+            },
             "cluster 32": replace(base, cluster=32),
             "cluster 32, chunk 512, window 0": replace(base, cluster=32, chunk=512, window=0),
             "sinks 4": replace(base, sinks=4),
@@ -66,6 +70,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--length", type=int, default=8192)
     parser.add_argument("--density", type=float, default=0.22)
+    parser.add_argument("--draws", type=int, default=4, help="instances of copies and facts, at most 6")
     parser.add_argument("--out", type=Path, default=RESULTS / "quality-search.json")
     arguments = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -73,8 +78,9 @@ def main() -> None:
     model, tokenizer = smollm.load()
     language.check(model, tokenizer)
     tried = list(candidates(arguments.length, arguments.density))
-    for task, recall in language.tasks(tokenizer, arguments.length, CHOSEN_ON).items():
-        language.run_recall(store, model, task, recall, tried)
+    for draw in range(arguments.draws):
+        for task, recall in language.tasks(tokenizer, arguments.length, CHOSEN_ON, draw).items():
+            language.run_recall(store, model, task, recall, tried, draw)
     for name in CHOSEN_ON:
         language.run_text(store, model, tokenizer, name, arguments.length, tried)
 
