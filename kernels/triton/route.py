@@ -85,32 +85,7 @@ def route(
     stop = tl.load(listed_count + pair * tiles + tile) * PER_CHUNK  #? listed
 
     $start
-    $threshold
-    $bar
-    place = tl.arange(0, $wide)
-
-    # Write what is above the threshold, and the first of its equals.
-    seen_above = tl.zeros([ROWS], tl.int32)
-    seen_equal = tl.zeros([ROWS], tl.int32)
-    for begin in range(0, stop, COLUMNS):
-        $score
-        above = score > threshold[:, None]
-        equal = (score == threshold[:, None]) & (score > float("-inf"))
-        both = above.to(tl.int32) + (equal.to(tl.int32) << 16)
-        before = tl.cumsum(both, 1) - both
-        equals = seen_equal[:, None] + (before >> 16)
-        to = seen_above[:, None] + (before & 65535) + tl.minimum(equals, equal_count[:, None])
-        taken = above | (equal & (equals < equal_count[:, None]))
-        column = tl.broadcast_to(at[None, :], [ROWS, COLUMNS])
-        tl.store(own_routes[:, None] + to, column, mask=taken & (to < route_count) & live[:, None])
-        total = tl.sum(both, 1)
-        seen_above += total & 65535
-        seen_equal += total >> 16
-    written = seen_above + tl.minimum(seen_equal, equal_count)
-    for begin in range(0, route_count, $wide):
-        to = begin + place
-        rest = (to[None, :] >= written[:, None]) & (to < route_count)[None, :] & live[:, None]
-        tl.store(own_routes[:, None] + to[None, :], tl.full([ROWS, $wide], -1, tl.int32), mask=rest)
+    $choose
 """
 
 SCORE = """
@@ -162,26 +137,45 @@ BAR = """
 none = (near != near) | (total == 0.0)
 bar = tl.where(most == float("inf"), most, most + tl.log(tl.where(none, 1.0, total)) + $log_share)
 bar = tl.where(none, float("-inf"), bar)
-equal_count = tl.where(bar > threshold, route_count, equal_count)
-threshold = tl.maximum(threshold, bar)
 """
 
 BY_SORTING = """
-# The best scores of each row so far, the largest first.
-best = tl.full([ROWS] + [2] * $log, float("-inf"), tl.float32)
+# The best of each row so far, the largest first: a score, as an integer of the same order, above the cluster.
+low = clusters - 1  #? not exact
+low |= low >> 1  #? not exact
+low |= low >> 2  #? not exact
+low |= low >> 4  #? not exact
+low |= low >> 8  #? not exact
+low |= low >> 16  #? not exact
+best = tl.full([ROWS] + [2] * $log, $least_word, $word)
 for begin in range(0, stop, COLUMNS):
     $score
     $sum
-    rise = tl.reshape(score, [ROWS] + [2] * $log)
+    bits = score.to(tl.int32, bitcast=True)
+    bits = bits ^ ((bits >> 31) & 2147483647)
+    word = (bits & ~low) | ((low - at) & low)[None, :]  #? not exact
+    word = (bits.to(tl.int64) << 32) | (2147483647 - at)[None, :]  #? exact
+    rise = tl.reshape(word, [ROWS] + [2] * $log)
     $rising
     best = tl.maximum(best, rise)
     $falling
-best = tl.reshape(best, [ROWS, COLUMNS])
 place = tl.arange(0, COLUMNS)
 rank = ($rank)[None, :]
-threshold = tl.sum(tl.where(rank == route_count - 1, best, 0.0), 1)
-above_count = tl.sum(((best > threshold[:, None]) & (rank < route_count)).to(tl.int32), 1)
-equal_count = route_count - above_count
+least = tl.full([ROWS], -2139095040, tl.int32)  # that of the least finite number
+$bar
+bits = bar.to(tl.int32, bitcast=True)  #? share
+least = tl.maximum(least, bits ^ ((bits >> 31) & 2147483647))  #? share
+word = tl.reshape(best, [ROWS, COLUMNS])
+taken = (word >= (least & ~low)[:, None]) & (rank < route_count)  #? not exact
+taken = ((word >> 32) >= least[:, None]) & (rank < route_count)  #? exact
+cluster = low - (word & low)  #? not exact
+cluster = 2147483647 - word.to(tl.int32)  #? exact
+# Ascending, what is not taken last.
+rise = tl.reshape(tl.where(taken, cluster, 2147483647), [ROWS] + [2] * $log)
+$rising
+cluster = tl.reshape(rise, [ROWS, COLUMNS])
+cluster = tl.where(cluster == 2147483647, -1, cluster)
+tl.store(own_routes[:, None] + rank, cluster, mask=(rank < route_count) & live[:, None])
 """
 
 BY_BISECTION = """
@@ -205,6 +199,32 @@ for step in range(0, 33):
 bits = least.to(tl.int32)
 threshold = tl.where(bits < 0, bits ^ 2147483647, bits).to(tl.float32, bitcast=True)
 equal_count = route_count - count
+$bar
+equal_count = tl.where(bar > threshold, route_count, equal_count)  #? share
+threshold = tl.maximum(threshold, bar)  #? share
+
+# Write what is above the threshold, and the first of its equals.
+seen_above = tl.zeros([ROWS], tl.int32)
+seen_equal = tl.zeros([ROWS], tl.int32)
+for begin in range(0, stop, COLUMNS):
+    $score
+    above = score > threshold[:, None]
+    equal = (score == threshold[:, None]) & (score > float("-inf"))
+    both = above.to(tl.int32) + (equal.to(tl.int32) << 16)
+    before = tl.cumsum(both, 1) - both
+    equals = seen_equal[:, None] + (before >> 16)
+    to = seen_above[:, None] + (before & 65535) + tl.minimum(equals, equal_count[:, None])
+    taken = above | (equal & (equals < equal_count[:, None]))
+    column = tl.broadcast_to(at[None, :], [ROWS, COLUMNS])
+    tl.store(own_routes[:, None] + to, column, mask=taken & (to < route_count) & live[:, None])
+    total = tl.sum(both, 1)
+    seen_above += total & 65535
+    seen_equal += total >> 16
+written = seen_above + tl.minimum(seen_equal, equal_count)
+for begin in range(0, route_count, COLUMNS):
+    to = begin + tl.arange(0, COLUMNS)
+    rest = (to[None, :] >= written[:, None]) & (to < route_count)[None, :] & live[:, None]
+    tl.store(own_routes[:, None] + to[None, :], tl.full([ROWS, COLUMNS], -1, tl.int32), mask=rest)
 """
 
 
@@ -257,7 +277,6 @@ def route_source(spec: Spec, per_chunk: int, listed: bool) -> str:
         arguments=arguments(own),
         tile=tile(spec),
         columns=wide,
-        wide=wide,
         log=wide.bit_length() - 1,
         per_chunk=per_chunk,
         listed=listed,
@@ -275,8 +294,9 @@ def route_source(spec: Spec, per_chunk: int, listed: bool) -> str:
     sort = plan.routes <= SORTED
     bits = order_of_bits(wide)
     parts |= dict(rising=rising("rise", bits), falling=falling("best", bits), rank=rank("place", bits))
+    parts |= dict(word="tl.int64", least_word=-(2**63)) if parts["exact"] else dict(word="tl.int32", least_word=-(2**31))
     parts["bar"] = fill(BAR, parts) if plan.share else ""
-    parts["threshold"] = fill(BY_SORTING if sort else BY_BISECTION, parts)
+    parts["choose"] = fill(BY_SORTING if sort else BY_BISECTION, parts)
     about = {"plan": spec.plan, "stage": "route, " + ("of listed chunks" if listed else "all of a level")}
     return source("route", about, (EXCHANGE if sort else "") + fill(KERNEL, parts))
 
