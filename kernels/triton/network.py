@@ -26,14 +26,24 @@ EXCHANGE = """def exchange(values, axis: tl.constexpr, turn: tl.constexpr, up: t
 
 
 @triton.jit
+def turned(values, axis: tl.constexpr):
+    axes: tl.constexpr = len(values.shape)
+    second = tl.reshape(tl.arange(0, 2), [1] * axis + [2] + [1] * (axes - 1 - axis))
+    return values ^ -second
+
+
+@triton.jit
 """
 """Stands before a kernel that sorts."""
 
 
-def rising(name: str, bits: Sequence[int]) -> str:
-    """Lines that sort the rows of ``name`` ``[M, 2, 2, ...]``, the smallest first."""
+def rising(name: str, bits: Sequence[int], own: int = 99) -> str:
+    """Lines that sort the rows of ``name`` ``[M, 2, 2, ...]``, the smallest first.
+
+    The first ``own`` of ``bits`` lie in one lane.
+    """
     log = len(bits)
-    return "\n".join(_runs(name, bits, size, size < log, size == log) for size in range(1, log + 1))
+    return "\n".join(_run(name, bits, size, own) for size in range(1, log + 1))
 
 
 def falling(name: str, bits: Sequence[int]) -> str:
@@ -44,6 +54,14 @@ def falling(name: str, bits: Sequence[int]) -> str:
 def rank(place: str, bits: Sequence[int]) -> str:
     """The rank in a sorted row of what lies at ``place``."""
     return " | ".join(f"((({place}) >> {bit}) & 1) << {at}" for at, bit in enumerate(bits))
+
+
+def _run(name: str, bits: Sequence[int], size: int, own: int) -> str:
+    log = len(bits)
+    if size == log or size < own:
+        return _runs(name, bits, size, size < log, size == log)
+    turn = f"{name} = turned({name}, {log - bits[size]})"
+    return "\n".join([turn, _runs(name, bits, size, False, False), turn])
 
 
 def _runs(name: str, bits: Sequence[int], size: int, turns: bool, up: bool) -> str:

@@ -152,7 +152,7 @@ for begin in range(0, stop, COLUMNS):
     $score
     $sum
     bits = score.to(tl.int32, bitcast=True)
-    bits = bits ^ ((bits >> 31) & 2147483647)
+    bits = (bits & 2147483647) ^ (bits >> 31)
     word = (bits & ~low) | ((low - at) & low)[None, :]  #? not exact
     word = (bits.to(tl.int64) << 32) | (2147483647 - at)[None, :]  #? exact
     rise = tl.reshape(word, [ROWS] + [2] * $log)
@@ -164,7 +164,7 @@ rank = ($rank)[None, :]
 least = tl.full([ROWS], -2139095040, tl.int32)  # that of the least finite number
 $bar
 bits = bar.to(tl.int32, bitcast=True)  #? share
-least = tl.maximum(least, bits ^ ((bits >> 31) & 2147483647))  #? share
+least = tl.maximum(least, (bits & 2147483647) ^ (bits >> 31))  #? share
 word = tl.reshape(best, [ROWS, COLUMNS])
 taken = (word >= (least & ~low)[:, None]) & (rank < route_count)  #? not exact
 taken = ((word >> 32) >= least[:, None]) & (rank < route_count)  #? exact
@@ -293,7 +293,7 @@ def route_source(spec: Spec, per_chunk: int, listed: bool) -> str:
     parts["score"] = fill(SCORE, parts)
     sort = plan.routes <= SORTED
     bits = order_of_bits(wide)
-    parts |= dict(rising=rising("rise", bits), falling=falling("best", bits), rank=rank("place", bits))
+    parts |= dict(rising=rising("rise", bits, len(bits) - 2), falling=falling("best", bits), rank=rank("place", bits))
     parts |= dict(word="tl.int64", least_word=-(2**63)) if parts["exact"] else dict(word="tl.int32", least_word=-(2**31))
     parts["bar"] = fill(BAR, parts) if plan.share else ""
     parts["choose"] = fill(BY_SORTING if sort else BY_BISECTION, parts)
