@@ -23,7 +23,7 @@ def default_plan(causal: bool, device: str, pairs: bool = False) -> Plan:
     """The plan of a site on a kind of device; ``pairs``: a mask, bias or softcap rules centroids out.
 
     On a GPU a causal site has ``Plan()``: with ``CAUSAL`` a tile reads more routed keys, and routing to 33
-    clusters spills registers at D = 128 (docs/triton.md).
+    clusters takes a wider network (docs/triton.md).
     """
     if device == "cpu":
         return CAUSAL if causal else TWO_SIDED

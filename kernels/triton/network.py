@@ -2,7 +2,7 @@
 
 Bitonic (Batcher 1968): the places of a row are axes of two, so that one step orders all pairs along
 one axis. An exchange is a minimum and a maximum and moves nothing but the values; what must travel
-with a value is packed into its low bits. ``tl.sort`` does the same with an exchange that Triton's
+with a value is packed into its low bits (integers only). ``tl.sort`` does the same with an exchange that Triton's
 interpreter takes minutes for.
 
 Which axis stands for which bit of a place is free: ``bits[b]`` is the bit of the place in memory that
@@ -27,6 +27,7 @@ EXCHANGE = """def exchange(values, axis: tl.constexpr, turn: tl.constexpr, up: t
 
 @triton.jit
 def turned(values, axis: tl.constexpr):
+    # In reversed order at the second places along an axis: the bits of an integer, inverted.
     axes: tl.constexpr = len(values.shape)
     second = tl.reshape(tl.arange(0, 2), [1] * axis + [2] + [1] * (axes - 1 - axis))
     return values ^ -second
@@ -37,13 +38,15 @@ def turned(values, axis: tl.constexpr):
 """Stands before a kernel that sorts."""
 
 
-def rising(name: str, bits: Sequence[int], own: int = 99) -> str:
+def rising(name: str, bits: Sequence[int], own: int | None = None) -> str:
     """Lines that sort the rows of ``name`` ``[M, 2, 2, ...]``, the smallest first.
 
-    The first ``own`` of ``bits`` lie in one lane.
+    Of ``bits``, the first ``own`` lie in one lane (None: it does not matter). Inside a lane, which of an exchange is
+    larger is known when the text is compiled. A run whose direction depends on the lane is sorted in one direction,
+    its numbers turned before and after.
     """
     log = len(bits)
-    return "\n".join(_run(name, bits, size, own) for size in range(1, log + 1))
+    return "\n".join(_run(name, bits, size, log if own is None else own) for size in range(1, log + 1))
 
 
 def falling(name: str, bits: Sequence[int]) -> str:
