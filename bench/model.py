@@ -47,8 +47,8 @@ UNION = 3.0
 """Clusters that a tile of 64 rows walks over, for each route of one of its rows; assumed, it depends on the input."""
 BACKWARD = 2.5
 """Products of a backward, for each of its forward: five of them, not two."""
-ROUTE_PAIR = 106
-"""Instructions of a lane for one pair of row and representative: 54 and 52 in the two loops of sm_90's binary."""
+ROUTE_PAIR = (55, 59)
+"""Instructions of a lane for one pair of row and representative of 64 or 128 features: counted in sm_90's binary."""
 SCORE_LANES = {
     "kmeans": (3250, 5690), "kmeans_relative": (3450, 6000), "kmedian": (8650, 20_800), "leverage": (19_100, 80_300),
     "peak": (2070, 3870), "query": (840, 1540), "norm": (630, 1340), "inverse_norm": (630, 1340),
@@ -159,7 +159,7 @@ def summarize(site: Site) -> Work:
 
 
 def route(site: Site) -> Work:
-    """Two walks over the representatives, of two products each; or over chunks, then over the chosen ones."""
+    """A walk over the representatives, of two products; or over chunks, then over the chosen ones."""
     plan, shape = site.plan, site.shape
     if not plan.routes:
         return Work()
@@ -169,7 +169,8 @@ def route(site: Site) -> Work:
         walked = site.rows * plan.coarse * (plan.chunk // plan.cluster) * site.union
         pairs, launches = exact / plan.chunk + min(walked, pairs), 12
     traffic = site.rows * (NUMBER_BYTES * shape.head_dim + 4 * plan.routes)
-    return Work(8 * pairs * shape.head_dim, pairs * ROUTE_PAIR, traffic, launches)
+    lanes = pairs * ROUTE_PAIR[int(shape.head_dim > 64)]
+    return Work(4 * pairs * shape.head_dim, lanes, traffic, launches)
 
 
 def attend(site: Site) -> Work:

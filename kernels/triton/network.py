@@ -2,7 +2,7 @@
 
 Bitonic (Batcher 1968): the places of a row are axes of two, so that one step orders all pairs along
 one axis. An exchange is a minimum and a maximum and moves nothing but the values; what must travel
-with a value is packed into its low bits. ``tl.sort`` does the same with an exchange that Triton's
+with a value is packed into its low bits (integers only). ``tl.sort`` does the same with an exchange that Triton's
 interpreter takes minutes for.
 
 Which axis stands for which bit of a place is free: ``bits[b]`` is the bit of the place in memory that
@@ -26,14 +26,27 @@ EXCHANGE = """def exchange(values, axis: tl.constexpr, turn: tl.constexpr, up: t
 
 
 @triton.jit
+def turned(values, axis: tl.constexpr):
+    # In reversed order at the second places along an axis: the bits of an integer, inverted.
+    axes: tl.constexpr = len(values.shape)
+    second = tl.reshape(tl.arange(0, 2), [1] * axis + [2] + [1] * (axes - 1 - axis))
+    return values ^ -second
+
+
+@triton.jit
 """
 """Stands before a kernel that sorts."""
 
 
-def rising(name: str, bits: Sequence[int]) -> str:
-    """Lines that sort the rows of ``name`` ``[M, 2, 2, ...]``, the smallest first."""
+def rising(name: str, bits: Sequence[int], own: int | None = None) -> str:
+    """Lines that sort the rows of ``name`` ``[M, 2, 2, ...]``, the smallest first.
+
+    Of ``bits``, the first ``own`` lie in one lane (None: it does not matter). Inside a lane, which of an exchange is
+    larger is known when the text is compiled. A run whose direction depends on the lane is sorted in one direction,
+    its numbers turned before and after.
+    """
     log = len(bits)
-    return "\n".join(_runs(name, bits, size, size < log, size == log) for size in range(1, log + 1))
+    return "\n".join(_run(name, bits, size, log if own is None else own) for size in range(1, log + 1))
 
 
 def falling(name: str, bits: Sequence[int]) -> str:
@@ -44,6 +57,14 @@ def falling(name: str, bits: Sequence[int]) -> str:
 def rank(place: str, bits: Sequence[int]) -> str:
     """The rank in a sorted row of what lies at ``place``."""
     return " | ".join(f"((({place}) >> {bit}) & 1) << {at}" for at, bit in enumerate(bits))
+
+
+def _run(name: str, bits: Sequence[int], size: int, own: int) -> str:
+    log = len(bits)
+    if size == log or size < own:
+        return _runs(name, bits, size, size < log, size == log)
+    turn = f"{name} = turned({name}, {log - bits[size]})"
+    return "\n".join([turn, _runs(name, bits, size, False, False), turn])
 
 
 def _runs(name: str, bits: Sequence[int], size: int, turns: bool, up: bool) -> str:

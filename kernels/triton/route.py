@@ -1,19 +1,23 @@
 """Route on a GPU: the best clusters of every query, found without a list of all scores.
 
-A program holds a tile of queries (times the heads of the group) and walks over the representatives
-twice. The first walk keeps the ``routes`` best *scores* of each row, sorted, by a bitonic network
-whose exchanges are a minimum and a maximum and carry no index; the least of them is the row's
-threshold. The second walk computes the same scores again and writes what is above the threshold,
-and of its equals the first, to the place that a running count gives: ascending, with ties to the
-earlier cluster, and with nothing to sort.
+A program holds a tile of queries (times the heads of the group) and walks over the representatives once.
+It keeps the best ``routes`` of each row, sorted, by a bitonic network whose exchanges are a minimum and a
+maximum of integers: words with a score, mapped to an integer of the same order, in the high bits and the cluster's
+number in the walk below it, reversed, so that ties go to the earlier cluster. After the walk, the numbers are
+sorted once more, ascending.
 
-Scoring twice is cheaper than carrying an index through the network. On sm_90 with D = 64, a lane spends
-54 instructions on a pair of row and representative in the first walk, about 40 of them in the network,
-and 52 in the second (counted in the binary); an index would double every exchange. The products of
-both walks are 8 D flops of tensor cores a pair. More routes than ``SORTED`` take their threshold by
-bisection over the bits of a float instead: 34 walks in all.
+Queries of 16 bits have words of 32. The numbers of the clusters that a row's walk can come to take as many low bits
+as they need, and the score's fraction has what is left of 23: 10 with 8192 clusters, where that of a representative has
+7 (bfloat16) or 10 (float16). Scores that a word does not tell apart are ties. float32 has words of 64 bits and loses
+nothing.
 
-A ``share`` raises the threshold: the first walk also sums the exponentials of all scores, as it goes.
+On sm_90 a lane spends 55 instructions on a pair of row and representative with D = 64 and 59 with D = 128, 34 of
+them in the network (counted in the binary), and 165 in float32; the products are 4 D flops of tensor cores a
+pair. More routes than ``SORTED`` take a threshold by bisection over the bits of a float instead, and write what is
+above it: 34 walks in all.
+
+A ``share`` is a bar that what was kept must reach: the walk also sums the exponentials of all scores, as it goes. A
+score in the same word as the bar reaches it.
 
 With ``listed`` chunks (two levels) a tile walks only over the clusters of the chunks that any of its
 rows chose, and each row counts its own; see ``kernels.coarse``.
@@ -44,7 +48,7 @@ COLUMNS = 32
 WARPS = 4
 STAGES = 2
 SORTED = 64
-"""The most routes whose scores are kept on chip."""
+"""The most routes that are kept on chip."""
 
 KERNEL = """
 def route(
@@ -85,41 +89,15 @@ def route(
     stop = tl.load(listed_count + pair * tiles + tile) * PER_CHUNK  #? listed
 
     $start
-    $threshold
-    $bar
-    place = tl.arange(0, $wide)
-
-    # Write what is above the threshold, and the first of its equals.
-    seen_above = tl.zeros([ROWS], tl.int32)
-    seen_equal = tl.zeros([ROWS], tl.int32)
-    for begin in range(0, stop, COLUMNS):
-        $score
-        above = score > threshold[:, None]
-        equal = (score == threshold[:, None]) & (score > float("-inf"))
-        both = above.to(tl.int32) + (equal.to(tl.int32) << 16)
-        before = tl.cumsum(both, 1) - both
-        equals = seen_equal[:, None] + (before >> 16)
-        to = seen_above[:, None] + (before & 65535) + tl.minimum(equals, equal_count[:, None])
-        taken = above | (equal & (equals < equal_count[:, None]))
-        column = tl.broadcast_to(at[None, :], [ROWS, COLUMNS])
-        tl.store(own_routes[:, None] + to, column, mask=taken & (to < route_count) & live[:, None])
-        total = tl.sum(both, 1)
-        seen_above += total & 65535
-        seen_equal += total >> 16
-    written = seen_above + tl.minimum(seen_equal, equal_count)
-    for begin in range(0, route_count, $wide):
-        to = begin + place
-        rest = (to[None, :] >= written[:, None]) & (to < route_count)[None, :] & live[:, None]
-        tl.store(own_routes[:, None] + to[None, :], tl.full([ROWS, $wide], -1, tl.int32), mask=rest)
+    $choose
 """
 
 SCORE = """
-at = begin + tl.arange(0, COLUMNS)  #? not listed
-there = at < stop  #? not listed
-there = begin + tl.arange(0, COLUMNS) < stop  #? listed
-slot = (begin + tl.arange(0, COLUMNS)) // PER_CHUNK  #? listed
-of_chunk = tl.load(listed + list_at + slot, mask=there, other=0)  #? listed
-at = of_chunk * PER_CHUNK + (begin + tl.arange(0, COLUMNS)) % PER_CHUNK  #? listed
+number = begin + tl.arange(0, COLUMNS)
+there = number < stop
+at = number  #? not listed
+slot = number // PER_CHUNK  #? listed
+at = tl.load(listed + list_at + slot, mask=there, other=0) * PER_CHUNK + number % PER_CHUNK  #? listed
 where = at.to(tl.int64)[:, None] * DIM + feature[None, :]
 inside = there[:, None] & (feature < DIM)[None, :]
 mean_tile = tl.load(own_mean + where, mask=inside, other=0.0).to(query_tile.dtype)
@@ -162,26 +140,49 @@ BAR = """
 none = (near != near) | (total == 0.0)
 bar = tl.where(most == float("inf"), most, most + tl.log(tl.where(none, 1.0, total)) + $log_share)
 bar = tl.where(none, float("-inf"), bar)
-equal_count = tl.where(bar > threshold, route_count, equal_count)
-threshold = tl.maximum(threshold, bar)
 """
 
 BY_SORTING = """
-# The best scores of each row so far, the largest first.
-best = tl.full([ROWS] + [2] * $log, float("-inf"), tl.float32)
+# The best of each row so far, the largest first: words of a score, as an integer of the same order, above a cluster's
+# number in the walk, of which the first is the largest.
+below = stop - 1  #? not exact and not listed
+below = tl.minimum(list_size, tl.maximum(block, 0)) * PER_CHUNK - 1  #? not exact and listed and causal
+below = list_size * PER_CHUNK - 1  #? not exact and listed and not causal
+for by in tl.static_range(5):  #? not exact
+    below |= below >> (1 << by)  #? not exact
+best = tl.full([ROWS] + [2] * $log, $least, $word)
 for begin in range(0, stop, COLUMNS):
     $score
     $sum
-    rise = tl.reshape(score, [ROWS] + [2] * $log)
+    bits = score.to(tl.int32, bitcast=True)
+    bits = (bits & 2147483647) ^ (bits >> 31)
+    word = (bits & ~below) | (~number & below)[None, :]  #? not exact
+    word = (bits.to(tl.int64) << 32) | (number ^ 2147483647)[None, :]  #? exact
+    rise = tl.reshape(word, [ROWS] + [2] * $log)
     $rising
     best = tl.maximum(best, rise)
     $falling
 best = tl.reshape(best, [ROWS, COLUMNS])
 place = tl.arange(0, COLUMNS)
 rank = ($rank)[None, :]
-threshold = tl.sum(tl.where(rank == route_count - 1, best, 0.0), 1)
-above_count = tl.sum(((best > threshold[:, None]) & (rank < route_count)).to(tl.int32), 1)
-equal_count = route_count - above_count
+number = ~best & below  #? not exact
+number = best.to(tl.int32) ^ 2147483647  #? exact
+best = best >> 32  #? exact
+taken = (rank < route_count) & (best > (below | -2139095041))  # that of -inf  #? not exact
+taken = (rank < route_count) & (best > -2139095041)  # that of -inf  #? exact
+$bar
+bits = bar.to(tl.int32, bitcast=True)  #? share
+bits = (bits & 2147483647) ^ (bits >> 31)  #? share
+taken &= best >= (bits & ~below)[:, None]  #? share and not exact
+taken &= best >= bits[:, None]  #? share and exact
+slot = number // PER_CHUNK  #? listed
+number = tl.load(listed + list_at + slot, mask=taken, other=0) * PER_CHUNK + number % PER_CHUNK  #? listed
+# Ascending; what is not taken comes last.
+rise = tl.reshape(tl.where(taken, number, 2147483647), [ROWS] + [2] * $log)
+$rising
+cluster = tl.reshape(rise, [ROWS, COLUMNS])
+cluster = tl.where(cluster == 2147483647, -1, cluster)
+tl.store(own_routes[:, None] + rank, cluster, mask=(rank < route_count) & live[:, None])
 """
 
 BY_BISECTION = """
@@ -205,6 +206,32 @@ for step in range(0, 33):
 bits = least.to(tl.int32)
 threshold = tl.where(bits < 0, bits ^ 2147483647, bits).to(tl.float32, bitcast=True)
 equal_count = route_count - count
+$bar
+equal_count = tl.where(bar > threshold, route_count, equal_count)  #? share
+threshold = tl.maximum(threshold, bar)  #? share
+
+# Write what is above the threshold, and the first of its equals.
+seen_above = tl.zeros([ROWS], tl.int32)
+seen_equal = tl.zeros([ROWS], tl.int32)
+for begin in range(0, stop, COLUMNS):
+    $score
+    above = score > threshold[:, None]
+    equal = (score == threshold[:, None]) & (score > float("-inf"))
+    both = above.to(tl.int32) + (equal.to(tl.int32) << 16)
+    before = tl.cumsum(both, 1) - both
+    equals = seen_equal[:, None] + (before >> 16)
+    to = seen_above[:, None] + (before & 65535) + tl.minimum(equals, equal_count[:, None])
+    taken = above | (equal & (equals < equal_count[:, None]))
+    column = tl.broadcast_to(at[None, :], [ROWS, COLUMNS])
+    tl.store(own_routes[:, None] + to, column, mask=taken & (to < route_count) & live[:, None])
+    total = tl.sum(both, 1)
+    seen_above += total & 65535
+    seen_equal += total >> 16
+written = seen_above + tl.minimum(seen_equal, equal_count)
+for begin in range(0, route_count, COLUMNS):
+    to = begin + tl.arange(0, COLUMNS)
+    rest = (to[None, :] >= written[:, None]) & (to < route_count)[None, :] & live[:, None]
+    tl.store(own_routes[:, None] + to[None, :], tl.full([ROWS, COLUMNS], -1, tl.int32), mask=rest)
 """
 
 
@@ -226,7 +253,7 @@ def spec_of(query: torch.Tensor, heads: int, plan: Plan, causal: bool, target: s
 
 
 def columns(plan: Plan) -> int:
-    """Representatives of one step; where scores are sorted, as many as are kept."""
+    """Representatives of one step; where they are sorted, as many as are kept."""
     return max(COLUMNS, power_of_two(plan.routes)) if plan.routes <= SORTED else COLUMNS
 
 
@@ -257,7 +284,6 @@ def route_source(spec: Spec, per_chunk: int, listed: bool) -> str:
         arguments=arguments(own),
         tile=tile(spec),
         columns=wide,
-        wide=wide,
         log=wide.bit_length() - 1,
         per_chunk=per_chunk,
         listed=listed,
@@ -274,9 +300,10 @@ def route_source(spec: Spec, per_chunk: int, listed: bool) -> str:
     parts["score"] = fill(SCORE, parts)
     sort = plan.routes <= SORTED
     bits = order_of_bits(wide)
-    parts |= dict(rising=rising("rise", bits), falling=falling("best", bits), rank=rank("place", bits))
+    parts |= dict(rising=rising("rise", bits, len(bits) - 2), falling=falling("best", bits), rank=rank("place", bits))
+    parts |= dict(word="tl.int64", least=-(2**63)) if parts["exact"] else dict(word="tl.int32", least=-(2**31))
     parts["bar"] = fill(BAR, parts) if plan.share else ""
-    parts["threshold"] = fill(BY_SORTING if sort else BY_BISECTION, parts)
+    parts["choose"] = fill(BY_SORTING if sort else BY_BISECTION, parts)
     about = {"plan": spec.plan, "stage": "route, " + ("of listed chunks" if listed else "all of a level")}
     return source("route", about, (EXCHANGE if sort else "") + fill(KERNEL, parts))
 

@@ -34,6 +34,39 @@ def check(site: Operands, summary: Summary, plan: Plan) -> torch.Tensor:
     return got
 
 
+def cut(tensor: torch.Tensor) -> torch.Tensor:
+    """As bfloat16, towards 0: Triton's interpreter cuts what a GPU rounds."""
+    return (tensor.contiguous().view(torch.int32) & -65536).view(torch.float32).double()
+
+
+def cut_scores(query: torch.Tensor, summary: Summary, scale: float) -> torch.Tensor:
+    """What the kernel gives queries of bfloat16, but for the rounding of its sums."""
+    group = query.shape[1] // summary.mean.shape[1]
+    mean, spread, bias = (t.repeat_interleave(group, 1) for t in (cut(summary.mean), cut(summary.spread), summary.bias))
+    within = cut(query * query) @ spread.transpose(2, 3)
+    return query.double() @ mean.transpose(2, 3) * scale + within.sqrt() * abs(scale) + bias.unsqueeze(2)
+
+
+def resolution(score: torch.Tensor, walked: int) -> torch.Tensor:
+    """Least distance of scores that words of 32 bits tell apart: ``walked`` clusters leave that much of 23 bits."""
+    return 2.0 ** (score.abs().clamp(min=1e-30).log2().floor() - 23 + (walked - 1).bit_length())
+
+
+def check_words(got: torch.Tensor, want: torch.Tensor, scores: torch.Tensor, walked: int) -> None:
+    """The same routes, but for clusters that words, or else the rounding of sums, do not tell apart."""
+    assert torch.equal(got >= 0, want >= 0)
+    one, other = (
+        torch.zeros(*scores.shape[:3], scores.shape[3] + 1, dtype=torch.bool).scatter_(
+            3, routes.long().where(routes >= 0, scores.shape[3]), True
+        )[..., :-1]
+        for routes in (got, want)
+    )
+    missed = scores.masked_fill(~other | one, -math.inf).amax(3)
+    taken = scores.masked_fill(~one | other, math.inf).amin(3)
+    differ = (one != other).any(3)
+    assert (missed - taken <= resolution(missed, walked) + 1e-5)[differ].all()
+
+
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize(("length", "heads", "kv_heads"), [(1, 2, 1), (97, 3, 1), (170, 4, 2)])
 @pytest.mark.parametrize("name", ROUTED)
@@ -108,18 +141,77 @@ def test_more_routes_than_are_sorted(routes: int) -> None:
     check(site, summary_of(site, plan), plan)
 
 
-def test_ties_go_to_the_earlier_and_what_is_not_finite_comes_first() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_ties_go_to_the_earlier_and_what_is_not_finite_comes_first(dtype: torch.dtype) -> None:
     plan = Plan(chunk=16, window=0, sinks=0, routes=2)
     # Small integers: their products are exact, in whatever order they are summed.
-    whole = torch.randint(-3, 4, (2, 4, 160, 16)).float()
-    site = operands(160)._replace(query=whole, key=torch.ones(2, 2, 160, 16))
+    whole = torch.randint(-3, 4, (2, 4, 160, 16)).to(dtype)
+    site = operands(160, dtype=dtype)._replace(query=whole, key=torch.ones(2, 2, 160, 16, dtype=dtype))
     routes = check(site, summary_of(site, plan), plan)
     assert (routes[:, :, 48:] == torch.tensor([0, 1], dtype=torch.int32)).all()
     site.key[0, 1, 70] = math.nan
     site.value[1, 0, 90] = math.inf
-    routes = check(site, summary_of(site, plan), plan)
+    summary = summary_of(site, plan)
+    routes = check(site, summary, plan)
     assert (routes[0, 2:, 80:] == torch.tensor([0, 4], dtype=torch.int32)).all()
     assert (routes[1, :2, 96:] == torch.tensor([0, 5], dtype=torch.int32)).all()
+    none = summary._replace(bias=torch.full_like(summary.bias, -math.inf))
+    assert (route(site.query, none, plan, True, 160, site.scale) == -1).all()
+
+
+def of_scores(scores: torch.Tensor) -> Summary:
+    """A summary of clusters that have these scores for a query of ones, in two parts that bfloat16 holds."""
+    mean = torch.zeros(1, 1, len(scores), 16)
+    mean[0, 0, :, 0] = scores.bfloat16().float()
+    mean[0, 0, :, 1] = scores - mean[0, 0, :, 0]
+    empty = torch.empty(0)
+    return Summary(empty, mean, torch.zeros_like(mean), torch.zeros(1, 1, len(scores)), *[empty] * 5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scores_that_words_tell_apart(dtype: torch.dtype) -> None:
+    """Exact ones in float32; in 16 bits, nearer ones are ties. Negative and infinite ones come in their order."""
+    plan = Plan(chunk=16, window=0, sinks=0, routes=2)
+    clusters = 600
+    step = float(resolution(torch.tensor(4.0), clusters if dtype == torch.bfloat16 else 1))
+    query = torch.ones(1, 1, 1, 16, dtype=dtype)
+
+    def found(**scores: float) -> list[int]:
+        values = torch.full((clusters,), -100.0)
+        for name, score in scores.items():
+            values[int(name[1:])] = score
+        return route(query, of_scores(values), plan, False, 16 * clusters, 1.0)[0, 0, 0].tolist()
+
+    assert found(c5=4.0, c70=4.0 + step, c599=4.0 + 2 * step) == [70, 599]
+    assert found(c5=4.0, c70=4.0, c599=4.0) == [5, 70]
+    assert found(c5=-4.0 - step, c70=-4.0, c599=-4.0) == [70, 599]
+    assert found(c5=-1e30, c599=3e38) == [0, 599]
+    if dtype == torch.bfloat16:
+        assert found(c5=4.0, c70=4.0 + step / 2, c599=4.0 + step / 2) == [5, 70]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.003])
+def test_words_of_many_clusters(share: float) -> None:
+    """And a share keeps what is at its bar, and of what is below nothing that words tell apart from it."""
+    plan = Plan(chunk=16, window=0, sinks=0, routes=20, share=share)
+    clusters = 2000
+    query = torch.randn(1, 2, 24, 16).bfloat16()
+    summary = of_scores(torch.zeros(clusters))
+    summary = summary._replace(mean=torch.randn(1, 1, clusters, 16), spread=torch.rand(1, 1, clusters, 16))
+    near = torch.zeros(1, 2, 24)
+    got = route(query, summary, plan, False, 16 * clusters, 0.25, mass=near)
+    scores = cut_scores(query.float(), summary, 0.25)
+    every = torch.ones(clusters, dtype=torch.bool)
+    best = reference.best_of(scores, summary, every, 20)
+    if not share:
+        check_words(got, best, scores, clusters)
+        return
+    kept = scores.gather(3, got.long().clamp(min=0)).masked_fill(got < 0, math.inf)
+    bar = torch.logaddexp(scores.logsumexp(3), near.double()) + math.log(share)
+    assert (kept >= (bar - resolution(bar, clusters) - 1e-5).unsqueeze(3)).all()
+    at_least = (scores.gather(3, best) >= bar.unsqueeze(3) + 1e-5).sum(3)
+    counts = (got >= 0).sum(3)
+    assert (counts >= at_least).all() and 0.1 < counts.float().mean() / 20 < 0.9
 
 
 def test_continuing_a_cache_strides_and_no_window() -> None:
@@ -146,9 +238,23 @@ def test_low_precision_loses_no_more_than_rounding(dtype: torch.dtype) -> None:
     assert torch.equal(got >= 0, want >= 0) and lost.max() < 3 * 2**-7 and lost.mean() < 1e-3
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("name", ["routes", "two levels"])
+def test_low_precision_is_the_references_of_representatives_in_bfloat16(
+    name: str, causal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = PLANS[name]
+    site = operands(170, causal=causal, padded=True, dtype=torch.bfloat16)
+    summary = summary_of(site, plan)
+    got = route(site.query, summary, plan, causal, 170, site.scale)
+    monkeypatch.setattr(reference, "routing_scores", cut_scores)
+    scores = cut_scores(site.query.float(), summary, site.scale)
+    check_words(got, routes_of(site, summary, plan), scores, summary.mean.shape[2])
+
+
 def test_what_is_not_used_is_not_in_the_source() -> None:
     site = operands(8)
     text = {c: route_source(spec_of(site.query, 2, Plan(window=0), c, "cuda"), 8, False) for c in (False, True)}
-    assert not any("listed" in t or "bits" in t for t in text.values())
+    assert not any("listed" in t or "tried" in t or "bar" in t for t in text.values())
     assert "outside" not in text[True] and "position" not in text[False]
     assert EVERYTHING["routes"].routes > 64
