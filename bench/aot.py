@@ -195,10 +195,8 @@ def _run(variant: Variant, found: list[Launch]) -> None:
         attend_backward.attend_backward(out, out, sums, site, summary, routes, plan, logits.lifted, **more)
 
 
-def compiled(launch: Launch, target: str) -> Any:
-    """What ``triton.compile`` makes of a launch, types and alignments as a GPU would see them."""
-    import triton
-    from triton.backends.compiler import GPUTarget
+def source_of(launch: Launch) -> Any:
+    """A launch's ``ASTSource``, types and alignments as a GPU would see them."""
     from triton.compiler import ASTSource
 
     signature, constants, attributes = {}, {}, {}
@@ -216,9 +214,35 @@ def compiled(launch: Launch, target: str) -> Any:
             aligned = value % 16 == 0
         if aligned:
             attributes[(at,)] = [["tt.divisibility", 16]]
-    gpu = GPUTarget("hip", target, 64) if target.startswith("gfx") else GPUTarget("cuda", int(target[3:]), 32)
+    return ASTSource(launch.kernel, signature, constants, attributes)
+
+
+def gpu_of(target: str) -> Any:
+    from triton.backends.compiler import GPUTarget
+
+    return GPUTarget("hip", target, 64) if target.startswith("gfx") else GPUTarget("cuda", int(target[3:]), 32)
+
+
+def compiled(launch: Launch, target: str) -> Any:
+    """What ``triton.compile`` makes of a launch."""
+    import triton
+
     options = {"num_warps": launch.warps, "num_stages": launch.stages}
-    return triton.compile(ASTSource(launch.kernel, signature, constants, attributes), target=gpu, options=options)
+    return triton.compile(source_of(launch), target=gpu_of(target), options=options)
+
+
+def parsed(launch: Launch, target: str) -> Any:
+    """What Triton's front end makes of a launch, in a fraction of a second: names and types are checked, no more."""
+    from triton._C.libtriton import ir
+    from triton.compiler import make_backend
+
+    backend = make_backend(gpu_of(target))
+    options = backend.parse_options({"num_warps": launch.warps, "num_stages": launch.stages})
+    context = ir.context()
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    more = (backend.get_codegen_implementation(options), backend.get_module_map(), context)
+    return source_of(launch).make_ir(gpu_of(target), options, *more)
 
 
 def figures(binary: Any, target: str) -> dict[str, int]:
