@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -35,7 +35,7 @@ from prescore_compile.kernels.ops import _empty_summary
 from prescore_compile.kernels.plan import Plan
 from prescore_compile.kernels.reference import Operands
 from prescore_compile.kernels.summary import Summary
-from prescore_compile.kernels.triton import attend, attend_backward, clusters, residual, route, union
+from prescore_compile.kernels.triton import attend, attend_backward, clusters, mass, residual, route, union
 from prescore_compile.kernels.triton.scores import kernel as scores
 from prescore_compile.kernels.triton.scores import select
 from prescore_compile.kernels.triton.spec import DTYPES
@@ -76,6 +76,9 @@ IN_DOCUMENTS = Logits(sympy.And(sympy.Eq(DOCUMENT(B, Q), DOCUMENT(B, K)), K >= Q
 """Packed documents with a sliding window and a softcap, as the graph pass says it."""
 
 
+SHARED_OUT = replace(CAUSAL, share=0.001)
+
+
 def scored(method: str, dim: int, default: bool = True, **settings: Any) -> Variant:
     """A site whose keys are scored and selected."""
     plan = Plan(method=method, keep=32, routes=0, chunk=settings.pop("chunk", 128))
@@ -99,6 +102,10 @@ VARIANTS = {
     "causal residual 128": Variant(plan=Plan(window=0, residual=True), dim=128, group=4),
     "chunk 256 64": Variant(plan=CAUSAL),
     "chunk 256 128": Variant(plan=CAUSAL, dim=128, group=4),
+    "share 64": Variant(plan=Plan(share=0.001), backward=False),
+    "share 128": Variant(plan=Plan(share=0.001), dim=128, group=4, backward=False),
+    "chunk 256 share 64": Variant(plan=SHARED_OUT, group=3, backward=False),
+    "chunk 256 share 128": Variant(plan=SHARED_OUT, dim=128, group=4, backward=False),
     "64 routes": Variant(plan=Plan(routes=64), backward=False),
     "many routes": Variant(plan=Plan(routes=200, cluster=32), backward=False),
     "masked and capped 128": Variant(dim=128, group=4, logits=IN_DOCUMENTS),
@@ -127,14 +134,11 @@ VARIANTS = {
 class Launch:
     """A kernel and what it was given."""
 
+    name: str
     kernel: Any
     values: dict[str, Any]
     warps: int
     stages: int
-
-    @property
-    def name(self) -> str:
-        return str(self.kernel.fn.__name__)
 
 
 def launches(variant: Variant, target: str) -> list[Launch]:
@@ -142,18 +146,19 @@ def launches(variant: Variant, target: str) -> list[Launch]:
     found: list[Launch] = []
 
     def keep(kernel: Any, grid: Any, values: dict[str, Any], *, warps: int, stages: int) -> None:
-        found.append(Launch(kernel, {name: values[name] for name in kernel.arg_names}, warps, stages))
+        given = {name: values[name] for name in kernel.arg_names}
+        found.append(Launch(kernel.fn.__name__, kernel, given, warps, stages))
 
     with contextlib.ExitStack() as patches:
         for module in MODULES:
             patches.enter_context(mock.patch.object(module, "launch", keep))
         patches.enter_context(mock.patch.object(torch.version, "hip", "6" if target.startswith("gfx") else None))
         patches.enter_context(FakeTensorMode())
-        _run(variant)
+        _run(variant, found)
     return found
 
 
-def _run(variant: Variant) -> None:
+def _run(variant: Variant, found: list[Launch]) -> None:
     plan, scale = variant.plan, variant.dim**-0.5
     heads, length = 8, 4096
 
@@ -179,16 +184,19 @@ def _run(variant: Variant) -> None:
         if variant.queries > 1:
             clusters.any_clusters(key, site.value, valid, plan)
         known = by_chunk(logits, read, plan.chunk)
-        routes = route.route(query, summary, plan, variant.causal, length, scale, logits.reach, known)
+        near = None
+        if plan.share:  # another source of ``attend``
+            before = len(found)
+            near = mass.mass(site, summary, plan, logits.lifted, **more)
+            found[before:] = [replace(launch, name="mass") for launch in found[before:]]
+        routes = route.route(query, summary, plan, variant.causal, length, scale, logits.reach, known, near)
     out, sums = attend.attend(site, summary, routes, plan, logits.lifted, **more)
     if variant.backward:
         attend_backward.attend_backward(out, out, sums, site, summary, routes, plan, logits.lifted, **more)
 
 
-def compiled(launch: Launch, target: str) -> Any:
-    """What ``triton.compile`` makes of a launch, types and alignments as a GPU would see them."""
-    import triton
-    from triton.backends.compiler import GPUTarget
+def source_of(launch: Launch) -> Any:
+    """A launch's ``ASTSource``, types and alignments as a GPU would see them."""
     from triton.compiler import ASTSource
 
     signature, constants, attributes = {}, {}, {}
@@ -206,9 +214,35 @@ def compiled(launch: Launch, target: str) -> Any:
             aligned = value % 16 == 0
         if aligned:
             attributes[(at,)] = [["tt.divisibility", 16]]
-    gpu = GPUTarget("hip", target, 64) if target.startswith("gfx") else GPUTarget("cuda", int(target[3:]), 32)
+    return ASTSource(launch.kernel, signature, constants, attributes)
+
+
+def gpu_of(target: str) -> Any:
+    from triton.backends.compiler import GPUTarget
+
+    return GPUTarget("hip", target, 64) if target.startswith("gfx") else GPUTarget("cuda", int(target[3:]), 32)
+
+
+def compiled(launch: Launch, target: str) -> Any:
+    """What ``triton.compile`` makes of a launch."""
+    import triton
+
     options = {"num_warps": launch.warps, "num_stages": launch.stages}
-    return triton.compile(ASTSource(launch.kernel, signature, constants, attributes), target=gpu, options=options)
+    return triton.compile(source_of(launch), target=gpu_of(target), options=options)
+
+
+def parsed(launch: Launch, target: str) -> Any:
+    """What Triton's front end makes of a launch, in a fraction of a second: names and types are checked, no more."""
+    from triton._C.libtriton import ir
+    from triton.compiler import make_backend
+
+    backend = make_backend(gpu_of(target))
+    options = backend.parse_options({"num_warps": launch.warps, "num_stages": launch.stages})
+    context = ir.context()
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    more = (backend.get_codegen_implementation(options), backend.get_module_map(), context)
+    return source_of(launch).make_ir(gpu_of(target), options, *more)
 
 
 def figures(binary: Any, target: str) -> dict[str, int]:

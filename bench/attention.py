@@ -19,6 +19,7 @@ import argparse
 import ctypes
 import json
 import platform
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -212,7 +213,15 @@ def on_gpu(arguments: argparse.Namespace) -> int:
         return 2
     lengths = tuple(arguments.lengths or gpu.LENGTHS)
     out = arguments.out or RESULTS / "attention-cuda.json"
-    return gpu_run.run(gpu.cases(lengths), Plan(), gpu.Machine("cuda"), out, 60 * arguments.minutes)
+    if not arguments.resume:
+        out.unlink(missing_ok=True)
+
+    def again(seconds: float) -> int:
+        command = [sys.executable, "-m", "bench.attention", "--device", "cuda", "--resume", "--out", str(out)]
+        command += ["--minutes", str(seconds / 60), "--lengths", *map(str, lengths)]
+        return subprocess.run(command, check=False).returncode
+
+    return gpu_run.run(gpu.cases(lengths), None, gpu.Machine("cuda"), out, 60 * arguments.minutes, again)
 
 
 def main() -> None:
@@ -220,6 +229,7 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--dry-run", action="store_true", help="the cuda path, tiny, in Triton's interpreter")
     parser.add_argument("--minutes", type=float, default=9, help="of --device cuda: what begins later is left out")
+    parser.add_argument("--resume", action="store_true", help="of --device cuda: keep the cases that --out has")
     parser.add_argument("--lengths", type=int, nargs="+")
     parser.add_argument("--heads", nargs="+", default=["8/8", "9/3"], help="query heads / KV heads")
     parser.add_argument("--dtypes", choices=["float32", "bfloat16"], nargs="+", default=["float32", "bfloat16"])

@@ -3,13 +3,14 @@
 `python -m bench.attention --device cuda` runs it; `--dry-run` takes the same path on a CPU with
 Triton's interpreter and tiny sizes, and its times mean nothing. Each way's result is compared with a
 float32 reference on some queries before it is timed; a way that fails the check, or that the machine
-has not, gets no time and says why.
+has not, gets no time and says why. What a case's time does not suffice for is left out, the least telling last.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -44,6 +45,7 @@ BACKENDS = {
 MATH_UP_TO = 4096
 SCORED = {"kmeans": LIMIT, "kmedian": 0.3, "leverage": LIMIT, "peak": LIMIT}
 """Methods whose scores are timed, and the largest error: k-median's depends on float32's rounding (docs/triton.md)."""
+OVER = "left out, as time was up"
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,21 @@ class Machine:
     device: str
     dtype: torch.dtype = torch.bfloat16
     rounds: int = 3
+    deadline: float = math.inf
+    """When, by ``time.monotonic``, nothing more is begun."""
+
+    def over(self) -> bool:
+        return time.monotonic() > self.deadline
+
+    def lost(self) -> bool:
+        """Whether a kernel's fault has left the device of no use to this process, as a wrong address does."""
+        if self.device != "cuda":
+            return False
+        try:
+            torch.cuda.synchronize()
+        except Exception:
+            return True
+        return False
 
     def seconds(self, work: Callable[[], Any]) -> float:
         """Median seconds of ``work``; its check was the run that warms up."""
@@ -131,17 +148,24 @@ def error(got: torch.Tensor, want: torch.Tensor) -> float:
     return float(difference.nan_to_num(nan=float("inf")))
 
 
-def check_routes(site: Operands, summary: Summary, routes: torch.Tensor, plan: Plan) -> float:
-    """How much score the chosen clusters lose against the best ones, of the largest total."""
+def check_routes(
+    site: Operands, summary: Summary, routes: torch.Tensor, plan: Plan, near: torch.Tensor | None = None
+) -> float:
+    """How much score the chosen clusters lose against the best ones, of the largest total.
+
+    With a share, rounding may decide whether a cluster has it: a few queries may have another number of routes.
+    """
     query = some(site.query, site.causal)
     scores = reference.routing_scores(query.float(), summary, site.scale)
     route = coarse.route if plan.coarse else reference.route
-    best = route(query, summary, plan, site.causal, site.key.shape[2], site.scale)
+    mass = None if near is None else near[:, :, -CHECKED:] if site.causal else near[:, :, :CHECKED]
+    best = route(query, summary, plan, site.causal, site.key.shape[2], site.scale, mass=mass)
     chosen = some(routes, site.causal)
-    if not torch.equal(chosen >= 0, best >= 0):
+    same = (chosen >= 0).sum(3) == (best >= 0).sum(3)
+    if (~same).float().mean() > (0.02 if plan.share else 0):
         return float("inf")
     got, want = (scores.gather(3, r.long().clamp(min=0)).masked_fill(r < 0, 0).sum(3) for r in (chosen, best))
-    return float(((want - got).abs() / want.abs().clamp(min=1)).max())
+    return float(((want - got).abs() / want.abs().clamp(min=1))[same].max())
 
 
 class Ways:
@@ -150,9 +174,19 @@ class Ways:
     def __init__(self, case: Case, plan: Plan, machine: Machine) -> None:
         self.case, self.plan, self.machine = case, plan, machine
         self.site = inputs(case, machine)
-        self.summary = self.summarize()
-        self.routes = self.route()
         self.grad = torch.randn_like(self.site.query)
+
+    def prepare(self, failed: dict[str, str]) -> None:
+        """What each stage gives to the next; ``failed`` says which one could not run, and no later one is tried."""
+        self.near = None
+        with told(failed, "summarize"):
+            self.summary = self.summarize()
+        if self.plan.share and not failed:
+            with told(failed, "mass"):
+                self.near = self.mass()
+        if not failed:
+            with told(failed, "route"):
+                self.routes = self.route()
 
     def summarize(self) -> Summary:
         return Summary(*ops.summarize(self.site.key, self.site.value, None, None, self.plan.text))
@@ -165,26 +199,23 @@ class Ways:
         site = self.site
         return ops.score(site.query, site.key, None, self.scored(method).text, site.causal, site.scale)
 
+    @property
+    def rows(self) -> tuple[torch.Tensor, ...]:
+        s = self.summary
+        return s.row_index, s.row_owner, s.row_key, s.row_value, s.row_bias
+
+    def mass(self) -> torch.Tensor:
+        site = self.site
+        return ops.mass(site.query, site.key, None, *self.rows, self.plan.text, site.causal, site.scale, "", [])
+
     def route(self) -> torch.Tensor:
-        s, site = self.summary, self.site
-        return ops.route(
-            site.query,
-            s.order,
-            s.mean,
-            s.spread,
-            s.bias,
-            self.plan.text,
-            site.causal,
-            site.key.shape[2],
-            site.scale,
-            "",
-            [],
-        )
+        site = self.site
+        more = (self.plan.text, site.causal, site.key.shape[2], site.scale, "", [], self.near)
+        return ops.route(site.query, *self.summary[:4], *more)
 
     def attend(self) -> torch.Tensor:
-        s, site = self.summary, self.site
-        rows = (s.row_index, s.row_owner, s.row_key, s.row_value, s.row_bias)
-        return ops.attend(*site[:4], s.order, self.routes, *rows, self.plan.text, site.causal, site.scale, "", [])
+        site, order = self.site, self.summary.order
+        return ops.attend(*site[:4], order, self.routes, *self.rows, self.plan.text, site.causal, site.scale, "", [])
 
     def total(self) -> torch.Tensor:
         return ops.prescored(self.site, self.plan)
@@ -225,61 +256,68 @@ class Ways:
         return lambda: torch.autograd.grad(forward(given), leaves, self.grad)
 
 
-def measure(case: Case, plan: Plan, machine: Machine, flex: bool) -> dict[str, Any]:
-    """Times in seconds of every way that passed its check, and what there is to say of the others."""
+def measure(case: Case, plan: Plan, machine: Machine, flex: bool, scored: bool = True) -> dict[str, Any]:
+    """Times in seconds of every way that passed its check, and what there is to say of the others.
+
+    ``flex``, ``scored``: whether FlexAttention and the scorers are among them.
+    """
     ways = Ways(case, plan, machine)
     site = ways.site
     few = fewer(site)
     exact = reference.exact(few)
-    part = some(ways.routes, site.causal)
-    wide = ways.summary._replace(row_key=ways.summary.row_key.float(), row_value=ways.summary.row_value.float())
-    attended = reference.attend(few, wide, part, plan)
     failed: dict[str, str] = {}
     times: dict[str, float] = {}
 
-    def time_of(name: str, work: Callable[[], Any], wrong: float, limit: float = LIMIT) -> None:
-        if not wrong <= limit:
-            failed[name] = f"wrong result: off by {wrong:.2g}, {limit:.2g} allowed"
+    def way(name: str, work: Callable[[], Any], wrong: Callable[[Any], float], limit: float = LIMIT) -> None:
+        """One that runs, is checked (``wrong``: the error of what it gave) and timed; else its reason is kept."""
+        if machine.over():
+            failed[name] = OVER
             return
-        times[name] = machine.seconds(work)
-
-    def checked(name: str, work: Callable[[], torch.Tensor], want: torch.Tensor) -> None:
         with told(failed, name):
-            time_of(name, work, error(some(work(), site.causal), want))
+            off = wrong(work())
+            if not off <= limit:
+                failed[name] = f"wrong result: off by {off:.2g}, {limit:.2g} allowed"
+                return
+            times[name] = machine.seconds(work)
 
-    def checked_backward(name: str, forward: Callable[[Operands], torch.Tensor], given: Operands, want: Any) -> None:
+    def like(want: torch.Tensor) -> Callable[[torch.Tensor], float]:
+        return lambda got: error(some(got, site.causal), want)
+
+    def way_back(name: str, forward: Callable[[Operands], torch.Tensor], given: Operands, *of: Any) -> None:
         with told(failed, name):
-            work = ways.backward(forward, given)
-            time_of(name, work, error(some(work()[0], site.causal), want))
+            want = gradient(few, *(of or (None, None)), plan, ways.grad)
+            way(name, ways.backward(forward, given), lambda got: error(some(got[0], site.causal), want))
 
-    with told(failed, "stages"):
-        clusters = reference_clusters(ways)
-        time_of("summarize", ways.summarize, clusters)
-        time_of("route", ways.route, check_routes(site, ways.summary, ways.routes, plan), 1e-2)
-        checked("attend", ways.attend, attended)
-        if not failed:
-            checked("total", ways.total, attended)
-    for method, limit in SCORED.items():
-        with told(failed, f"score {method}"):
-            work = functools.partial(ways.score, method)
-            time_of(f"score {method}", work, check_scores(ways, method, work()), limit)
-    d_exact = gradient(few, None, None, plan, ways.grad)
-    d_attended = gradient(few, wide, part, plan, ways.grad)
-    if "total" in times:
-        checked_backward("total, backward", lambda s: ops.prescored(s, plan), site, d_attended)
+    ways.prepare(failed)
+    if not failed:
+        part = some(ways.routes, site.causal)
+        wide = ways.summary._replace(row_key=ways.summary.row_key.float(), row_value=ways.summary.row_value.float())
+        attended = reference.attend(few, wide, part, plan)
+        way("summarize", ways.summarize, lambda got: reference_clusters(ways))
+        if plan.share:
+            near = reference.mass(few, wide, plan).unsqueeze(3)
+            way("mass", ways.mass, lambda got: error(some(got.unsqueeze(3), site.causal), near))
+        way("route", ways.route, lambda got: check_routes(site, ways.summary, got, plan, ways.near), 1e-2)
+        way("attend", ways.attend, like(attended))
+    if not failed:
+        way("total", ways.total, like(attended))
     large = ways.expanded()
-    for name, backend in BACKENDS.items():
-        if name == "math" and case.n > MATH_UP_TO:
-            continue
-        work = functools.partial(ways.sdpa, backend, large)
-        checked(f"sdpa {name}", work, exact)
+    backends = {name: functools.partial(ways.sdpa, backend) for name, backend in BACKENDS.items()}
+    if case.n > MATH_UP_TO:
+        del backends["math"]
+    for name, forward in backends.items():
+        way(f"sdpa {name}", functools.partial(forward, large), like(exact))
+    if "total" in times:
+        way_back("total, backward", lambda s: ops.prescored(s, plan), site, wide, part)
+    for name, forward in backends.items():
         if f"sdpa {name}" in times:
-            checked_backward(f"sdpa {name}, backward", functools.partial(ways.sdpa, backend), large, d_exact)
-    if flex:
+            way_back(f"sdpa {name}, backward", forward, large)
+    for method, limit in SCORED.items() if scored else ():
+        work = functools.partial(ways.score, method)
+        way(f"score {method}", work, functools.partial(check_scores, ways, method), limit)
+    if flex and not machine.over():
         with told(failed, "flex"):
-            work = ways.flex()
-            work()
-            times["flex"] = machine.seconds(work)
+            way("flex", ways.flex(), lambda got: 0.0)
     return row(case, plan, machine, times, failed)
 
 
@@ -338,8 +376,10 @@ def row(case: Case, plan: Plan, machine: Machine, times: dict[str, float], faile
     found: dict[str, Any] = asdict(case) | {"stages": times, "failed": failed}
     found["predicted"] = model.stages(model.Site(shape, case.n, plan), machine.model)
     for method in SCORED:
-        scored = model.Site(shape, case.n, Plan(method=method, keep=32))
-        found["predicted"][f"score {method}"] = model.score(scored).seconds(machine.model)
+        if f"score {method}" not in times:
+            continue
+        kept = model.Site(shape, case.n, Plan(method=method, keep=min(32, plan.chunk), chunk=plan.chunk, routes=0))
+        found["predicted"][f"score {method}"] = model.score(kept).seconds(machine.model)
     if best is not None:
         found["stages"] = times | {"exact": backends[best]}
         found |= {"best": best, "exact_tflops": exact_flops / backends[best] / 1e12}
@@ -348,7 +388,8 @@ def row(case: Case, plan: Plan, machine: Machine, times: dict[str, float], faile
         if best is not None:
             found["attend_share_of_best"] = found["attend_tflops"] / found["exact_tflops"]
     if "total" in times:
-        found["scoring_and_routing_share"] = (times["summarize"] + times["route"]) / times["total"]
+        chosen = times["summarize"] + times["route"] + times.get("mass", 0.0)
+        found["scoring_and_routing_share"] = chosen / times["total"]
         if best is not None:
             found["faster"] = backends[best] / times["total"]
     backward = [times[f"sdpa {name}, backward"] for name in BACKENDS if f"sdpa {name}, backward" in times]

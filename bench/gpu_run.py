@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -16,43 +19,87 @@ import torch
 from tabulate import tabulate
 
 from bench import gpu, svg
+from prescore_compile import Config
 from prescore_compile.kernels import ops
 from prescore_compile.kernels.plan import Plan
 
 FLEX = ((True, 128, 4), (False, 128, 4))
-"""(causal, dim, group) of the cases that FlexAttention is compiled for; a compile takes half a minute."""
+"""(causal, dim, group) of the cases that FlexAttention and scorers are compiled for, half a minute each."""
 TINY = Plan(chunk=16, window=16, sinks=2, routes=1)
 
 
-def run(cases: list[gpu.Case], plan: Plan, machine: gpu.Machine, out: Path, seconds: float) -> int:
-    """Measure, print a table, write JSON and an SVG beside it; 1 where a result was wrong or a kernel did not run."""
+def run(
+    cases: list[gpu.Case],
+    plan: Plan | None,
+    machine: gpu.Machine,
+    out: Path,
+    seconds: float,
+    again: Callable[[float], int] | None = None,
+) -> int:
+    """Measure, print a table, write JSON and an SVG beside it; 1 where a result was wrong or a kernel did not run.
+
+    The JSON is written after each case, so that nothing is lost to a run that is cut off. Where a kernel's fault
+    has taken the device from this process, ``again`` is called with the seconds that are left: it should measure
+    in a new process the cases that the file has not (``--resume``).
+
+    Args:
+        plan: of all cases; None: that which a graph's site would have by default.
+    """
     begin = time.monotonic()
-    rows: list[dict[str, Any]] = []
+    machine = replace(machine, deadline=begin + seconds)
+    rows: list[dict[str, Any]] = [] if again is None else kept(out)
+    done = [name_of(row) for row in rows]
     left_out: list[str] = []
     for case in cases:
-        name = f"n={case.n} {'causal' if case.causal else 'two-sided'} D={case.dim} group={case.group}"
-        if time.monotonic() - begin > seconds:
+        name = name_of(asdict(case))
+        if name in done:
+            continue
+        if machine.over():
             left_out.append(name)
             continue
-        flex = machine.device == "cuda" and (case.causal, case.dim, case.group) in FLEX
+        shape = (case.causal, case.dim, case.group)
+        extra = machine.device == "cpu" or shape in FLEX
+        given = plan or Config().plan_for(case.causal, "cuda")
         failed: dict[str, str] = {}
         with gpu.told(failed, "case"):
-            rows.append(gpu.measure(case, plan, machine, flex))
+            rows.append(gpu.measure(case, given, machine, extra and machine.device == "cuda", extra))
         if failed:  # not even its inputs or its summary could be made
-            rows.append(gpu.row(case, plan, machine, {}, failed))
+            rows.append(gpu.row(case, given, machine, {}, failed))
         print(f"{time.monotonic() - begin:6.0f} s  {name}: {say(rows[-1])}", flush=True)
+        keep(out, machine, plan, rows, [])
+        if machine.lost() and again is not None:
+            print("the device is lost to this process: another one goes on", flush=True)
+            return again(seconds - (time.monotonic() - begin))
     print()
     print(tabulate([flat(row) for row in rows], headers="keys", floatfmt=".3g"))
     print(where_apart(rows))
     if left_out:
-        print(f"left out, as {seconds / 60:g} minutes were over: " + "; ".join(left_out))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps({"about": about(machine, plan), "cases": rows, "left_out": left_out}, indent=1) + "\n")
+        print(f"left out, as {seconds / 60:.3g} minutes were over: " + "; ".join(left_out))
+    keep(out, machine, plan, rows, left_out)
     out.with_suffix(".svg").write_text(plot(rows))
     print(f"wrote {out} and {out.with_suffix('.svg').name}")
-    ours = ["case", "stages", "summarize", "route", "attend", "total", "total, backward"]
+    ours = ["case", "stages", "summarize", "mass", "route", "attend", "total", "total, backward"]
     ours += [f"score {method}" for method in gpu.SCORED]
-    return int(any(name in ours or "wrong result" in why for row in rows for name, why in row["failed"].items()))
+    told = [(name, why) for row in rows for name, why in row["failed"].items() if why != gpu.OVER]
+    return int(any(name in ours or "wrong result" in why for name, why in told))
+
+
+def name_of(case: Mapping[str, Any]) -> str:
+    return f"n={case['n']} {'causal' if case['causal'] else 'two-sided'} D={case['dim']} group={case['group']}"
+
+
+def keep(out: Path, machine: gpu.Machine, plan: Plan | None, rows: list[dict[str, Any]], left_out: list[str]) -> None:
+    """Write what was found, all at once: a run that is killed leaves the last whole file."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    found = {"about": about(machine, plan), "cases": rows, "left_out": left_out}
+    scratch = out.with_suffix(".part")
+    scratch.write_text(json.dumps(found, indent=1) + "\n")
+    os.replace(scratch, out)
+
+
+def kept(out: Path) -> list[dict[str, Any]]:
+    """The cases of an earlier process."""
+    return list(json.loads(out.read_text())["cases"]) if out.exists() else []
 
 
 def say(row: dict[str, Any]) -> str:
@@ -90,19 +137,21 @@ def plot(rows: list[dict[str, Any]]) -> str:
     series: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
         if (row["causal"], row["dim"], row["group"]) == shape:
-            for name, seconds in row["stages"].items():
+            for name, seconds in row["stages"].items():  # a case whose time ran out has some of them
                 if name != "exact" and not name.endswith("backward") and not name.startswith("score "):
                     series.setdefault(name, []).append((row["n"], 1e3 * seconds))
     title = f"Attention, {'causal' if shape[0] else 'two-sided'}, D = {shape[1]}, groups of {shape[2]}"
     return svg.lines(title, "keys", "milliseconds", series)
 
 
-def about(machine: gpu.Machine, plan: Plan) -> dict[str, Any]:
+@functools.cache  # a device that was lost no longer says its name
+def about(machine: gpu.Machine, plan: Plan | None) -> dict[str, Any]:
     import triton
 
     device = torch.cuda.get_device_name() if machine.device == "cuda" else "interpreter: times mean nothing"
+    plans = {kind: plan or Config().plan_for(kind == "causal", "cuda") for kind in ("causal", "two-sided")}
     return {
-        "plan": plan.settings(),
+        "plans": {kind: of.settings() for kind, of in plans.items()},
         "torch": torch.__version__,
         "triton": triton.__version__,
         "device": device,

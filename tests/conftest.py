@@ -27,6 +27,7 @@ from prescore_compile.kernels.summary import Summary
 
 # Run by test_triton.py, each file in a process of its own.
 collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreted"]
+collect_ignore += [] if os.environ.get("PRESCORE_NAMED") == "1" else ["named"]
 
 # Small, and between them every source: window, sinks, selected keys, centroids, routes.
 PLANS = {

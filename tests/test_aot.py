@@ -7,10 +7,13 @@ import re
 from typing import Any
 
 import pytest
+import torch
 
 triton = pytest.importorskip("triton")
 
 from bench import aot  # noqa: E402
+from bench.aot import Variant  # noqa: E402
+from prescore_compile.kernels.plan import Plan  # noqa: E402
 
 FAST = [
     ("default 64", "sm_90", "route"),
@@ -41,6 +44,31 @@ def test_a_few_kernels(name: str, target: str, kernel: str) -> None:
     compare(name, target, kernel)
 
 
+COMBINED = {
+    "two levels, masked": Variant(plan=Plan(coarse=32), group=2, logits=aot.IN_DOCUMENTS),
+    "two levels, many routes": Variant(plan=Plan(coarse=64, routes=200, cluster=32), causal=False, padded=True),
+    "many routes, masked": Variant(plan=Plan(routes=70), logits=aot.IN_DOCUMENTS, dtype=torch.float32),
+    "kept, padded, masked": Variant(plan=Plan(keep=24, method="leverage"), padded=True, logits=aot.IN_DOCUMENTS),
+    "residual on two levels": Variant(plan=Plan(residual=True, coarse=32), causal=False, padded=True),
+    "residual, many routes": Variant(plan=Plan(residual=True, routes=100), group=3, padded=True),
+    "few queries, kept": Variant(plan=Plan(keep=24), queries=2, backward=False, padded=True),
+    "centroids, causal": Variant(plan=Plan(keep=24, centroids=8, routes=0), group=4, padded=True),
+    "a head dim that is padded": Variant(dim=80, group=2, padded=True),
+}
+"""What ``VARIANTS`` has one by one, together."""
+
+
+@pytest.mark.parametrize("name", COMBINED)
+def test_tritons_front_end_takes(name: str) -> None:
+    """As the interpreter does not look at types: a variable of a loop may not change its own."""
+    seen = set()
+    for launch in aot.launches(COMBINED[name], "sm_90"):
+        if launch.kernel.src not in seen:
+            seen.add(launch.kernel.src)
+            aot.parsed(launch, "sm_90")
+    assert seen
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("target", aot.SHARED)
 @pytest.mark.parametrize("name", aot.VARIANTS)
@@ -56,7 +84,7 @@ def test_the_kept_figures_are_within_bounds() -> None:
             assert not aot.broken(name, target, {kernel: of[target] for kernel, of in kernels.items()})
 
 
-@pytest.mark.parametrize("name", ["default 64", "masked and capped 128", "keep 64", "leverage 128"])
+@pytest.mark.parametrize("name", ["default 64", "masked and capped 128", "keep 64", "leverage 128", "share 64"])
 def test_the_launches_are_those_that_were_kept(name: str) -> None:
     """Without compiling anything: a kernel that is new has no figures yet."""
     for target in aot.SHARED:

@@ -81,6 +81,72 @@ def test_what_a_case_raises_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert len(json.loads((tmp_path / "late.json").read_text())["left_out"]) == 1
 
 
+def test_a_stage_that_fails_does_not_stop_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    def raises(*_: Any) -> Any:
+        raise RuntimeError("no such instruction")
+
+    monkeypatch.setattr(gpu.Ways, "route", raises)
+    found = gpu.measure(gpu.Case(256, True, 16, 2, 2), Plan(routes=2), gpu.Machine("cpu", torch.float32, 1), False)
+    assert found["failed"]["route"] == "no such instruction" and "total" not in found["stages"]
+    assert {"sdpa math", "sdpa math, backward", "score peak"} <= found["stages"].keys()
+
+
+@pytest.mark.parametrize("plan", [Plan(chunk=32, routes=4, share=0.02), Plan(window=0, routes=2, residual=True)])
+def test_other_plans_are_checked_and_timed(plan: Plan) -> None:
+    case = gpu.Case(320, not plan.residual, 16, 2, 2)
+    found = gpu.measure(case, plan, gpu.Machine("cpu", torch.float32, 1), False, False)
+    assert {"summarize", "route", "attend", "total", "total, backward"} <= found["stages"].keys(), found["failed"]
+    assert ("mass" in found["stages"]) == bool(plan.share) and not any("score" in name for name in found["stages"])
+
+
+def test_what_time_does_not_suffice_for_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A case that is begun in time ends soon after it, and what it has by then is kept."""
+    right, over = gpu.Ways.total, []
+
+    def late(ways: gpu.Ways) -> Any:
+        over.append(True)
+        return right(ways)
+
+    monkeypatch.setattr(gpu.Ways, "total", late)
+    monkeypatch.setattr(gpu.Machine, "over", lambda machine: bool(over))
+    machine, cases = gpu.Machine("cpu", torch.float32, 1), [gpu.Case(n, True, 16, 2, 2) for n in (256, 320)]
+    assert gpu_run.run(cases, Plan(routes=2), machine, tmp_path / "out.json", 60) == 0
+    found = json.loads((tmp_path / "out.json").read_text())
+    (row,) = found["cases"]
+    assert {"summarize", "route", "attend", "total"} == row["stages"].keys()
+    assert row["failed"]["sdpa math"] == gpu.OVER and found["left_out"] == ["n=320 causal D=16 group=2"]
+
+
+def test_a_run_that_is_cut_off_keeps_its_cases(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    out, right = tmp_path / "out.json", gpu.measure
+
+    def cut_off(case: gpu.Case, *more: Any) -> Any:
+        if case.n > 256:
+            raise KeyboardInterrupt
+        return right(case, *more)
+
+    monkeypatch.setattr(gpu, "measure", cut_off)
+    machine, cases = gpu.Machine("cpu", torch.float32, 1), [gpu.Case(n, True, 16, 2, 2) for n in (256, 320)]
+    with pytest.raises(KeyboardInterrupt):
+        gpu_run.run(cases, Plan(routes=2), machine, out, 60)
+    assert [row["n"] for row in gpu_run.kept(out)] == [256]
+
+
+def test_a_lost_device_is_left_to_another_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    machine, cases = gpu.Machine("cpu", torch.float32, 1), [gpu.Case(n, True, 16, 2, 2) for n in (256, 320)]
+    lost = [True, False]
+    monkeypatch.setattr(gpu.Machine, "lost", lambda machine: lost.pop(0))
+    left = []
+
+    def again(seconds: float) -> int:
+        left.append(seconds)
+        return gpu_run.run(cases, Plan(routes=2), machine, out, seconds, again)
+
+    assert gpu_run.run(cases, Plan(routes=2), machine, out, 600, again) == 0
+    assert [row["n"] for row in gpu_run.kept(out)] == [256, 320] and len(left) == 1 and 0 < left[0] < 600
+
+
 def test_the_model_grows_as_the_formulas_do() -> None:
     device = model.DEVICES["H100"]
 

@@ -19,10 +19,10 @@ FEATURES = 16
 
 def mass(site: Operands, summary: Summary, plan: Plan, lifted: Lifted = NOTHING, **more: Any) -> torch.Tensor:
     """``reference.mass``; ``lifted`` and ``more`` as for ``attend``."""
-    index, key, bias = (t.narrow(2, 0, plan.sinks) for t in (summary.row_index, summary.row_key, summary.row_bias))
+    key = summary.row_key  # its first rows are the sinks, and no other is read
     features = min(FEATURES, key.shape[3])
-    rows = summary._replace(row_index=index, row_key=key, row_value=key.narrow(3, 0, features), row_bias=bias)
+    rows = summary._replace(row_value=key.new_zeros((*key.shape[:3], features)))
     routes = site.query.new_empty((*site.query.shape[:3], 0), dtype=torch.int32)
-    few = site._replace(value=site.key.narrow(3, 0, features))
+    few = site._replace(value=site.key.narrow(3, 0, features))  # any that is there: no copy is made
     sums = attend(few, rows, routes, plan.near, lifted, **more)[1]
     return sums.masked_fill(sums == float("inf"), float("-inf"))
