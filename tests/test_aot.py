@@ -53,6 +53,10 @@ COMBINED = {
     "residual, many routes": Variant(plan=Plan(residual=True, routes=100), group=3, padded=True),
     "few queries, kept": Variant(plan=Plan(keep=24), queries=2, backward=False, padded=True),
     "centroids, causal": Variant(plan=Plan(keep=24, centroids=8, routes=0), group=4, padded=True),
+    "share on two levels, masked": Variant(plan=Plan(share=0.01, coarse=32), logits=aot.IN_DOCUMENTS, backward=False),
+    "share, many routes": Variant(plan=Plan(share=0.01, routes=70), padded=True, backward=False),
+    "share, kept": Variant(plan=Plan(share=0.01, keep=24), group=2, backward=False),
+    "share and residual": Variant(plan=Plan(share=0.01, residual=True), causal=False, padded=True, backward=False),
     "a head dim that is padded": Variant(dim=80, group=2, padded=True),
 }
 """What ``VARIANTS`` has one by one, together."""

@@ -224,9 +224,9 @@ for begin in range(0, stop, COLUMNS):
     taken = above | (equal & (equals < equal_count[:, None]))
     column = tl.broadcast_to(at[None, :], [ROWS, COLUMNS])
     tl.store(own_routes[:, None] + to, column, mask=taken & (to < route_count) & live[:, None])
-    total = tl.sum(both, 1)
-    seen_above += total & 65535
-    seen_equal += total >> 16
+    counts = tl.sum(both, 1)
+    seen_above += counts & 65535
+    seen_equal += counts >> 16
 written = seen_above + tl.minimum(seen_equal, equal_count)
 for begin in range(0, route_count, COLUMNS):
     to = begin + tl.arange(0, COLUMNS)
