@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -39,7 +39,7 @@ from prescore_compile.kernels.triton import attend, attend_backward, clusters, m
 from prescore_compile.kernels.triton.scores import kernel as scores
 from prescore_compile.kernels.triton.scores import select
 from prescore_compile.kernels.triton.spec import DTYPES
-from prescore_compile.passes.defaults import CAUSAL, TWO_SIDED_ON_A_GPU
+from prescore_compile.passes.defaults import CAUSAL, CAUSAL_ON_A_GPU, TWO_SIDED_ON_A_GPU
 
 RESULTS = Path(__file__).parent / "results" / "triton-aot.json"
 MODULES = (attend, attend_backward, clusters, residual, route, scores, select, union)
@@ -58,7 +58,7 @@ TYPES = {
 class Variant:
     """One site whose kernels are compiled; ``default``: nothing may spill; ``scores``: those of scores alone."""
 
-    plan: Plan = field(default_factory=Plan)
+    plan: Plan = CAUSAL_ON_A_GPU
     dim: int = 64
     group: int = 1
     dtype: torch.dtype = torch.bfloat16
