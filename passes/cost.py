@@ -14,10 +14,10 @@ N = sympy.Symbol("n", integer=True, positive=True)
 
 # Time of one multiply-add of a stage, in those of exact attention (SDPA's CPU kernel, float32,
 # D = 64). Measured by `python -m bench.attention`; see docs/cpu.md.
-ATTEND_PRICE = 1.1
-ROUTE_PRICE = 1.7
+ATTEND_PRICE = 0.8
+ROUTE_PRICE = 1.2
 # Fixed work a key and KV head, in the same unit: clustering it and copying it, and scoring it.
-SUMMARY_PER_KEY = 36_000
+SUMMARY_PER_KEY = 40_000
 SCORE_PER_KEY = {
     "kmeans": 35_000, "kmeans_relative": 38_000, "kernel_kmeans": 55_000, "kmedian": 100_000,
     "leverage": 45_000, "peak": 220_000, "window_peak": 290_000, "random": 10_000, "norm": 11_000,
