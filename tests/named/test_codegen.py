@@ -166,7 +166,8 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, bool], list[list[str]]]] = {
         {}, dict(train=True, dynamic=True), [["cluster", *FORWARD], BACKWARD]
     ),
     "share, padded, dynamic": (
-        {"share": 0.001}, dict(padded=True, causal=False, dynamic=True), [["cluster", "attend", *FORWARD]],
+        {"share": 0.001, "residual": False}, dict(padded=True, causal=False, dynamic=True),
+        [["cluster", "attend", *FORWARD]],
     ),
     "scored, trained": (
         {"method": "peak", "keep": 16}, dict(train=True),
