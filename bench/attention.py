@@ -90,8 +90,8 @@ def peak(work: Callable[[], Any]) -> float:
         return float("nan")
 
 
-def flex_of(case: Case, site: Operands) -> Callable[[], torch.Tensor]:
-    """Compiled FlexAttention of the case, checked: its error may be twice that of SDPA."""
+def flex_of(case: Case, site: Operands, exact: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+    """Compiled FlexAttention of the case, checked: its error may be twice that of ``exact``, SDPA."""
 
     def causal(_batch: Any, _head: Any, q: Any, k: Any) -> Any:
         return q >= k
@@ -109,16 +109,10 @@ def flex_of(case: Case, site: Operands) -> Callable[[], torch.Tensor]:
     part = slice(-CHECKED, None) if case.causal else slice(CHECKED)
     few = site._replace(query=site.query[:, :, part])
     want = reference.exact(few._replace(query=few.query.double(), key=site.key.double(), value=site.value.double()))
-    error, usual = ((found - want).abs().max().item() for found in (run()[:, :, part], exact(case, site)[:, :, part]))
+    error, usual = ((found - want).abs().max().item() for found in (run()[:, :, part], exact()[:, :, part]))
     if not error <= 2 * usual + 1e-5:
         raise AssertionError(f"wrong result: FlexAttention is off by {error:.2g}, SDPA by {usual:.2g}")
     return run
-
-
-def exact(case: Case, site: Operands) -> torch.Tensor:
-    """SDPA's flash kernel, on expanded keys and values."""
-    k, v = site.key.repeat_interleave(case.group, 1), site.value.repeat_interleave(case.group, 1)
-    return F.scaled_dot_product_attention(site.query, k, v, is_causal=case.causal, scale=site.scale)
 
 
 def check(site: Operands, summary: Summary, routes: torch.Tensor, plan: Plan) -> float:
@@ -145,12 +139,17 @@ def check(site: Operands, summary: Summary, routes: torch.Tensor, plan: Plan) ->
     return max(error, whole)
 
 
+def prepared(site: Operands, plan: Plan) -> tuple[Summary, torch.Tensor | None, torch.Tensor]:
+    """What ``attend`` needs beside the operands: the summary, with a share its ``mass``, and the routes."""
+    summary = Summary(*ops.summarize(site.key, site.value, None, None, plan.text))
+    mass = cpu.mass(site, summary, plan) if plan.share else None
+    return summary, mass, cpu.route(site.query, summary, plan, site.causal, site.key.shape[2], site.scale, mass)
+
+
 def measure(case: Case, plan: Plan, rounds: int, clock: str, flex: bool) -> dict[str, Any]:
     site = inputs(case)
     query, key, value = site[:3]
-    summary = Summary(*ops.summarize(key, value, None, None, plan.text))
-    mass = cpu.mass(site, summary, plan) if plan.share else None
-    routes = cpu.route(query, summary, plan, case.causal, case.length, site.scale, mass)
+    summary, mass, routes = prepared(site, plan)
     error = check(site, summary, routes, plan)
     k, v = key.repeat_interleave(case.group, 1), value.repeat_interleave(case.group, 1)
     ways: dict[str, Callable[[], Any]] = {
@@ -163,7 +162,7 @@ def measure(case: Case, plan: Plan, rounds: int, clock: str, flex: bool) -> dict
     if plan.share:
         ways["mass"] = lambda: cpu.mass(site, summary, plan)
     if flex:
-        ways["flex"] = flex_of(case, site)
+        ways["flex"] = flex_of(case, site, ways["exact"])
     memory = {name: peak(ways[name]) for name in ("exact", "total")}
     times = interleaved(ways, rounds, clock=CLOCKS[clock])
     shape = cost.Shape(1, case.heads, case.heads // case.group, DIM, DIM, case.causal)
@@ -195,9 +194,7 @@ def measure(case: Case, plan: Plan, rounds: int, clock: str, flex: bool) -> dict
 def tiles(case: Case, plan: Plan, rounds: int, clock: str) -> dict[str, Any]:
     """Milliseconds of ``attend`` by queries a tile."""
     site = inputs(case)
-    summary = Summary(*ops.summarize(site.key, site.value, None, None, plan.text))
-    mass = cpu.mass(site, summary, plan) if plan.share else None
-    routes = cpu.route(site.query, summary, plan, case.causal, case.length, site.scale, mass)
+    summary, _, routes = prepared(site, plan)
     check(site, summary, routes, plan)
 
     def way(tile: int) -> Callable[[], Any]:

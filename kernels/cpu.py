@@ -232,7 +232,7 @@ def _geometry(
         threads=torch.get_num_threads(),
         scale=scale,
         log_share=math.log(plan.share) if plan.share else -math.inf,
-        spread_factor=2 * plan.spread**2,
+        spread_factor=plan.spread_factor,
     )
 
 

@@ -145,6 +145,14 @@ class Plan:
         return self.keep + self.centroids
 
     @property
+    def spread_factor(self) -> float:
+        """What the variance of a cluster of n keys is multiplied by, for each unit of ln(n): ``2 * spread ** 2``.
+
+        The largest of n normal numbers is expected about ``sqrt(2 ln(n))`` standard deviations above their mean.
+        """
+        return 2 * self.spread**2
+
+    @property
     def near(self) -> Plan:
         """Nothing but window and sinks."""
         return replace(self, routes=0, share=0.0, residual=False, coarse=0, keep=0, centroids=0)

@@ -215,11 +215,8 @@ def clusters(
 
 
 def spread_factor(count: torch.Tensor, plan: Plan) -> torch.Tensor:
-    """What a cluster's variance is multiplied by, for ``count`` keys: ``2 ln(count) * plan.spread ** 2``.
-
-    The largest of n normal numbers is expected about ``sqrt(2 ln(n))`` standard deviations above their mean.
-    """
-    return 2 * plan.spread**2 * count.clamp(min=1).log()
+    """What a cluster's variance is multiplied by, for ``count`` keys."""
+    return plan.spread_factor * count.clamp(min=1).log()
 
 
 def _represent(

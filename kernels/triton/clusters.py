@@ -236,7 +236,7 @@ def cluster_source(spec: ClusterSpec) -> str:
         cluster=plan.cluster,
         clusters=plan.chunk // plan.cluster,
         sinks=plan.sinks,
-        spread_factor=2 * plan.spread**2,
+        spread_factor=plan.spread_factor,
         steps=POWER_ITERATIONS,
         valid=spec.valid,
         some=max(1, spec.keys // plan.cluster),

@@ -87,7 +87,12 @@ def residual(spec: Spec) -> bool:
 
 def precision(spec: Spec) -> str:
     """How float32 products are made: in three TF32 passes where there are tensor cores for that."""
-    return ', input_precision="tf32x3"' if spec.dtype == "float32" and spec.target == "cuda" else ""
+    return wide_precision(spec.target) if spec.dtype == "float32" else ""
+
+
+def wide_precision(target: str) -> str:
+    """What ``tl.dot`` is told of two float32 factors."""
+    return ', input_precision="tf32x3"' if target == "cuda" else ""
 
 
 def parameters(spec: Spec, *own: str) -> str:

@@ -11,6 +11,7 @@ from ...layout import chunk_count
 from ...plan import Plan
 from ..cache import launch, load
 from ..clusters import CHUNK, tile_of
+from ..loops import wide_precision
 from ..render import arguments, fill, source
 from ..route import target, widened
 from ..spec import DTYPES, MOST_FEATURES
@@ -126,7 +127,7 @@ def score_source(spec: ScoreSpec) -> str:
         valid=spec.valid,
         wide=exact,
         wide_type=widened(spec.dtype),
-        wide_precision=products.wide_precision(spec.target),
+        wide_precision=wide_precision(spec.target),
         passes=spec.target == "cuda",
         store=STORE,
     )

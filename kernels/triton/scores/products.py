@@ -68,11 +68,6 @@ def rounded() -> str:
     return _ROUNDED
 
 
-def wide_precision(target: str) -> str:
-    """What ``tl.dot`` is told of two float32 factors."""
-    return ', input_precision="tf32x3"' if target == "cuda" else ""
-
-
 def before(*functions: str) -> str:
     """Functions as text that stands before a kernel, each compiled by Triton."""
     return "".join(f"{text}\n\n@triton.jit\n" for text in functions)
