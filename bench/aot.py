@@ -39,7 +39,7 @@ from prescore_compile.kernels.triton import attend, attend_backward, clusters, m
 from prescore_compile.kernels.triton.scores import kernel as scores
 from prescore_compile.kernels.triton.scores import select
 from prescore_compile.kernels.triton.spec import DTYPES
-from prescore_compile.passes.defaults import CAUSAL, CAUSAL_ON_A_GPU, TWO_SIDED_ON_A_GPU
+from prescore_compile.passes.defaults import CAUSAL, LONG_ON_A_GPU, TWO_SIDED_ON_A_GPU
 
 RESULTS = Path(__file__).parent / "results" / "triton-aot.json"
 MODULES = (attend, attend_backward, clusters, residual, route, scores, select, union)
@@ -58,7 +58,7 @@ TYPES = {
 class Variant:
     """One site whose kernels are compiled; ``default``: nothing may spill; ``scores``: those of scores alone."""
 
-    plan: Plan = CAUSAL_ON_A_GPU
+    plan: Plan = CAUSAL
     dim: int = 64
     group: int = 1
     dtype: torch.dtype = torch.bfloat16
@@ -76,7 +76,8 @@ IN_DOCUMENTS = Logits(sympy.And(sympy.Eq(DOCUMENT(B, Q), DOCUMENT(B, K)), K >= Q
 """Packed documents with a sliding window and a softcap, as the graph pass says it."""
 
 
-SHARED_OUT = replace(CAUSAL, share=0.001)
+ROUTED = Plan(spread=1.4)
+"""Fixed routes beside a window."""
 
 
 def scored(method: str, dim: int, default: bool = True, **settings: Any) -> Variant:
@@ -88,27 +89,30 @@ def scored(method: str, dim: int, default: bool = True, **settings: Any) -> Vari
 VARIANTS = {
     "default 64": Variant(default=True),
     "default 128": Variant(dim=128, group=4, default=True),
-    "two-sided 64": Variant(causal=False, padded=True),
+    "long 64": Variant(plan=LONG_ON_A_GPU, backward=False, default=True),
+    "long 128": Variant(plan=LONG_ON_A_GPU, dim=128, group=4, backward=False, default=True),
     "float32 64": Variant(dtype=torch.float32),
     "float16 128": Variant(dtype=torch.float16, dim=128, backward=False, default=True),
     "256": Variant(dim=256, backward=False),
+    "masked and capped 128": Variant(dim=128, group=4, logits=IN_DOCUMENTS),
+    "few queries 128": Variant(dim=128, queries=1, backward=False),
+    "fixed 64": Variant(plan=ROUTED, default=True),
+    "fixed 128": Variant(plan=ROUTED, dim=128, group=4, default=True),
+    "fixed, two-sided 64": Variant(plan=ROUTED, causal=False, padded=True),
+    "fixed, float32 64": Variant(plan=ROUTED, dtype=torch.float32),
+    "fixed 256": Variant(plan=ROUTED, dim=256, backward=False),
+    "fixed, masked and capped 128": Variant(plan=ROUTED, dim=128, group=4, logits=IN_DOCUMENTS),
     "keep 64": Variant(plan=Plan(keep=32, routes=0)),
     "keep and routes 64": Variant(plan=Plan(keep=32), group=4, backward=False),
     "centroids 64": Variant(plan=Plan(keep=24, centroids=8, routes=0, window=0), causal=False),
-    "few queries 128": Variant(dim=128, queries=1, backward=False),
     "two levels 128": Variant(plan=Plan(coarse=32), dim=128, group=4, backward=False),
     "residual 64": Variant(plan=TWO_SIDED_ON_A_GPU, causal=False, default=True),
     "residual 128": Variant(plan=TWO_SIDED_ON_A_GPU, causal=False, dim=128, group=4, default=True),
     "causal residual 128": Variant(plan=Plan(window=0, residual=True), dim=128, group=4),
-    "chunk 256 64": Variant(plan=CAUSAL),
-    "chunk 256 128": Variant(plan=CAUSAL, dim=128, group=4),
     "share 64": Variant(plan=Plan(share=0.001), backward=False),
     "share 128": Variant(plan=Plan(share=0.001), dim=128, group=4, backward=False),
-    "chunk 256 share 64": Variant(plan=SHARED_OUT, group=3, backward=False),
-    "chunk 256 share 128": Variant(plan=SHARED_OUT, dim=128, group=4, backward=False),
     "64 routes": Variant(plan=Plan(routes=64), backward=False),
     "many routes": Variant(plan=Plan(routes=200, cluster=32), backward=False),
-    "masked and capped 128": Variant(dim=128, group=4, logits=IN_DOCUMENTS),
     "kmeans 64": scored("kmeans", 64),
     "kmeans 128": scored("kmeans", 128),
     "relative kmeans 128": scored("kmeans_relative", 128, padded=True),

@@ -35,7 +35,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from prescore_compile import Config
 from prescore_compile.demo import interleaved
-from prescore_compile.kernels import cpu, ops, reference
+from prescore_compile.kernels import coarse, cpu, ops, reference
 from prescore_compile.kernels.plan import Plan
 from prescore_compile.kernels.reference import Operands
 from prescore_compile.kernels.summary import Summary
@@ -128,7 +128,8 @@ def check(site: Operands, summary: Summary, routes: torch.Tensor, plan: Plan) ->
     whole = (cpu.attend(site, summary, routes, plan)[:, :, part].double() - want).abs().max().item()
     scores = reference.routing_scores(query.double(), summary, site.scale)
     mass = reference.mass(few, summary, plan) if plan.share else None
-    best = reference.route(query, summary, plan, site.causal, site.key.shape[2], site.scale, mass=mass)
+    route = coarse.route if plan.coarse else reference.route
+    best = route(query, summary, plan, site.causal, site.key.shape[2], site.scale, mass=mass)
     got, want_best = (scores.gather(3, r.long().clamp(min=0)).masked_fill(r < 0, 0).sum(3) for r in (some, best))
     same = (some >= 0).sum(3) == (best >= 0).sum(3)  # rounding may decide whether a cluster has its share
     gap, odd = (got - want_best)[same].abs().max().item(), (~same).float().mean().item()
@@ -254,7 +255,7 @@ def main() -> None:
         count, kv_heads = map(int, heads.split("/"))
         case = Case(length, count, count // kv_heads, causal == "yes", getattr(torch, dtype))
         rounds = arguments.rounds if length <= 16384 else (arguments.rounds + 1) // 2
-        plan = Config().plan_for(case.causal, "cpu")
+        plan = Config().plan_for(case.causal, "cpu", length)
         if arguments.tiles:
             rows.append(tiles(case, plan, rounds, arguments.clock))
         else:
@@ -264,7 +265,7 @@ def main() -> None:
     print(tabulate(rows, headers="keys", floatfmt=".3g"))
     out = arguments.out or RESULTS / f"attention-cpu{'-tiles' if arguments.tiles else ''}.json"
     about = {
-        "plans": {kind: Config().plan_for(kind == "causal", "cpu").settings() for kind in ("causal", "two-sided")},
+        "plans": {kind: Config().plan_for(kind == "causal", "cpu", 0).settings() for kind in ("causal", "two-sided")},
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "clock": arguments.clock,

@@ -22,6 +22,7 @@ from bench import gpu, svg
 from prescore_compile import Config
 from prescore_compile.kernels import ops
 from prescore_compile.kernels.plan import Plan
+from prescore_compile.passes.defaults import TWO_LEVELS_FROM, default_plan
 
 FLEX = ((True, 128, 4), (False, 128, 4))
 """(causal, dim, group) of the cases that FlexAttention and scorers are compiled for, half a minute each."""
@@ -59,7 +60,7 @@ def run(
             continue
         shape = (case.causal, case.dim, case.group)
         extra = machine.device == "cpu" or shape in FLEX
-        given = plan or Config().plan_for(case.causal, "cuda")
+        given = plan or Config().plan_for(case.causal, "cuda", case.n)
         failed: dict[str, str] = {}
         with gpu.told(failed, "case"):
             rows.append(gpu.measure(case, given, machine, extra and machine.device == "cuda", extra))
@@ -149,7 +150,9 @@ def about(machine: gpu.Machine, plan: Plan | None) -> dict[str, Any]:
     import triton
 
     device = torch.cuda.get_device_name() if machine.device == "cuda" else "interpreter: times mean nothing"
-    plans = {kind: plan or Config().plan_for(kind == "causal", "cuda") for kind in ("causal", "two-sided")}
+    defaults = {"causal": default_plan(True, "cuda", 0), "two-sided": default_plan(False, "cuda", 0)}
+    defaults[f"causal, from {TWO_LEVELS_FROM}"] = default_plan(True, "cuda", TWO_LEVELS_FROM)
+    plans = {kind: plan or of for kind, of in defaults.items()}
     return {
         "plans": {kind: of.settings() for kind, of in plans.items()},
         "torch": torch.__version__,

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 from prescore_compile.kernels.clusterings.pca_tree import POWER_ITERATIONS
 from prescore_compile.kernels.plan import Plan
+from prescore_compile.kernels.triton.mass import FEATURES
 from prescore_compile.passes import cost
 
 
@@ -158,6 +159,16 @@ def summarize(site: Site) -> Work:
     return Work(lanes=site.keys * iterations, traffic=traffic, launches=4)
 
 
+def mass(site: Site) -> Work:
+    """The logits of window and sinks, by ``attend`` with few features of values."""
+    plan, shape = site.plan, site.shape
+    if not plan.share:
+        return Work()
+    pairs = 2 * cost.at(cost.mass_pairs(plan, shape.causal), site.length) * shape.batch * shape.heads
+    products = 2 * pairs * (shape.head_dim + FEATURES)
+    return Work(products, 0, NUMBER_BYTES * (site.rows + site.keys) * shape.head_dim, 1, ATTEND_SHARE)
+
+
 def route(site: Site) -> Work:
     """A walk over the representatives, of two products; or over chunks, then over the chosen ones."""
     plan, shape = site.plan, site.shape
@@ -177,7 +188,7 @@ def attend(site: Site) -> Work:
     """The attended pairs; a tile computes the union of its rows' routes for each of them."""
     plan, shape = site.plan, site.shape
     pairs = cost.at(cost.attended_pairs(plan, shape.causal), site.length) * shape.batch * shape.heads
-    routed = site.rows * plan.routes * plan.cluster
+    routed = site.rows * cost.routed_keys(plan)
     pairs += min(routed, pairs) * (site.union - 1)
     # Sorting a tile's routes: each is read, written and read again.
     lists = 12 * site.rows * plan.routes
@@ -194,7 +205,7 @@ def stages(site: Site, device: Device) -> dict[str, float]:
     return found | {"total": sum(found.values()), "exact": exact(site).seconds(device)}
 
 
-STAGES = {"score": score, "select": select, "summarize": summarize, "route": route, "attend": attend}
+STAGES = {"score": score, "select": select, "summarize": summarize, "mass": mass, "route": route, "attend": attend}
 
 
 def parts(measured: Mapping[str, float], predicted: Mapping[str, float], factor: float = 2.0) -> dict[str, float]:

@@ -19,11 +19,8 @@ from typing import Any
 from tabulate import tabulate
 
 from bench import model
-from prescore_compile.kernels.plan import Plan
 from prescore_compile.passes import cost
-
-TWO_LEVELS_FROM = 32768
-CHUNKS = 32
+from prescore_compile.passes.defaults import CAUSAL, LONG_ON_A_GPU, TWO_LEVELS_FROM
 
 
 def table(
@@ -34,9 +31,9 @@ def table(
     for name in devices:
         device = model.DEVICES[name]
         for length in lengths:
-            for coarse in (0, CHUNKS) if length >= TWO_LEVELS_FROM else (0,):
+            for plan in (CAUSAL, LONG_ON_A_GPU) if length >= TWO_LEVELS_FROM else (CAUSAL,):
                 shape = cost.Shape(batch, heads, kv_heads, dim, dim, True)
-                site = model.Site(shape, length, Plan(coarse=coarse))
+                site = model.Site(shape, length, plan)
                 works = {stage: work(site) for stage, work in model.STAGES.items()}
                 works = {stage: work for stage, work in works.items() if work != model.Work()}
                 times = {stage: work.seconds(device) * scales.get(stage, 1.0) for stage, work in works.items()}
@@ -46,7 +43,7 @@ def table(
                     {
                         "device": name,
                         "n": length,
-                        "levels": 2 if coarse else 1,
+                        "levels": 2 if plan.coarse else 1,
                         "exact, ms": 1e3 * exact,
                         **{f"{stage}, ms": 1e3 * seconds for stage, seconds in times.items()},
                         "total, ms": 1e3 * total,

@@ -305,9 +305,12 @@ void prescore_cluster(const Geometry* g, const View* key, const View* value, con
   prescore::parallel(0, g->batch * g->kv_heads * cluster.chunks, g->threads, cluster);
 }
 
+// Representatives of clusters, then those of chunks (null on one level).
 void prescore_route(const Geometry* g, const View* query, const float* mean, const float* spread, const float* bias,
-                    const float* mass, int32_t* routes) {
-  prescore::Route route{*g, *query, mean, spread, bias, mass, routes};
+                    const float* chunk_mean, const float* chunk_spread, const float* chunk_bias, const float* mass,
+                    int32_t* routes) {
+  const prescore::Level clusters{mean, spread, bias}, chunks{chunk_mean, chunk_spread, chunk_bias};
+  prescore::Route route{*g, *query, clusters, chunks, mass, routes};
   prescore::parallel(0, g->batch * g->kv_heads * (int64_t)route.tiles.size(), g->threads, route);
 }
 

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 
+from .coarse import coarse
 from .layout import chunk_count
 from .plan import Plan
 from .reference import Operands
@@ -42,7 +43,7 @@ class _Geometry(ctypes.Structure):
             (name, ctypes.c_int64)
             for name in (
                 "batch heads kv_heads q_len k_len dim value_dim "
-                "chunk cluster window causal sinks keep centroids routes residual tile threads"
+                "chunk cluster window causal sinks keep centroids routes coarse residual tile threads"
             ).split()
         ),
         ("scale", ctypes.c_double),
@@ -120,7 +121,7 @@ def route(
     scale: float,
     mass: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Compiled ``reference.route``; query ``[B, H, Nq, D]`` of any of ``DTYPES``."""
+    """Compiled ``reference.route``, on two levels ``coarse.route``; query ``[B, H, Nq, D]`` of any of ``DTYPES``."""
     batch, heads, q_len, dim = query.shape
     count = min(plan.routes, summary.mean.shape[2])
     routes = torch.empty(batch, heads, q_len, count, dtype=torch.int32)
@@ -128,14 +129,17 @@ def route(
         return routes
     geometry = _geometry(plan, query.shape, summary.mean.shape, dim, k_len, causal, count, scale)
     view, keep_alive = _view(query)
+    levels = [summary, coarse(summary, plan)] if plan.coarse else [summary]
+    given = [t.contiguous() for level in levels for t in (level.mean, level.spread, level.bias)]
     _library().prescore_route(
         ctypes.byref(geometry),
         ctypes.byref(view),
-        *(_pointer(t.contiguous()) for t in (summary.mean, summary.spread, summary.bias)),
+        *(_pointer(t) for t in given),
+        *[None] * (6 - len(given)),
         None if mass is None else _pointer(mass.contiguous()),
         _pointer(routes),
     )
-    del keep_alive
+    del keep_alive, given
     return routes
 
 
@@ -227,6 +231,7 @@ def _geometry(
         keep=plan.keep,
         centroids=plan.centroids,
         routes=routes,
+        coarse=min(plan.coarse, chunk_count(k_len, plan.chunk)),
         residual=int(plan.residual),
         tile=tile,
         threads=torch.get_num_threads(),

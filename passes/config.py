@@ -8,6 +8,8 @@ from dataclasses import dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
+import torch
+
 from ..kernels.plan import PLAN_FIELDS, OptionError, Plan, check_int
 from .defaults import default_plan
 from .planfile import load
@@ -92,14 +94,14 @@ class Config(Plan):
                 raise OptionError(key, value, "no such option; the options are " + ", ".join(known))
         return cls(**(options or {}))
 
-    def plan_for(self, causal: bool, device: str, pairs: bool = False) -> Plan:
+    def plan_for(self, causal: bool, device: str, length: int | torch.SymInt, pairs: bool = False) -> Plan:
         """The plan of a rewritten site, where ``plan`` gives none: the default of its kind with the given settings.
 
         Where these do not go with that default, selected keys with a residual say, they are settings of ``Plan()``.
-        ``device``: "cpu", "cuda"; ``pairs``: see ``default_plan``.
+        ``device``: "cpu", "cuda"; ``length``: of keys; ``pairs``: see ``default_plan``.
         """
         try:
-            return replace(default_plan(causal, device, pairs), **self.own_settings())
+            return replace(default_plan(causal, device, length, pairs), **self.own_settings())
         except OptionError:
             return Plan(**self.own_settings())
 

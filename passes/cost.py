@@ -24,9 +24,9 @@ SCORE_PER_KEY = {
     "inverse_norm": 10_000, "query": 73_000,
 }  # fmt: skip
 LONGEST = 2**24
-# Of the routes that a plan with a share may take, those that it takes on average: 64 at a share of 0.001 and 8192
+# Of the routes that a plan with a share may take, those that it takes on average: of 64 at a share of 0.0012 and 8192
 # tokens of text, by `python -m bench.quality`. Content decides, so this is an expectation.
-FILLED = 0.37
+FILLED = 0.38
 
 
 @dataclass(frozen=True)
@@ -98,18 +98,28 @@ def attended_pairs(plan: Plan, causal: bool) -> sympy.Expr:
     """(query, key or row) pairs that the plan attends, a head; at most the exact ones."""
     if plan.window is None:
         return exact_pairs(causal)
-    window, routed = _window(plan, causal), plan.routes * plan.cluster * (FILLED if plan.share else 1.0)
+    window, routed = _window(plan, causal), routed_keys(plan)
     # A query has about half the bits of its number of finished chunks as segments.
     segments = sympy.log(_most(N / plan.chunk, 1), 2) / 2 if causal else 1
     rows: sympy.Expr = plan.sinks + segments * plan.rows_per_segment
     residual = exact_pairs(causal) / plan.cluster if plan.residual else 0
-    # A share is of a sum over window and sinks: their logits once more, without values.
-    rows += (window + plan.sinks) / 2 if plan.share else 0
     total = N * (window + routed)
     if causal:  # the first queries have fewer keys before them
         full = _least(window + routed, N)
         total = full * N - full**2 / 2
     return _least(total + N * rows + residual, exact_pairs(causal))
+
+
+def routed_keys(plan: Plan) -> float:
+    """Keys that a query is expected to attend through its routes."""
+    return plan.routes * plan.cluster * (FILLED if plan.share else 1.0)
+
+
+def mass_pairs(plan: Plan, causal: bool) -> sympy.Expr:
+    """What the sum that a share is of costs, in attended pairs, a head: logits of window and sinks, without values."""
+    if not plan.share:
+        return sympy.Integer(0)
+    return attended_pairs(plan.near, causal) / 2
 
 
 def _window(plan: Plan, causal: bool) -> float:
@@ -144,12 +154,12 @@ def exact_cost(shape: Shape) -> sympy.Expr:
 
 def prescored_cost(shape: Shape, plan: Plan) -> sympy.Expr:
     """Multiply-adds of attending and routing; not the summary, which is linear in n."""
-    return _per_pair(shape) * (attended_pairs(plan, shape.causal) + routing_pairs(plan, shape.causal))
+    return _per_pair(shape) * _pairs(plan, shape.causal)
 
 
 def density(plan: Plan, causal: bool) -> sympy.Expr:
     """Attended pairs, routing counted in, over exact pairs."""
-    return (attended_pairs(plan, causal) + routing_pairs(plan, causal)) / exact_pairs(causal)
+    return _pairs(plan, causal) / exact_pairs(causal)
 
 
 def prescored_time(shape: Shape, plan: Plan) -> sympy.Expr:
@@ -162,7 +172,8 @@ def prescored_time(shape: Shape, plan: Plan) -> sympy.Expr:
         scoring = (prices.score.get(plan.method, prices.other) + prices.select) * keys + prices.select_fixed
     attended, routing = attended_pairs(plan, shape.causal), routing_pairs(plan, shape.causal, prices.union)
     if prices.union != 1:
-        attended += (prices.union - 1) * _least(N * plan.routes * plan.cluster, attended)
+        attended += (prices.union - 1) * _least(N * routed_keys(plan), attended)
+    attended += mass_pairs(plan, shape.causal)
     pairs = _per_pair(shape) * (prices.attend * attended + prices.route * routing)
     return pairs + rows * prices.route_pair * routing + summary + scoring + prices.fixed
 
@@ -192,6 +203,10 @@ def _least(*of: sympy.Expr) -> sympy.Expr:
 
 def _most(*of: sympy.Expr | int) -> sympy.Expr:
     return sympy.Max(*of, evaluate=False)
+
+
+def _pairs(plan: Plan, causal: bool) -> sympy.Expr:
+    return attended_pairs(plan, causal) + mass_pairs(plan, causal) + routing_pairs(plan, causal)
 
 
 def _per_pair(shape: Shape) -> int:

@@ -66,7 +66,8 @@ def _planned(attention: Attention, mask: Mask, config: Config, key: str) -> tupl
     plans = config.site_plans
     if plans is None:
         pairs = logits_of(attention, mask) != NOTHING
-        return config.plan_for(mask.causal, value_of(attention.query.node).device.type, pairs), ""
+        device = value_of(attention.query.node).device.type
+        return config.plan_for(mask.causal, device, attention.size(attention.k), pairs), ""
     shape = _shape(attention, mask.causal)
     sizes = {name: getattr(shape, name) for name in ("heads", "kv_heads", "head_dim", "value_dim", "causal")}
     return plans.find(SiteKey(key, **sizes))

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
+
 from ..kernels.plan import Plan
 
-CAUSAL = Plan(chunk=256, window=0, routes=33, spread=1.4)
-"""On a CPU: 22 % of the pairs at 8192 tokens. Clusters cut from 256 keys are better than from 128, and routes
-find more than a window does; of trained keys, single ones stand out more than of normal numbers."""
+CAUSAL = Plan(chunk=256, window=0, routes=64, share=0.0012)
+"""Some 21 % of the pairs at 8192 tokens of text. Clusters cut from 256 keys are better than from 128, routes find more
+than a window does, and a share gives them to the queries and heads that need them, at any length."""
 
-CAUSAL_ON_A_GPU = Plan(spread=1.4)
-"""There a tile would read more routed keys with ``CAUSAL`` (docs/triton.md)."""
+LONG_ON_A_GPU = replace(CAUSAL, coarse=16)
+"""The same on two levels: past some 30,000 tokens the routing of one level would take most of the time. On a CPU two
+levels gain nothing up to 32,768 tokens."""
+
+TWO_LEVELS_FROM = 32768
+"""Keys."""
 
 TWO_SIDED = Plan(chunk=512, window=0, sinks=1, cluster=32, routes=12, residual=True)
 """On a CPU: 25 % of the pairs at 2048 tokens. Attention is diffuse where it looks both ways, so what is not routed
@@ -22,8 +28,11 @@ TWO_SIDED_ON_A_GPU = replace(TWO_SIDED, chunk=256)
 """The same, cut from chunks that a kernel clusters."""
 
 
-def default_plan(causal: bool, device: str, pairs: bool = False) -> Plan:
-    """The plan of a site on a kind of device; ``pairs``: a mask, bias or softcap rules centroids out."""
-    if device == "cpu":
-        return CAUSAL if causal else TWO_SIDED
-    return CAUSAL_ON_A_GPU if causal or pairs else TWO_SIDED_ON_A_GPU
+def default_plan(causal: bool, device: str, length: int | torch.SymInt, pairs: bool = False) -> Plan:
+    """The plan of a site of ``length`` keys; ``pairs``: a mask, bias or softcap rules centroids out.
+
+    On a GPU a dynamic ``length`` is compared with ``TWO_LEVELS_FROM``, which becomes a guard.
+    """
+    if causal or (pairs and device != "cpu"):
+        return LONG_ON_A_GPU if device != "cpu" and bool(length >= TWO_LEVELS_FROM) else CAUSAL
+    return TWO_SIDED if device == "cpu" else TWO_SIDED_ON_A_GPU

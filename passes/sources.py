@@ -49,8 +49,9 @@ def sources_of(report: Report, device: str = "") -> list[Source]:
 
 def _moved(site: SiteReport, device: str) -> SiteReport:
     """The site with the plan that it would have on ``device``, where it has the default of its own."""
-    if device and site.plan == default_plan(site.causal, site.device):
-        return replace(site, plan=default_plan(site.causal, device))
+    length = int(site.shape["k_len"]) if site.shape["k_len"].isdigit() else 0
+    if device and site.plan == default_plan(site.causal, site.device, length):
+        return replace(site, plan=default_plan(site.causal, device, length))
     return site
 
 

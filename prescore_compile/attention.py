@@ -49,7 +49,8 @@ def attention(
     if empty or key.shape[2] < config.min_seq_len:
         return _exact(query, key, value, valid, is_causal, scale)
     return ops.prescored(
-        Operands(query, key, value, valid, is_causal, scale), config.plan_for(is_causal, query.device.type)
+        Operands(query, key, value, valid, is_causal, scale),
+        config.plan_for(is_causal, query.device.type, key.shape[2]),
     )
 
 

@@ -52,28 +52,32 @@ def test_every_field_can_be_set_and_is_frozen() -> None:
     )  # fmt: skip
     config = Config.from_options(options)
     assert {key: getattr(config, key) for key in options} == options | {"include": ("a.*",), "exclude": ("a.b",)}
-    assert type(config.plan_for(True, "cpu")) is Plan and config.plan_for(False, "cuda").chunk == 64
+    assert type(config.plan_for(True, "cpu", 8192)) is Plan and config.plan_for(False, "cuda", 8192).chunk == 64
     with pytest.raises(AttributeError):
         config.chunk = 3  # type: ignore[misc]
-    assert hash(config.plan_for(True, "cpu")) == hash(Config.from_options(options).plan_for(True, "cpu"))
+    assert hash(config.plan_for(True, "cpu", 8192)) == hash(Config.from_options(options).plan_for(True, "cpu", 8192))
 
 
 def test_a_site_without_settings_gets_the_default_of_its_kind() -> None:
     config = Config(min_seq_len=5)
-    assert config.plan_for(True, "cpu") == defaults.CAUSAL and config.plan_for(False, "cpu") == defaults.TWO_SIDED
-    assert config.plan_for(True, "cuda") == defaults.CAUSAL_ON_A_GPU
-    assert config.plan_for(False, "cuda") == defaults.TWO_SIDED_ON_A_GPU
-    assert config.plan_for(False, "cuda", pairs=True) == defaults.CAUSAL_ON_A_GPU, "a centroid stands for several keys"
+    assert (
+        config.plan_for(True, "cpu", 8192) == defaults.CAUSAL
+        and config.plan_for(False, "cpu", 8192) == defaults.TWO_SIDED
+    )
+    assert config.plan_for(True, "cuda", 8192) == defaults.CAUSAL == config.plan_for(True, "cpu", 10**6)
+    assert config.plan_for(True, "cuda", defaults.TWO_LEVELS_FROM) == defaults.LONG_ON_A_GPU
+    assert config.plan_for(False, "cuda", 8192) == defaults.TWO_SIDED_ON_A_GPU
+    assert config.plan_for(False, "cuda", 8192, pairs=True) == defaults.CAUSAL, "a centroid stands for several keys"
 
 
 def test_what_is_given_replaces_that_setting_of_each_default() -> None:
     config = Config(routes=40, window=128)
-    assert config.plan_for(True, "cpu") == replace(defaults.CAUSAL, routes=40, window=128)
-    assert config.plan_for(False, "cpu") == replace(defaults.TWO_SIDED, routes=40, window=128)
-    assert Config(routes=27).plan_for(True, "cpu").routes == 27, "also where Plan() has the same value"
+    assert config.plan_for(True, "cpu", 8192) == replace(defaults.CAUSAL, routes=40, window=128)
+    assert config.plan_for(False, "cpu", 8192) == replace(defaults.TWO_SIDED, routes=40, window=128)
+    assert Config(routes=27).plan_for(True, "cpu", 8192).routes == 27, "also where Plan() has the same value"
     keep = Config(keep=8)
-    assert keep.plan_for(True, "cpu") == replace(defaults.CAUSAL, keep=8)
-    assert keep.plan_for(False, "cpu") == Plan(keep=8), "not beside a residual"
+    assert keep.plan_for(True, "cpu", 8192) == replace(defaults.CAUSAL, keep=8)
+    assert keep.plan_for(False, "cpu", 8192) == Plan(keep=8), "not beside a residual"
     later = config.changed(routes=7, inner="eager")
     assert later.own_settings() == {"window": 128, "routes": 7} and later.inner == "eager" and config.routes == 40
     assert config != Config(routes=40) and copy.deepcopy(config) == pickle.loads(pickle.dumps(config)) == config

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -139,7 +140,7 @@ def test_the_tile_does_not_matter(tile: int) -> None:
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("length", [1, 64, 333, 1000])
-@pytest.mark.parametrize("name", ["routes", "wide clusters", "keep and routes"])
+@pytest.mark.parametrize("name", ["routes", "wide clusters", "keep and routes", "two levels"])
 def test_route_chooses_the_best_clusters(name: str, length: int, causal: bool, padded: bool) -> None:
     """The same number of routes, ascending, eligible, and as good as the reference's to rounding."""
     plan = PLANS[name]
@@ -158,6 +159,23 @@ def test_route_chooses_the_best_clusters(name: str, length: int, causal: bool, p
         first = got // (plan.chunk // plan.cluster) * plan.chunk
         finished = (torch.arange(length) - plan.window).clamp(min=0) // plan.chunk * plan.chunk
         assert (first < finished[:, None]).logical_or(got < 0).all()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.02])
+@pytest.mark.parametrize("cluster", [16, 32, 64])
+@pytest.mark.parametrize("causal", [False, True])
+def test_two_levels_are_the_references(causal: bool, cluster: int, share: float) -> None:
+    """Chunks of one and of four clusters, many of them, of which neighbouring rows choose others."""
+    for parts in (1, 4):
+        plan = Plan(chunk=parts * cluster, window=50, sinks=2, cluster=cluster, routes=5, coarse=5, share=share)
+        site = operands(2500, causal=causal, padded=True, heads=3, kv_heads=1, dim=24)
+        summary = summary_of(site, plan)
+        mass = reference.mass(site, summary, plan) if share else None
+        got = cpu.route(site.query, summary, plan, causal, 2500, site.scale, mass)
+        want = routes_of(site, summary, plan)
+        assert (got == want).all(3).float().mean() > 0.998, "but where rounding decides"
+        if not share:  # which is of the clusters that were looked at
+            assert torch.equal(want, routes_of(site, summary, replace(plan, coarse=0))) == (parts == 1)
 
 
 def clustered(length: int = 333, padded: bool = True):  # type: ignore[no-untyped-def]

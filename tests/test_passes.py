@@ -274,7 +274,10 @@ def test_the_inserted_nodes_bear_their_own_names() -> None:
     gm = capture(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True), *qkv())
     plan: dict[str, Any] = dict(min_seq_len=0, only_if_faster=False)
     new, _ = rewrite(gm, Config(keep=4, **plan))
-    assert targets(new) == ["prescore_score", "prescore_summarize", "prescore_route", "prescore_attend"]
+    names = [f"prescore_{stage}" for stage in ("score", "summarize", "mass", "route", "attend")]
+    assert targets(new) == names
+    new, _ = rewrite(gm, Config(share=0.0, **plan))
+    assert targets(new) == ["prescore_summarize", "prescore_route", "prescore_attend"]
     new, _ = rewrite(gm, Config(routes=0, **plan))
     assert targets(new) == ["prescore_summarize", "prescore_attend"], "what a plan does not use is not in the graph"
     assert len(find(gm)) == 1, "the graph that was given is not changed"

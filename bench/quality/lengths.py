@@ -1,4 +1,4 @@
-"""How many routes hold quality at which length: whole texts of 2k to 16k tokens.
+"""What holds quality at which length: whole texts of 2k to 32k tokens.
 
     python -m bench.quality.lengths            # goes on where it stopped
     python -m bench.quality.lengths --page
@@ -13,6 +13,7 @@ import argparse
 import os
 from collections.abc import Iterator
 from dataclasses import replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,10 @@ from prescore_compile.passes import cost
 from prescore_compile.passes.defaults import CAUSAL
 
 from . import language, page
-from .methods import Method, Planned, density, fit
+from .methods import FIXED, Method, Planned, density, fit
 from .store import RESULTS, Store
 
-LENGTHS = (2048, 4096, 8192, 16384)
+LENGTHS = (2048, 4096, 8192, 16384, 32768)
 TEXTS = ("glossary",)
 """Long enough, and held out."""
 ROUTES = (17, 33, 65)
@@ -37,10 +38,12 @@ SHAPE = cost.Shape(1, 9, 3, 64, 64, True)
 
 
 def candidates(length: int) -> Iterator[tuple[str, Plan]]:
-    """Numbers of routes, and the window alone that costs as much as the default."""
+    """The default, with more routes; numbers of routes without a share; the window alone that costs as much as 33."""
+    yield "routes with a share", CAUSAL
+    yield "routes with a share, at most 128", replace(CAUSAL, routes=128)
     for routes in ROUTES:
-        yield f"{routes} routes", replace(CAUSAL, routes=routes)
-    spent = density(CAUSAL, length)
+        yield f"{routes} routes", replace(FIXED, routes=routes)
+    spent = density(replace(FIXED, routes=33), length)
     yield "StreamingLLM", fit(lambda n: Plan(routes=0, window=n), spent, length)
 
 
@@ -66,7 +69,8 @@ def table(found: list[dict[str, Any]]) -> str:
             if mine:
                 speed = cost.at(cost.exact_cost(SHAPE) / cost.prescored_time(SHAPE, plan), length)
                 told = [page.told([mine[f"{t} {length}"]]) if f"{t} {length}" in mine else "" for t in TEXTS]
-                rows.append([length, name, f"{100 * density(plan, length):.1f}%", f"{speed:.1f}x", *told])
+                pairs = "counted" if plan.share else f"{100 * density(plan, length):.1f}%"
+                rows.append([length, name, pairs, f"{speed:.1f}x", *told])
     return tabulate(rows, ["n", "method", "pairs", "expected", *TEXTS], "github", disable_numparse=True)
 
 
@@ -74,6 +78,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
     parser.add_argument("--texts", nargs="+", default=TEXTS)
+    parser.add_argument("--methods", nargs="+", default=["*"], help="globs over the methods' names")
     parser.add_argument("--out", type=Path, default=RESULTS / "quality-lengths.json")
     parser.add_argument("--page", action="store_true", help="only tell what is stored")
     arguments = parser.parse_args()
@@ -85,7 +90,8 @@ def main() -> None:
     for length in arguments.lengths:
         model, tokenizer = smollm.load()
         stretch(model, length)
-        methods = [Method(name, Planned(plan), density(plan, length)) for name, plan in candidates(length)]
+        wanted = [(n, p) for n, p in candidates(length) if any(fnmatch(n, glob) for glob in arguments.methods)]
+        methods = [Method(name, Planned(plan), density(plan, length)) for name, plan in wanted]
         for text in arguments.texts:
             language.run_text(store, model, tokenizer, text, length, methods, label=f"{text} {length}")
 

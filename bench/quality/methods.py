@@ -12,7 +12,7 @@ from prescore_compile.kernels import summary as summaries
 from prescore_compile.kernels.layout import segments, spans
 from prescore_compile.kernels.plan import Plan
 from prescore_compile.kernels.reference import Operands
-from prescore_compile.passes.defaults import CAUSAL, CAUSAL_ON_A_GPU
+from prescore_compile.passes.defaults import CAUSAL
 
 from . import rivals
 from .rivals import Attend
@@ -104,8 +104,11 @@ def fit(make: Callable[[int], Plan], target: float, length: int, causal: bool = 
     return make(low)
 
 
+FIXED = Plan(chunk=256, window=0, routes=0, spread=1.4)
+"""Routed plans without a share add routes to this."""
+
 SHARED = {
-    0.22: Plan(chunk=256, window=0, routes=64, share=0.0012),
+    0.22: CAUSAL,
     0.10: Plan(window=0, cluster=32, routes=64, share=0.0135),
     0.35: Plan(chunk=256, window=0, routes=128, share=0.00015),
 }
@@ -131,9 +134,9 @@ def own(length: int, target: float) -> Iterator[tuple[str, Plan]]:
         return fit(make, target, length)
 
     yield "routes with a share", SHARED.get(target, SHARED[0.22])
-    yield "fixed routes", routed(base if small else replace(CAUSAL, routes=0))
+    yield "fixed routes", routed(base if small else FIXED)
     if not small:
-        yield "fixed routes, chunk 128, window 128", routed(replace(CAUSAL_ON_A_GPU, routes=0))
+        yield "fixed routes, chunk 128, window 128", routed(Plan(routes=0, spread=1.4))
     yield "StreamingLLM", fit(lambda n: replace(base, window=n), target, length)
     for method in ("kmeans", "kmedian", "leverage"):
         yield f"{method} + routes", routed(replace(base, method=method, keep=4 if small else 8))

@@ -1,4 +1,4 @@
-// Routing: which clusters a query attends; reference.route says what is computed.
+// Routing: which clusters a query attends; reference.route and, on two levels, coarse.route say what is computed.
 
 #pragma once
 
@@ -8,32 +8,41 @@
 
 namespace prescore {
 
+struct Level {  // representatives of clusters, or of chunks: mean, spread [batch, KV head, count, dim], bias
+  const float *mean, *spread, *bias;
+};
+
 struct Route {
   const Geometry& g;
   View query;
-  const float *mean, *spread, *bias, *mass;  // mass: [batch, head, query], or null
+  Level of_clusters, of_chunks;  // the second only on two levels
+  const float* mass;             // [batch, head, query], or null
   int32_t* routes;
 
-  static constexpr int V = 2, BLOCK = V * L;          // clusters scored at once
+  static constexpr int V = 2, BLOCK = V * L;          // representatives scored at once
   static constexpr int GROUP = L == 4 ? 6 : L == 8 ? 6 : 12;  // rows scored at once: the registers there are
   static constexpr int64_t ROWS = 48;                 // rows whose ranks stay in cache until they are chosen from
   static constexpr int64_t STEP = 4;                  // blocks that stay in cache while the rows pass over them
 
   std::vector<Span> tiles = spans(g);
-  int64_t clusters = (g.k_len + g.chunk - 1) / g.chunk * (g.chunk / g.cluster);
-  int64_t blocks = (clusters + BLOCK - 1) / BLOCK, block_size = (2 * g.dim + 1) * BLOCK;
+  int64_t per_chunk = g.chunk / g.cluster, chunks = (g.k_len + g.chunk - 1) / g.chunk;
+  int64_t block_size = (2 * g.dim + 1) * BLOCK;
   // Per KV head and block: mean [dim][BLOCK], spread [dim][BLOCK], bias [BLOCK].
-  std::vector<float> packed = pack();
+  std::vector<float> clusters = pack(of_clusters, chunks * per_chunk);
+  std::vector<float> level = g.coarse ? pack(of_chunks, chunks) : std::vector<float>();
 
-  std::vector<float> pack() const {
+  static int64_t blocks_of(int64_t count) { return (count + BLOCK - 1) / BLOCK; }
+
+  std::vector<float> pack(const Level& from, int64_t count) const {
+    const int64_t blocks = blocks_of(count);
     std::vector<float> to(g.batch * g.kv_heads * blocks * block_size);
     for (int64_t bh = 0; bh < g.batch * g.kv_heads; ++bh)
       for (int64_t c = 0; c < blocks * BLOCK; ++c) {
         float* block = &to[(bh * blocks + c / BLOCK) * block_size + c % BLOCK];
-        block[2 * g.dim * BLOCK] = c < clusters ? bias[bh * clusters + c] : NEG_INF;
-        for (int64_t d = 0; c < clusters && d < g.dim; ++d) {
-          block[d * BLOCK] = mean[(bh * clusters + c) * g.dim + d];
-          block[(g.dim + d) * BLOCK] = spread[(bh * clusters + c) * g.dim + d];
+        block[2 * g.dim * BLOCK] = c < count ? from.bias[bh * count + c] : NEG_INF;
+        for (int64_t d = 0; c < count && d < g.dim; ++d) {
+          block[d * BLOCK] = from.mean[(bh * count + c) * g.dim + d];
+          block[(g.dim + d) * BLOCK] = from.spread[(bh * count + c) * g.dim + d];
         }
       }
     return to;
@@ -41,12 +50,15 @@ struct Route {
 
   struct Scratch {
     std::vector<float> query, square;
-    std::vector<int32_t> rank;
+    std::vector<int32_t> rank;      // [ROWS][listed blocks * BLOCK]
+    std::vector<int32_t> listed;    // the blocks that are scored, ascending
+    std::vector<int32_t> chosen;    // [ROWS][coarse]: chunks, ascending, then -1
+    std::vector<uint8_t> wanted;    // chunks that any row chose
     Chooser chooser;
   };
   Scratch scratch() const { return {}; }
 
-  // Ranks of N rows against the blocks [first, last).
+  // Ranks of N rows against the listed blocks [first, last).
   struct Score {
     const Route& r;
     Scratch& s;
@@ -56,14 +68,14 @@ struct Route {
     // Inlined into all that surrounds it, GCC keeps too few of the sums in registers: half the speed.
     template <int N>
     __attribute__((noinline)) void run(int64_t row) const {
-      const int64_t dim = r.g.dim;
+      const int64_t dim = r.g.dim, width = (int64_t)s.listed.size() * BLOCK;
       const float *q[N], *square[N];
       for (int i = 0; i < N; ++i) {
         q[i] = &s.query[(row + i) * dim];
         square[i] = &s.square[(row + i) * dim];
       }
-      for (int64_t block = first; block < last; ++block) {
-        const float* m = from + block * r.block_size;
+      for (int64_t at = first; at < last; ++at) {
+        const float* m = from + s.listed[at] * r.block_size;
         vec dot[N][V], var[N][V];
         products<N, V>(square, dim, m + dim * BLOCK, var);
         products<N, V>(q, dim, m, dot);
@@ -73,12 +85,19 @@ struct Route {
           for (int i = 0; i < N; ++i) {
             // By choice, not by sum: -inf + NaN would let a cluster that is empty or not there win.
             const ivec rank = empty ? isplat(LOWEST_RANK) : rank_of(dot[i][v] + root(var[i][v]) + bias);
-            istore(&s.rank[(row + i) * r.blocks * BLOCK + block * BLOCK + v * L], rank);
+            istore(&s.rank[(row + i) * width + at * BLOCK + v * L], rank);
           }
         }
       }
     }
   };
+
+  void score(Scratch& s, const float* from, int64_t rows) const {
+    const int64_t count = s.listed.size();
+    s.rank.resize(ROWS * count * BLOCK);
+    for (int64_t at = 0; at < count; at += STEP)
+      by_groups<GROUP>(rows, Score{*this, s, from, at, std::min(at + STEP, count)});
+  }
 
   // What a query's ranks must be above: the least share of its softmax, if one is asked for.
   int32_t bar_of(const int32_t* rank, int64_t count, int64_t at) const {
@@ -93,14 +112,13 @@ struct Route {
     const int64_t group = g.heads / g.kv_heads, length = span.end - span.begin, rows = length * group;
     s.query.resize(ROWS * g.dim);
     s.square.resize(ROWS * g.dim);
-    s.rank.resize(ROWS * blocks * BLOCK);
     for (int64_t first = 0; first < rows; first += ROWS)
       run_rows(s, span, b, kv, first, std::min(ROWS, rows - first), length);
   }
 
   void run_rows(Scratch& s, const Span& span, int64_t b, int64_t kv, int64_t first, int64_t rows,
                 int64_t length) const {
-    const int64_t group = g.heads / g.kv_heads, per_chunk = g.chunk / g.cluster;
+    const int64_t group = g.heads / g.kv_heads, bh = b * g.kv_heads + kv;
     auto head = [&](int64_t r) { return kv * group + (first + r) / length; };
     auto position = [&](int64_t r) { return span.begin + (first + r) % length; };
     for (int64_t r = 0; r < rows; ++r) {
@@ -111,17 +129,67 @@ struct Route {
         s.square[r * g.dim + d] = q[d] * q[d];
       }
     }
-    const int64_t low = span.low / g.chunk * per_chunk, eligible = g.causal ? low : clusters;
-    const int64_t last = (eligible + BLOCK - 1) / BLOCK;
-    const float* from = &packed[(b * g.kv_heads + kv) * blocks * block_size];
-    for (int64_t block = 0; block < last; block += STEP)
-      by_groups<GROUP>(rows, Score{*this, s, from, block, std::min(block + STEP, last)});
-    const int64_t hole = g.causal ? last * BLOCK : (span.high + g.chunk - 1) / g.chunk * per_chunk;
+    // Chunks outside the window: below `low` and from `after` on.
+    const int64_t low = span.low / g.chunk, after = g.causal ? chunks : (span.high + g.chunk - 1) / g.chunk;
+    const int64_t end = g.causal ? low : chunks;
+    if (g.coarse) choose_chunks(s, &level[bh * blocks_of(chunks) * block_size], rows, low, after, end);
+    s.listed.clear();
+    for (int64_t block = 0; block < blocks_of(end * per_chunk); ++block)
+      if (!g.coarse || any_wanted(s, block, end)) s.listed.push_back(block);
+    score(s, &clusters[bh * blocks_of(chunks * per_chunk) * block_size], rows);
+    const int64_t width = (int64_t)s.listed.size() * BLOCK;
     for (int64_t r = 0; r < rows; ++r) {
-      int32_t* rank = &s.rank[r * blocks * BLOCK];
-      for (int64_t c = low; c < std::min(hole, last * BLOCK); ++c) rank[c] = LOWEST_RANK;
+      int32_t* rank = s.rank.data() + r * width;
+      if (g.coarse)
+        hide_others(s, rank, r);
+      else
+        hide(rank, low * per_chunk, std::min(after * per_chunk, width));
       const int64_t at = (b * g.heads + head(r)) * g.q_len + position(r);
-      s.chooser.choose(rank, last * BLOCK, g.routes, routes + at * g.routes, bar_of(rank, last * BLOCK, at));
+      int32_t* out = routes + at * g.routes;
+      s.chooser.choose(rank, width, g.routes, out, bar_of(rank, width, at));
+      if (g.coarse)
+        for (int64_t i = 0; i < g.routes && out[i] >= 0; ++i) out[i] = s.listed[out[i] / BLOCK] * BLOCK + out[i] % BLOCK;
+    }
+  }
+
+  static void hide(int32_t* rank, int64_t from, int64_t to) {
+    if (from < to) std::fill(rank + from, rank + to, LOWEST_RANK);
+  }
+
+  // The `coarse` best chunks of each row, and which chunks that makes.
+  void choose_chunks(Scratch& s, const float* from, int64_t rows, int64_t low, int64_t after, int64_t end) const {
+    s.listed.resize(blocks_of(end));
+    for (size_t block = 0; block < s.listed.size(); ++block) s.listed[block] = block;
+    score(s, from, rows);
+    const int64_t width = (int64_t)s.listed.size() * BLOCK;
+    s.chosen.resize(ROWS * g.coarse);
+    s.wanted.assign(chunks, 0);
+    for (int64_t r = 0; r < rows; ++r) {
+      int32_t *rank = s.rank.data() + r * width, *chosen = &s.chosen[r * g.coarse];
+      hide(rank, low, std::min(after, width));
+      s.chooser.choose(rank, width, g.coarse, chosen, LOWEST_RANK);
+      for (int64_t i = 0; i < g.coarse && chosen[i] >= 0; ++i) s.wanted[chosen[i]] = 1;
+    }
+  }
+
+  bool any_wanted(const Scratch& s, int64_t block, int64_t end) const {
+    for (int64_t chunk = block * BLOCK / per_chunk; chunk < end && chunk * per_chunk < (block + 1) * BLOCK; ++chunk)
+      if (s.wanted[chunk]) return true;
+    return false;
+  }
+
+  // Ranks of clusters whose chunk the row did not choose.
+  void hide_others(const Scratch& s, int32_t* rank, int64_t r) const {
+    const int32_t* next = &s.chosen[r * g.coarse];
+    const int32_t* last = next + g.coarse;
+    for (size_t at = 0; at < s.listed.size(); ++at) {
+      const int64_t first = s.listed[at] * BLOCK;  // of its clusters
+      for (int64_t c = first; c < first + BLOCK;) {
+        const int64_t chunk = c / per_chunk, end = std::min((chunk + 1) * per_chunk, first + BLOCK);
+        while (next < last && *next >= 0 && *next < chunk) ++next;
+        if (next == last || *next != chunk) hide(rank, at * BLOCK + c - first, at * BLOCK + end - first);
+        c = end;
+      }
     }
   }
 };

@@ -124,8 +124,9 @@ class _Search:
 
     def candidates(self, given: Sequence[Plan] | None, config: Config) -> dict[SiteKey, list[Plan]]:
         """The plans to try at each site: those that it can run."""
+        lengths = {key: int(site.shape["k_len"]) for key, site in self.switch.sites.items()}
         wanted = {
-            key: ladder(int(site.shape["k_len"]), site.causal, config.plan_for(site.causal, site.device))
+            key: ladder(lengths[key], site.causal, config.plan_for(site.causal, site.device, lengths[key]))
             if given is None
             else list(given)
             for key, site in self.switch.sites.items()

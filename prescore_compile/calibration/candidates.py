@@ -35,7 +35,8 @@ def _plans(share: float, length: int, causal: bool, base: Plan) -> Iterator[Plan
     routing = length / (2 if causal else 1) / base.cluster
     routes = int((keys - routing - sides * (WINDOW + base.chunk / 2)) / base.cluster)
     if routes > 0:
-        yield replace(base, window=WINDOW, routes=routes)
+        enough = routes <= base.coarse * (base.chunk // base.cluster)
+        yield replace(base, window=WINDOW, routes=routes, coarse=base.coarse if enough else 0)
     if causal:
         window = round(keys - base.chunk / 2)
         if window >= WINDOW / 2:

@@ -1,7 +1,7 @@
 # attend: written by prescore_compile.kernels.triton; do not edit.
 # stage: attend
-# plan: method=peak chunk=128 window=128 sinks=16 keep=0 threshold=0.0 centroids=0 cluster=16
-#   clustering=pca_tree routes=27 spread=1.0 share=0.0 residual=False coarse=0 seed=0
+# plan: method=peak chunk=256 window=0 sinks=16 keep=0 threshold=0.0 centroids=0 cluster=16
+#   clustering=pca_tree routes=64 spread=1.0 share=0.0012 residual=False coarse=0 seed=0
 # site: head_dim 64, value_dim 64, 1 query heads a KV head, bfloat16, cuda
 # mask: causal
 
@@ -25,8 +25,8 @@ def attend(
     QUERIES: tl.constexpr = 64
     ROWS: tl.constexpr = 64
     KEYS: tl.constexpr = 64
-    CHUNK: tl.constexpr = 128
-    WINDOW: tl.constexpr = 128
+    CHUNK: tl.constexpr = 256
+    WINDOW: tl.constexpr = 0
     LOG2E: tl.constexpr = 1.4426950408889634
 
     program = tl.program_id(0)
@@ -37,8 +37,8 @@ def attend(
 
     member = tl.arange(0, ROWS)
     # Between two borders at which the window moves, all queries see the same finished chunks.
-    block = first_block + tile // 2
-    part = tile % 2
+    block = first_block + tile // 4
+    part = tile % 4
     first_position = WINDOW + block * CHUNK + part * QUERIES
     first_query = first_position - (k_len - q_len)
     wanted = tl.minimum(QUERIES, CHUNK - part * QUERIES)

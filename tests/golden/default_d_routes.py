@@ -1,7 +1,7 @@
 # d_routes: written by prescore_compile.kernels.triton; do not edit.
 # stage: attend backward, gradients of the routed keys and values
-# plan: method=peak chunk=128 window=128 sinks=16 keep=0 threshold=0.0 centroids=0 cluster=16
-#   clustering=pca_tree routes=27 spread=1.0 share=0.0 residual=False coarse=0 seed=0
+# plan: method=peak chunk=256 window=0 sinks=16 keep=0 threshold=0.0 centroids=0 cluster=16
+#   clustering=pca_tree routes=64 spread=1.0 share=0.0012 residual=False coarse=0 seed=0
 # site: head_dim 64, value_dim 64, 1 query heads a KV head, bfloat16, cuda
 # mask: causal
 
@@ -24,8 +24,8 @@ def d_routes(
     QUERIES: tl.constexpr = 64
     ROWS: tl.constexpr = 64
     KEYS: tl.constexpr = 16
-    CHUNK: tl.constexpr = 128
-    WINDOW: tl.constexpr = 128
+    CHUNK: tl.constexpr = 256
+    WINDOW: tl.constexpr = 0
     LOG2E: tl.constexpr = 1.4426950408889634
     clusters = places // KEYS
     pair = (tl.program_id(0) // clusters).to(tl.int64)  # of batch and KV head

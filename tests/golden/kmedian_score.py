@@ -59,10 +59,11 @@ def score(
         own = owner[:, None] == centre[None, :]
         inside = own & here[:, None]
         for weiszfeld in range(0, 3):
-            # A mean of the cluster's keys, each weighted by 1 / its distance from the median so far.
+            # The mean of the cluster's keys; then each weighted by 1 / its distance from the median so far.
             off = keys.to(tl.float32) - product(own.to(tl.float32), tl.trans(centres))
             distance = tl.sqrt(tl.sum(off * off, 1))
-            weight = tl.where(inside, (1.0 / tl.maximum(distance, 1e-6))[:, None], 0.0)
+            near = 1.0 / tl.maximum(distance, 1e-6)
+            weight = tl.where(inside, tl.where(weiszfeld > 0, near, 1.0)[:, None], 0.0)
             total = tl.sum(weight, 0)
             moved = product(tl.trans(keys), weight) / tl.maximum(total, 1e-30)[None, :]
             centres = tl.where((total > 0)[None, :], moved, centres)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 from typing import Any
 
@@ -19,13 +18,12 @@ from prescore_compile.kernels.plan import Plan
 from prescore_compile.kernels.reference import Operands
 from prescore_compile.kernels.scorers import SCORERS
 from prescore_compile.kernels.triton.clusters import members
-from prescore_compile.kernels.triton.scores import centres, kernel, select
+from prescore_compile.kernels.triton.scores import kernel, select
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 TOLERANCE = {"leverage": dict(atol=1e-5, rtol=1e-4)}
 """Of float32 scores; elsewhere 10^-5 of each and 10^-6."""
-EXACT = [method for method in kernel.METHODS if method != "kmedian"]
 
 
 @pytest.fixture(params=["float32", "tensor cores"])
@@ -87,12 +85,12 @@ def check(site: Operands, plan: Plan, **tolerance: float) -> None:
 
 
 @pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("method", EXACT)
+@pytest.mark.parametrize("method", kernel.METHODS)
 def test_scores_are_the_references(method: str, padded: bool) -> None:
     check(operands(75, dim=20, padded=padded), plan_of(method))
 
 
-@pytest.mark.parametrize("method", EXACT)
+@pytest.mark.parametrize("method", kernel.METHODS)
 def test_sizes_of_chunks_and_heads(method: str) -> None:
     """Chunks of 16 and 128 keys, the last one short; a group of three; neither causal nor a power of two wide."""
     check(operands(40, dim=16, heads=3, kv_heads=1, batch=1, causal=False), plan_of(method, chunk=16))
@@ -104,19 +102,19 @@ def test_a_chunk_whose_queries_come_in_tiles(method: str) -> None:
     check(operands(300, dim=16, heads=2, kv_heads=1, batch=1), plan_of(method, chunk=256))
 
 
-@pytest.mark.parametrize("method", ["kmeans", "kmeans_relative"])
+@pytest.mark.parametrize("method", kernel.CENTRES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_distances_on_tensor_cores(dtype: torch.dtype, method: str, products: str) -> None:
-    """In TF32 passes, and a key that is its own centre is exactly there."""
+    """In TF32 passes, and a key that is its own centre is there."""
     check(operands(75, dim=20, dtype=dtype), plan_of(method))
     site = operands(32, dim=20, dtype=dtype)
     site.key[:] = site.key[:, :, :1]
     single = site._replace(valid=torch.arange(32).eq(0).expand(2, 32))
-    assert (run(single, plan_of(method)) == 0).all()
+    assert run(single, plan_of(method)).max() <= (2e-6 if method == "kmedian" else 0)  # a weighted mean of one
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("method", EXACT)
+@pytest.mark.parametrize("method", kernel.METHODS)
 def test_low_precision_and_strides(method: str, dtype: torch.dtype) -> None:
     """Keys of 16 bits are factors as they are, and what they meet is float32: the float32 tolerance holds."""
     site = operands(75, dim=20, batch=1, dtype=dtype)
@@ -124,20 +122,8 @@ def test_low_precision_and_strides(method: str, dtype: torch.dtype) -> None:
     check(site._replace(**turned), plan_of(method))
 
 
-@pytest.mark.parametrize("padded", [False, True])
-def test_one_round_of_kmedian(padded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One, as the median begins at a key, which weighs 10^6 there: each later step enlarges float32's rounding.
-
-    The scorer itself, in float32 and in double precision, differs by some percent after all rounds.
-    """
-    monkeypatch.setattr(importlib.import_module("prescore_compile.kernels.scorers.kmedian"), "ITERATIONS", 1)
-    monkeypatch.setattr(centres, "ROUNDS", 1)
-    check(operands(75, dim=20, padded=padded), plan_of("kmedian"), atol=1e-3, rtol=1e-3)
-    check(operands(75, dim=20, dtype=torch.bfloat16), plan_of("kmedian"), atol=1e-3, rtol=1e-3)
-
-
 def test_kmedian_of_clusters_around_a_key() -> None:
-    """A key in the midst of pairs on either side is their geometric median: it stays where it began."""
+    """A key in the midst of pairs on either side is their geometric median: where the mean is one."""
     around = torch.randn(2, 7, 20)
     middle = torch.tensor([[0.0], [30.0]]).expand(2, 20)[:, None]
     keys = torch.cat([middle, middle + around, middle - around, middle], 1)  # 16 a cluster, the first is a start

@@ -11,7 +11,7 @@ from typing import Any
 
 from ...scorers.kmeans import ITERATIONS, KEYS_PER_CENTROID
 from ...scorers.kmedian import ITERATIONS as ROUNDS
-from ...scorers.kmedian import WEISZFELD_STEPS
+from ...scorers.kmedian import STEPS
 from ..render import fill
 
 START = """
@@ -63,9 +63,10 @@ $start
 for step in range(0, $iterations):
     $nearest
     for weiszfeld in range(0, $steps):
-        # A mean of the cluster's keys, each weighted by 1 / its distance from the median so far.
+        # The mean of the cluster's keys; then each weighted by 1 / its distance from the median so far.
         $distance
-        weight = tl.where(inside, (1.0 / tl.maximum(distance, 1e-6))[:, None], 0.0)
+        near = 1.0 / tl.maximum(distance, 1e-6)
+        weight = tl.where(inside, tl.where(weiszfeld > 0, near, 1.0)[:, None], 0.0)
         total = tl.sum(weight, 0)
         moved = product(tl.trans(keys), weight) / tl.maximum(total, 1e-30)[None, :]
         centres = tl.where((total > 0)[None, :], moved, centres)
@@ -83,7 +84,7 @@ def body(method: str, parts: dict[str, Any]) -> str:
         centres=count,
         tile=max(16, count),  # what a tensor core takes
         iterations=ROUNDS if median else ITERATIONS,
-        steps=WEISZFELD_STEPS,
+        steps=STEPS,
         relative=method == "kmeans_relative",
         tiny="1.1754943508222875e-38",
         picked="picked" if parts["wide"] else "product",
