@@ -98,14 +98,12 @@ def summarize(
     if settings.routes:
         member = None if valid is None else generated.members(valid, settings.sinks)
         clusters = generated.clusters(key, value, member, settings)
-    if not settings.rows_per_segment:  # the sinks alone
-        return (*clusters, *summaries.kept_rows(key, value, valid, None, settings))
     if scores is None or not select.fits(settings):
         return (*clusters, *rows(key, value, valid, None, scores, plan))
     best = select.select(scores, valid, settings)
     if not select.segments_fit(settings):
         return (*clusters, *rows(key, value, valid, *best, plan))
-    return (*clusters, *summaries.kept_rows(key, value, valid, select.select_segments(*best, settings), settings))
+    return (*clusters, *kept_rows(key, value, valid, select.select_segments(*best, settings), plan))
 
 
 @torch.library.custom_op("prescore::summarize_eager", mutates_args=())
@@ -134,6 +132,19 @@ def rows(
 
 @rows.register_fake
 def _(key, value, valid, place, scores, plan):  # type: ignore[no-untyped-def]
+    return _empty_summary(key, value, plan)[4:]
+
+
+@torch.library.custom_op("prescore::kept_rows", mutates_args=())
+def kept_rows(
+    key: Tensor, value: Tensor, valid: Tensor | None, chosen: Tensor, plan: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``rows`` of a plan without centroids whose selected keys ``chosen`` are known; see ``summary.kept_rows``."""
+    return summaries.kept_rows(key, value, valid, chosen, Plan.parse(plan))
+
+
+@kept_rows.register_fake
+def _(key, value, valid, chosen, plan):  # type: ignore[no-untyped-def]
     return _empty_summary(key, value, plan)[4:]
 
 
