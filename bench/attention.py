@@ -128,8 +128,7 @@ def check(site: Operands, summary: Summary, routes: torch.Tensor, plan: Plan) ->
     whole = (cpu.attend(site, summary, routes, plan)[:, :, part].double() - want).abs().max().item()
     scores = reference.routing_scores(query.double(), summary, site.scale)
     mass = reference.mass(few, summary, plan) if plan.share else None
-    route = coarse.route if plan.coarse else reference.route
-    best = route(query, summary, plan, site.causal, site.key.shape[2], site.scale, mass=mass)
+    best = coarse.route(query, summary, plan, site.causal, site.key.shape[2], site.scale, mass=mass)
     got, want_best = (scores.gather(3, r.long().clamp(min=0)).masked_fill(r < 0, 0).sum(3) for r in (some, best))
     same = (some >= 0).sum(3) == (best >= 0).sum(3)  # rounding may decide whether a cluster has its share
     gap, odd = (got - want_best)[same].abs().max().item(), (~same).float().mean().item()

@@ -157,9 +157,8 @@ def check_routes(
     """
     query = some(site.query, site.causal)
     scores = reference.routing_scores(query.float(), summary, site.scale)
-    route = coarse.route if plan.coarse else reference.route
     mass = None if near is None else near[:, :, -CHECKED:] if site.causal else near[:, :, :CHECKED]
-    best = route(query, summary, plan, site.causal, site.key.shape[2], site.scale, mass=mass)
+    best = coarse.route(query, summary, plan, site.causal, site.key.shape[2], site.scale, mass=mass)
     chosen = some(routes, site.causal)
     same = (chosen >= 0).sum(3) == (best >= 0).sum(3)
     if (~same).float().mean() > (0.02 if plan.share else 0):

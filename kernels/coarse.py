@@ -57,7 +57,12 @@ def route(
     tensors: Mapping[str, torch.Tensor] = reference.NO_TENSORS,
     mass: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The clusters each query attends, of its ``plan.coarse`` best chunks; shapes and ties as ``reference.route``."""
+    """The clusters each query attends, of its ``plan.coarse`` best chunks; shapes and ties as ``reference.route``.
+
+    That is what a plan of one level gets.
+    """
+    if not plan.coarse:
+        return reference.route(query, summary, plan, causal, k_len, scale, logits, tensors, mass)
     batch, heads, q_len, _ = query.shape
     per_chunk, clusters = plan.chunk // plan.cluster, summary.mean.shape[2]
     count = min(plan.routes, clusters)

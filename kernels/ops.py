@@ -319,8 +319,7 @@ def route_eager(
     clusters = _clusters(order, mean, spread, bias)
     if _compiled(query) and not logits:
         return cpu.route(query, clusters, settings, causal, k_len, scale, mass)
-    implementation = coarse.route if settings.coarse else reference.route
-    return implementation(query, clusters, settings, causal, k_len, scale, given, named(given, tensors), mass)
+    return coarse.route(query, clusters, settings, causal, k_len, scale, given, named(given, tensors), mass)
 
 
 def _clusters(order: Tensor, mean: Tensor, spread: Tensor, bias: Tensor) -> Summary:

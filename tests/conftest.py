@@ -92,9 +92,8 @@ def summary_of(site: Operands, plan: Plan) -> Summary:
 
 
 def routes_of(site: Operands, summary: Summary, plan: Plan) -> torch.Tensor:
-    route = coarse.route if plan.coarse else reference.route
     mass = reference.mass(site, summary, plan) if plan.share else None
-    return route(site.query, summary, plan, site.causal, site.key.shape[2], site.scale, mass=mass)
+    return coarse.route(site.query, summary, plan, site.causal, site.key.shape[2], site.scale, mass=mass)
 
 
 def in_double(site: Operands) -> Operands:

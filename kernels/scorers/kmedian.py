@@ -32,8 +32,10 @@ def kmedian(
     for _ in range(ITERATIONS):
         owner = nearest(live, median).unsqueeze(2)
         for step in range(STEPS):
-            distance = (live - median.gather(1, owner.expand_as(live))).norm(dim=2, keepdim=True)
-            weight = mask.unsqueeze(2) / (distance.clamp(min=1e-6) if step else torch.ones_like(distance))
+            weight = mask.unsqueeze(2).to(keys.dtype)
+            if step:
+                distance = (live - median.gather(1, owner.expand_as(live))).norm(dim=2, keepdim=True)
+                weight = weight / distance.clamp(min=1e-6)
             hot = torch.zeros(*mask.shape, median.shape[1], dtype=keys.dtype, device=keys.device)
             hot = hot.scatter(2, owner, weight).transpose(1, 2)
             total = hot.sum(2, keepdim=True)

@@ -78,8 +78,7 @@ def test_route_and_attend(logits: Logits, plan: Plan, dtype: torch.dtype) -> Non
     routes = torch.empty(1, 2, N, 0, dtype=torch.int32)
     if plan.routes:
         routes = routed(site, summary, plan, logits)
-        by = coarse.route if plan.coarse else reference.route
-        want = by(site.query, summary, plan, True, N, site.scale, logits, tensors(logits))
+        want = coarse.route(site.query, summary, plan, True, N, site.scale, logits, tensors(logits))
         assert torch.equal(routes >= 0, want >= 0)
         # Where rounding decides between nearly equal scores; queries of 16 bits meet rounded representatives.
         assert (routes != want).any(3).float().mean() < (0.02 if dtype == torch.float32 else 0.2)

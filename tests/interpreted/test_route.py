@@ -98,9 +98,8 @@ def test_share(settings: dict[str, int]) -> None:
     bias = summary.bias.clone()
     bias[:, :, 3] = math.nan
     tainted = summary._replace(bias=bias)
-    implementation = coarse.route if plan.coarse else reference.route
     got = route(site.query, tainted, plan, True, 300, site.scale, mass=near)
-    assert torch.equal(got, implementation(site.query, tainted, plan, True, 300, site.scale, mass=near))
+    assert torch.equal(got, coarse.route(site.query, tainted, plan, True, 300, site.scale, mass=near))
     assert (got[:, :, 64:] == 3).any(3).all()
 
 
