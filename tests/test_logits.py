@@ -199,7 +199,9 @@ def test_sites_on_a_gpu_take_masks_and_softcaps(name: str) -> None:
     assert [site.decision for site in report.sites] == ["rewrite"], report.sites[0].reason
     for operator in (torch.ops.prescore.attend.default, torch.ops.prescore.route.default):
         (call,) = (node for node in new.graph.nodes if node.target is operator)
-        assert call.args[-2] == text and len(call.args[-1]) == len(parse(text).tensors)
+        names = (argument.name for argument in operator._schema.arguments)
+        given = dict(zip(names, call.args, strict=False))
+        assert given["logits"] == text and len(given["tensors"]) == len(parse(text).tensors)
 
 
 @pytest.mark.parametrize("name", SITES)
@@ -257,7 +259,8 @@ def test_models_are_exact_where_a_plan_keeps_everything(
     config = transformers.AutoConfig.for_model(name, **FAMILIES[name])
     implementation = "eager" if name == "gemma2" else None
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=implementation).eval()
-    options = dict(chunk=32, window=8, sinks=4, routes=10**6, min_seq_len=0, only_if_faster=False, inner="aot_eager")
+    everything = dict(chunk=32, window=8, sinks=4, routes=10**6, share=0.0)
+    options = everything | dict(min_seq_len=0, only_if_faster=False, inner="aot_eager")
     compiled = torch.compile(model, backend="prescore", options=options, dynamic=dynamic)
     for length in (150, 97) if dynamic else (97,):
         ids = torch.randint(0, 64, (2, length))
