@@ -35,14 +35,14 @@ from prescore_compile.kernels.ops import _empty_summary
 from prescore_compile.kernels.plan import Plan
 from prescore_compile.kernels.reference import Operands
 from prescore_compile.kernels.summary import Summary
-from prescore_compile.kernels.triton import attend, attend_backward, clusters, mass, residual, route, union
+from prescore_compile.kernels.triton import attend, attend_backward, clusters, mass, residual, route, rows, union
 from prescore_compile.kernels.triton.scores import kernel as scores
 from prescore_compile.kernels.triton.scores import select
 from prescore_compile.kernels.triton.spec import DTYPES
 from prescore_compile.passes.defaults import CAUSAL, LONG_ON_A_GPU, TWO_SIDED_ON_A_GPU
 
 RESULTS = Path(__file__).parent / "results" / "triton-aot.json"
-MODULES = (attend, attend_backward, clusters, residual, route, scores, select, union)
+MODULES = (attend, attend_backward, clusters, residual, route, rows, scores, select, union)
 
 SHARED = {"sm_80": 166912, "sm_90": 232448, "gfx942": 65536}
 """Bytes of shared memory that one program may have."""
@@ -171,15 +171,18 @@ def _run(variant: Variant, found: list[Launch]) -> None:
 
     key = tensor(2, heads, length, variant.dim)
     valid = tensor(2, length, dtype=torch.bool) if variant.padded else None
+    chosen = None
     query = tensor(2, heads * variant.group, variant.queries, variant.dim)
     site = Operands(query, key, tensor(*key.shape), valid, variant.causal, scale)
     if plan.keep and scores.fits(plan, variant.dim, DTYPES[variant.dtype]):
         best = select.select(scores.scores(query, key, valid, plan, variant.causal, scale), valid, plan)
         if select.segments_fit(plan):
-            select.select_segments(*best, plan)
+            chosen = select.select_segments(*best, plan)
     if variant.scores:
         return
     summary = Summary(*_empty_summary(key, site.value, plan.text))
+    if variant.queries > 1 and rows.fits(plan):
+        rows.rows(key, site.value, valid, chosen, plan)
     logits = variant.logits
     read = {name: tensor(2, length, dtype=torch.int64) for name in logits.tensors}
     more: dict[str, Any] = dict(read, softcap=logits.softcap)
@@ -294,7 +297,7 @@ def broken(name: str, target: str, kernels: dict[str, dict[str, int]]) -> list[s
     return found
 
 
-WITHOUT_PRODUCTS = ("cluster", "mark", "union", "centroids", "merge", "select", "select_segments")
+WITHOUT_PRODUCTS = ("cluster", "mark", "union", "centroids", "merge", "rows", "select", "select_segments")
 """Kernels whose source has no product of matrices."""
 
 

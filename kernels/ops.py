@@ -87,9 +87,10 @@ def summarize(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The fields of ``kernels.summary.Summary``; row_key and row_value are differentiable."""
     settings = Plan.parse(plan)
-    if not ((settings.routes or settings.keep) and _generated(key)):
+    if not _generated(key):
         return summarize_eager(key, value, valid, scores, plan)
     from .triton import clusters as generated
+    from .triton import rows as copied
     from .triton.scores import select
 
     if settings.routes and not generated.fits(settings, key.shape[3], value.shape[3]):
@@ -98,12 +99,11 @@ def summarize(
     if settings.routes:
         member = None if valid is None else generated.members(valid, settings.sinks)
         clusters = generated.clusters(key, value, member, settings)
-    if scores is None or not select.fits(settings):
-        return (*clusters, *rows(key, value, valid, None, scores, plan))
-    best = select.select(scores, valid, settings)
-    if not select.segments_fit(settings):
-        return (*clusters, *rows(key, value, valid, *best, plan))
-    return (*clusters, *kept_rows(key, value, valid, select.select_segments(*best, settings), plan))
+    best = select.select(scores, valid, settings) if scores is not None and select.fits(settings) else None
+    if not copied.fits(settings):
+        return (*clusters, *rows(key, value, valid, *(best or (None, scores)), plan))
+    chosen = None if best is None else select.select_segments(*best, settings)
+    return (*clusters, *copied.rows(key, value, valid, chosen, settings))
 
 
 @torch.library.custom_op("prescore::summarize_eager", mutates_args=())
@@ -132,19 +132,6 @@ def rows(
 
 @rows.register_fake
 def _(key, value, valid, place, scores, plan):  # type: ignore[no-untyped-def]
-    return _empty_summary(key, value, plan)[4:]
-
-
-@torch.library.custom_op("prescore::kept_rows", mutates_args=())
-def kept_rows(
-    key: Tensor, value: Tensor, valid: Tensor | None, chosen: Tensor, plan: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """``rows`` of a plan without centroids whose selected keys ``chosen`` are known; see ``summary.kept_rows``."""
-    return summaries.kept_rows(key, value, valid, chosen, Plan.parse(plan))
-
-
-@kept_rows.register_fake
-def _(key, value, valid, chosen, plan):  # type: ignore[no-untyped-def]
     return _empty_summary(key, value, plan)[4:]
 
 

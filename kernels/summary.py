@@ -139,20 +139,6 @@ def summarize(
     return Summary(order, mean, spread, bias, index, owner, *gather_rows(key, value, index, owner, plan))
 
 
-def kept_rows(
-    key: torch.Tensor, value: torch.Tensor, valid: torch.Tensor | None, chosen: torch.Tensor, plan: Plan
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The last five fields of ``Summary`` of a plan without centroids.
-
-    ``chosen`` ``[B, Hkv, C, keep]``: the selected keys of each segment, -1: none.
-    """
-    batch, heads, length, _ = key.shape
-    sink = sink_index(key, valid, plan.sinks).unsqueeze(1).expand(batch, heads, plan.sinks)
-    index = torch.cat([sink.int(), chosen.int().flatten(2)], 2)
-    owner = torch.empty((0, batch, heads, length), dtype=torch.int32, device=key.device)
-    return index, owner, *gather_rows(key, value, index, owner, plan)
-
-
 def gather_rows(
     key: torch.Tensor, value: torch.Tensor, index: torch.Tensor, owner: torch.Tensor, plan: Plan
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

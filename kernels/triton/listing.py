@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 
 from ..plan import Plan
-from . import loops, options, residual
+from . import loops, options, residual, rows
 from .attend import attend_source, merge_source
 from .attend_backward import d_query_source, residual_source, routes_source, rows_source, window_source
 from .clusters import ClusterSpec, cluster_source, fits
@@ -99,12 +99,15 @@ def all_sources(forward: Spec, site: str) -> dict[str, str]:
     if plan.routes and fits(plan, forward.dim, forward.value_dim):
         clusters = ClusterSpec(dim=forward.dim, value_dim=forward.value_dim, plan=forward.plan, valid=forward.valid)
         found["cluster"] = cluster_source(clusters)
-    if plan.share:
-        found["mass"] = attend_source(mass_spec(forward))
     if select.fits(plan):
         found["select"] = select.select_source(select.SelectSpec(plan=forward.plan, valid=forward.valid))
         if select.segments_fit(plan):
             found["select_segments"] = select.segments_source(plan)
+    if rows.fits(plan) and (plan.sinks or plan.keep):
+        copied = rows.RowsSpec(dim=forward.dim, value_dim=forward.value_dim, plan=forward.plan, valid=forward.valid)
+        found["rows"] = rows.rows_source(copied)
+    if plan.share:
+        found["mass"] = attend_source(mass_spec(forward))
     if plan.routes and plan.window is not None:
         found["route"] = route_source(route_spec_of(forward), plan.chunk // plan.cluster, False)
     found |= forward_sources(forward) | backward_sources(backward_spec(forward))

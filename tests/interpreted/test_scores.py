@@ -17,6 +17,7 @@ from prescore_compile.kernels.layout import chunk_count
 from prescore_compile.kernels.plan import Plan
 from prescore_compile.kernels.reference import Operands
 from prescore_compile.kernels.scorers import SCORERS
+from prescore_compile.kernels.triton import rows
 from prescore_compile.kernels.triton.clusters import members
 from prescore_compile.kernels.triton.scores import kernel, select
 
@@ -294,7 +295,7 @@ def test_selected_keys_of_segments_are_the_references(name: str, keep: int, monk
     valid = torch.rand(2, 335) < 0.5
     for there in (None, valid):
         chosen = select.select_segments(*select.select(scores, there, plan), plan)
-        found = summaries.kept_rows(site.key, site.value, there, chosen, plan)
+        found = rows.rows(site.key, site.value, there, chosen, plan)
         expected = summaries.summarize(site.key, site.value, there, scores, plan)[4:]
         assert all(torch.equal(f, e) and f.dtype == e.dtype for f, e in zip(found, expected, strict=True))
 
@@ -316,13 +317,13 @@ def test_the_operators_launch_them(settings: dict[str, int], monkeypatch: pytest
     site, plan = operands(150, padded=True), plan_of("leverage", **settings)
     arguments = (site.query, site.key, site.valid, plan.text, site.causal, site.scale)
     expected = ops.score_eager(*arguments)
-    rows = ops.summarize_eager(site.key, site.value, site.valid, expected, plan.text)[4:]
+    copied = ops.summarize_eager(site.key, site.value, site.valid, expected, plan.text)[4:]
     monkeypatch.setattr(ops, "_generated", lambda query: True)
     scores = ops.score(*arguments)
     read = site.valid[:, None].expand_as(scores)
     torch.testing.assert_close(scores[read], expected[read], atol=1e-5, rtol=1e-4)
     got = ops.summarize(site.key, site.value, site.valid, scores, plan.text)[4:]
-    for name, g, e in zip(("index", "owner", "key", "value", "bias"), got, rows, strict=True):
+    for name, g, e in zip(("index", "owner", "key", "value", "bias"), got, copied, strict=True):
         torch.testing.assert_close(g, e, atol=1e-6, rtol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
 
 
