@@ -6,7 +6,7 @@
 | ``render``, ``maths`` | templates filled to source text; lifted masks as Triton expressions |
 | ``cache`` | source text to a kernel that can be launched |
 | ``scores`` | score, and the selection of a chunk's keys |
-| ``clusters``, ``route`` | summarize and route |
+| ``clusters``, ``rows``, ``route`` | summarize and route |
 | ``loops``, ``union``, ``attend``, ``attend_backward`` | attend |
 | ``device`` | where they run |
 | ``listing`` | the sources as text |

@@ -63,7 +63,8 @@ $start
 for step in range(0, $iterations):
     $nearest
     for weiszfeld in range(0, $steps):
-        # The mean of the cluster's keys; then each weighted by 1 / its distance from the median so far.
+        # The mean of the cluster's keys; then each weighted by 1 / its distance from the median so far. (With the
+        # mean before the loop, where no distance is needed, the kernel spills.)
         $distance
         near = 1.0 / tl.maximum(distance, 1e-6)
         weight = tl.where(inside, tl.where(weiszfeld > 0, near, 1.0)[:, None], 0.0)
