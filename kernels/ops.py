@@ -95,15 +95,16 @@ def summarize(
 
     if settings.routes and not generated.fits(settings, key.shape[3], value.shape[3]):
         return summarize_eager(key, value, valid, scores, plan)
-    clusters = _empty_summary(key, value, plan)[:4]
+    order, mean, spread, bias = _empty_summary(key, value, plan)[:4]
     if settings.routes:
         member = None if valid is None else generated.members(valid, settings.sinks)
-        clusters = generated.clusters(key, value, member, settings)
+        order, mean, spread, bias = generated.clusters(key, value, member, settings)
     best = select.select(scores, valid, settings) if scores is not None and select.fits(settings) else None
     if not copied.fits(settings):
-        return (*clusters, *rows(key, value, valid, *(best or (None, scores)), plan))
+        place, of_place = (None, scores) if best is None else best
+        return (order, mean, spread, bias, *rows(key, value, valid, place, of_place, plan))
     chosen = None if best is None else select.select_segments(*best, settings)
-    return (*clusters, *copied.rows(key, value, valid, chosen, settings))
+    return (order, mean, spread, bias, *copied.rows(key, value, valid, chosen, settings))
 
 
 @torch.library.custom_op("prescore::summarize_eager", mutates_args=())
