@@ -20,7 +20,7 @@ test-slow: $(READY)
 	$(BIN)/pytest -m slow
 
 pytest: $(READY)
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadgroup
 
 lint: ruff types
 

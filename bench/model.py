@@ -63,9 +63,6 @@ SELECT_LANES = 1460
 """Instructions of a lane for one key: to select it in its chunk, and a segment's program without its steps."""
 SEGMENT_LANES = 1770
 """The same of one step of a segment's program, for each key that it reads; counted too."""
-ROW_BYTES = 980
-ROW_LAUNCHES = 20
-"""What the torch operations that copy selected keys read and write for a key, and their number; counted."""
 NUMBER_BYTES = 2
 
 
@@ -138,25 +135,26 @@ def score(site: Site) -> Work:
 
 
 def select(site: Site) -> Work:
-    """The best keys of chunks and of segments, and their copies."""
+    """The best keys of chunks and of segments."""
     plan = site.plan
     if not plan.keep:
         return Work()
     segments = math.log2(max(site.length / plan.chunk, 2)) / 2  # that a chunk is in
     lanes = SELECT_LANES + segments * plan.keep / plan.chunk * SEGMENT_LANES
-    return Work(lanes=site.keys * lanes * SCORE_STALLS, traffic=site.keys * (4 + ROW_BYTES), launches=2 + ROW_LAUNCHES)
+    return Work(lanes=site.keys * lanes * SCORE_STALLS, traffic=site.keys * 4, launches=2)
 
 
 def summarize(site: Site) -> Work:
-    """Clusters of each chunk: a read of keys and values, and the power iterations of each level."""
+    """Clusters of each chunk: a read of keys and values, and the power iterations of each level; copies of rows."""
     plan, dim = site.plan, site.shape.head_dim
-    if not plan.routes:  # the sinks' rows
-        return Work() if plan.keep else Work(traffic=site.keys * 1.0, launches=3)
+    copied = site.keys * plan.keep / plan.chunk * 2 * NUMBER_BYTES * _features(site)
+    if not plan.routes:
+        return Work(traffic=copied, launches=1)
     levels = (plan.chunk // plan.cluster).bit_length() - 1
     iterations = levels * (POWER_ITERATIONS + 1) * 4 * dim  # two products, each a multiplication and a sum
     written = 4 + (8 * dim + 4) / plan.cluster
-    traffic = site.keys * (NUMBER_BYTES * _features(site) + written)
-    return Work(lanes=site.keys * iterations, traffic=traffic, launches=4)
+    traffic = site.keys * (NUMBER_BYTES * _features(site) + written) + copied
+    return Work(lanes=site.keys * iterations, traffic=traffic, launches=2)
 
 
 def mass(site: Site) -> Work:

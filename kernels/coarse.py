@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import torch
 
 from . import reference
-from .layout import spans
+from .layout import Span, spans
 from .logits import NOTHING, Logits
 from .plan import Plan
 from .summary import Summary, spread_factor
@@ -71,10 +71,8 @@ def route(
     chunk = torch.arange(clusters // per_chunk, device=query.device)
     for span in spans(plan, causal, q_len, k_len, reference.TILE):
         tile = query[:, :, span.begin : span.end].float()
-        eligible = reference.outside(chunk * plan.chunk, span, causal, k_len)
+        best = best_chunks(tile, level, span, plan, causal, k_len, scale, logits, tensors)
         more = (plan, k_len, logits, tensors)
-        scores = reference.reached(reference.routing_scores(tile, level, scale), span, chunk, *more)
-        best = reference.best_of(scores, level, eligible, plan.coarse)
         chosen = torch.zeros(*best.shape[:3], len(chunk) + 1, dtype=torch.bool, device=query.device)
         chosen.scatter_(3, best, True)
         inside = chosen[..., :-1].repeat_interleave(per_chunk, 3)
@@ -84,3 +82,25 @@ def route(
         best = reference.best_of(scores, summary, inside, count, plan.share, near)
         routes[:, :, span.begin : span.end] = best.where(best < clusters, -1)
     return routes
+
+
+def best_chunks(
+    tile: torch.Tensor,
+    level: Summary,
+    span: Span,
+    plan: Plan,
+    causal: bool,
+    k_len: int,
+    scale: float,
+    logits: Logits = NOTHING,
+    tensors: Mapping[str, torch.Tensor] = reference.NO_TENSORS,
+) -> torch.Tensor:
+    """The first of two levels: chunks ``[B, H, queries, <= plan.coarse]`` of a span's queries; none: their number.
+
+    ``tile`` ``[B, H, queries, D]`` float32, ``level`` as ``coarse`` makes it.
+    """
+    chunk = torch.arange(level.mean.shape[2], device=tile.device)
+    eligible = reference.outside(chunk * plan.chunk, span, causal, k_len)
+    scores = reference.routing_scores(tile, level, scale)
+    scores = reference.reached(scores, span, chunk, plan, k_len, logits, tensors)
+    return reference.best_of(scores, level, eligible, plan.coarse)

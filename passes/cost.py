@@ -65,13 +65,13 @@ PRICES = {
     # 4 query heads a KV head. kernel_kmeans, window_peak, random and a user's scorer are torch operations there:
     # what they read and write, or their launches where that is more.
     "cuda": Prices(
-        attend=1.5, route=0.3, route_pair=510.0, union=3.0, per_feature=840.0, fixed=1.3e10,
+        attend=1.5, route=0.3, route_pair=510.0, union=3.0, per_feature=840.0, fixed=1.04e10,
         score={
             "kmeans": 114_000, "kmeans_relative": 120_000, "kmedian": 416_000, "leverage": 1_600_000,
             "peak": 300_000, "query": 103_000, "norm": 26_000, "inverse_norm": 26_000,
             "kernel_kmeans": 9_000_000, "window_peak": 20_000_000, "random": 1_000_000,
         },
-        other=9_000_000, select=150_000, select_fixed=3.4e10,
+        other=9_000_000, select=87_000, select_fixed=4.5e9,
     ),
 }  # fmt: skip
 

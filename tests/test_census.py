@@ -14,6 +14,8 @@ import pytest
 
 from bench.census_page import missed_inside
 
+pytestmark = pytest.mark.xdist_group("census")  # what they share is made once
+
 pytest.importorskip("transformers")
 
 WRONG = 0

@@ -1,0 +1,115 @@
+"""How many clusters a tile of a GPU kernel walks over, for each that one of its queries routes to: on real text.
+
+    python -m bench.quality.unions
+
+The queries of a tile (and the heads that share a KV head) read the union of their routes; ``bench.model`` takes
+it as an assumption. Here the routes of SmolLM2's heads are counted, tiled as ``kernels.triton`` tiles them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+import torch
+from tabulate import tabulate
+from torch import Tensor
+
+from prescore_compile import smollm
+from prescore_compile.kernels import cpu
+from prescore_compile.kernels import summary as summaries
+from prescore_compile.kernels.coarse import best_chunks, coarse
+from prescore_compile.kernels.layout import spans
+from prescore_compile.kernels.plan import Plan
+from prescore_compile.kernels.reference import TILE, Operands
+from prescore_compile.kernels.summary import Summary
+from prescore_compile.kernels.triton import listing
+from prescore_compile.passes.defaults import CAUSAL, LONG_ON_A_GPU
+
+from .lengths import stretch
+from .model import hidden
+from .texts import TEXTS
+
+
+def union(routes: Tensor, group: int, queries: int, chunk: int) -> tuple[int, int]:
+    """Clusters that tiles walk over, and routes of their rows, of ``routes`` ``[B, H, Nq, R]`` (-1: none).
+
+    ``queries`` a tile, none of which lies across a border of chunks. Both are added up over tiles, the second as the
+    mean of a tile's rows, times its rows.
+    """
+    batch, heads, length, count = routes.shape
+    wide = int(routes.max()) + 1
+    walked = routed = 0
+    for first in range(0, length, chunk):
+        for begin in range(first, min(first + chunk, length), queries):
+            end = min(begin + queries, first + chunk, length)
+            tile = routes[:, :, begin:end].reshape(batch * heads // group, -1)
+            met = torch.zeros(len(tile), wide + 1, dtype=torch.bool)
+            met.scatter_(1, tile.long().where(tile >= 0, wide), True)
+            walked += int(met[:, :wide].sum()) * group * (end - begin)
+            routed += int((tile >= 0).sum())
+    return walked, routed
+
+
+def chunks(site: Operands, level: Summary, plan: Plan) -> Tensor:
+    """The first of two levels: ``[B, H, Nq, coarse]``, -1: none."""
+    query, length = site.query, site.key.shape[2]
+    count = level.mean.shape[2]
+    found = torch.full((*query.shape[:3], min(plan.coarse, count)), -1)
+    for span in spans(plan, site.causal, query.shape[2], length, TILE):
+        at = slice(span.begin, span.end)
+        best = best_chunks(query[:, :, at].float(), level, span, plan, site.causal, length, site.scale)
+        found[:, :, at, : best.shape[3]] = best.where(best < count, -1)
+    return found
+
+
+class Counted:
+    """Attention with the plan, which counts ``union`` of its routes, and of the first of two levels."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.walked, self.routed = [0, 0], [0, 0]
+
+    def __call__(self, site: Operands, first: int) -> Tensor:
+        query, key, value, _, causal, scale = site
+        plan, group = self.plan, query.shape[1] // key.shape[1]
+        summary = summaries.summarize(key, value, None, None, plan, cpu.clusters)
+        mass = cpu.mass(site, summary, plan) if plan.share else None
+        routes = cpu.route(query, summary, plan, causal, key.shape[2], scale, mass)
+        found = [routes]
+        if plan.coarse:
+            found.append(chunks(site, coarse(summary, plan), plan))
+        spec = listing.spec(plan, dim=key.shape[3], group=group)
+        for level, chosen in enumerate(found):
+            walked, routed = union(chosen, group, spec.queries, plan.chunk)
+            self.walked[level] += walked
+            self.routed[level] += routed
+        return cpu.attend(site, summary, routes, plan)
+
+    def ratios(self) -> list[str]:
+        """Of the routes, and of the chunks of the first level."""
+        return [f"{w / r:.2f}" if r else "" for w, r in zip(self.walked, self.routed, strict=True)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 16384])
+    parser.add_argument("--texts", nargs="+", default=["news", "glossary"], choices=TEXTS)
+    arguments = parser.parse_args()
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    rows = []
+    for length in arguments.lengths:
+        model, tokenizer = smollm.load()
+        stretch(model, length)
+        for text in arguments.texts:
+            ids = smollm.token_ids(tokenizer, TEXTS[text](), length)
+            for name, plan in (("one level", CAUSAL), ("two levels", LONG_ON_A_GPU)):
+                attend = Counted(plan)
+                hidden(model, ids, attend)
+                rows.append([length, text, name, *attend.ratios()])
+                print(rows[-1], flush=True)
+    print(tabulate(rows, ["n", "text", "plan", "clusters", "chunks"], "github", disable_numparse=True))
+
+
+if __name__ == "__main__":
+    main()
