@@ -44,8 +44,11 @@ EXACT_SHARE = 0.6
 """Of the tensor cores' rate that exact attention reaches on long inputs; FlashAttention-3 reports 0.5 to 0.75."""
 ATTEND_SHARE = 0.4
 """The same of ``attend``; assumed."""
-UNION = 3.0
-"""Clusters that a tile of 64 rows walks over, for each route of one of its rows; assumed, it depends on the input."""
+UNION = (4.0, 0.5)
+"""Clusters that a tile of 64 rows walks over, for each route of one of its rows: at 8192 tokens, and how many more for
+each doubling. Counted on text up to 16,384 by `python -m bench.quality.unions`; beyond, extrapolated."""
+CHUNK_UNION = (1.2, 0.3)
+"""The same of chunks on the first of two levels."""
 BACKWARD = 2.5
 """Products of a backward, for each of its forward: five of them, not two."""
 ROUTE_PAIR = (55, 59)
@@ -95,12 +98,11 @@ class Work:
 
 @dataclass(frozen=True)
 class Site:
-    """One attention: ``union``: see ``UNION``."""
+    """One attention."""
 
     shape: cost.Shape
     length: int
     plan: Plan = field(default_factory=Plan)
-    union: float = UNION
 
     @property
     def rows(self) -> int:
@@ -111,6 +113,16 @@ class Site:
     def keys(self) -> int:
         """Keys of all KV heads."""
         return self.shape.batch * self.shape.kv_heads * self.length
+
+    @property
+    def union(self) -> float:
+        """See ``UNION``."""
+        return _grown(UNION, self.length)
+
+    @property
+    def chunk_union(self) -> float:
+        """See ``CHUNK_UNION``."""
+        return _grown(CHUNK_UNION, self.length)
 
 
 def exact(site: Site) -> Work:
@@ -175,7 +187,7 @@ def route(site: Site) -> Work:
     exact = cost.at(cost.exact_pairs(shape.causal), site.length) * shape.batch * shape.heads
     pairs, launches = exact / plan.cluster, 1
     if plan.coarse:
-        walked = site.rows * plan.coarse * (plan.chunk // plan.cluster) * site.union
+        walked = site.rows * plan.coarse * (plan.chunk // plan.cluster) * site.chunk_union
         pairs, launches = exact / plan.chunk + min(walked, pairs), 12
     traffic = site.rows * (NUMBER_BYTES * shape.head_dim + 4 * plan.routes)
     lanes = pairs * ROUTE_PAIR[int(shape.head_dim > 64)]
@@ -218,3 +230,8 @@ def _features(site: Site) -> int:
 
 def _operands(site: Site) -> float:
     return NUMBER_BYTES * (site.rows + site.keys) * float(_features(site))
+
+
+def _grown(of: tuple[float, float], length: int) -> float:
+    """A value at 8192 tokens that grows with each doubling, at another length; at least 1."""
+    return max(1.0, of[0] + of[1] * math.log2(length / 8192))

@@ -36,7 +36,8 @@ class Prices:
     Attributes:
         attend: of one multiply-add of an attended pair. route: of a routing pair, its features counted in ``attend``'s
             way. route_pair: of a routing pair whatever its features.
-        union: routed pairs that are computed, for each that is attended.
+        union: routed pairs that are computed, for each that is attended. chunk_union: chunks of the first of two
+            levels that are walked over, for each that is chosen.
         per_key, per_feature: a key and KV head, to cluster and copy it; and each of its features.
         score: a key and KV head, to score it, by method; other: by a user's own scorer. select: of scored keys, to
             find the best and copy them. fixed: the launches. select_fixed: those of scores and selected keys.
@@ -48,6 +49,7 @@ class Prices:
     other: int
     route_pair: float = 0.0
     union: float = 1.0
+    chunk_union: float = 1.0
     per_key: float = 0.0
     per_feature: float = 0.0
     select: float = 0.0
@@ -65,7 +67,7 @@ PRICES = {
     # 4 query heads a KV head. kernel_kmeans, window_peak, random and a user's scorer are torch operations there:
     # what they read and write, or their launches where that is more.
     "cuda": Prices(
-        attend=1.5, route=0.3, route_pair=510.0, union=3.0, per_feature=840.0, fixed=1.04e10,
+        attend=1.5, route=0.3, route_pair=510.0, union=4.3, chunk_union=1.5, per_feature=840.0, fixed=1.04e10,
         score={
             "kmeans": 114_000, "kmeans_relative": 120_000, "kmedian": 416_000, "leverage": 1_600_000,
             "peak": 300_000, "query": 103_000, "norm": 26_000, "inverse_norm": 26_000,
@@ -133,8 +135,8 @@ def _window(plan: Plan, causal: bool) -> float:
 def routing_pairs(plan: Plan, causal: bool, union: float = 1) -> sympy.Expr:
     """(query, representative vector) pairs: a mean and a spread for each cluster, a head.
 
-    On the second of two levels ``union`` times as many are computed. Two vectors of D a cluster cost as
-    much as one attended key (its key and its value).
+    On the second of two levels ``union`` times as many are computed (``Prices.chunk_union``). Two vectors of D a
+    cluster cost as much as one attended key (its key and its value).
     """
     if not plan.routes:
         return sympy.Integer(0)
@@ -170,7 +172,7 @@ def prescored_time(shape: Shape, plan: Plan) -> sympy.Expr:
     scoring = 0
     if plan.keep:
         scoring = (prices.score.get(plan.method, prices.other) + prices.select) * keys + prices.select_fixed
-    attended, routing = attended_pairs(plan, shape.causal), routing_pairs(plan, shape.causal, prices.union)
+    attended, routing = attended_pairs(plan, shape.causal), routing_pairs(plan, shape.causal, prices.chunk_union)
     if prices.union != 1:
         attended += (prices.union - 1) * _least(N * routed_keys(plan), attended)
     attended += mass_pairs(plan, shape.causal)
