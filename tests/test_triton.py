@@ -6,6 +6,7 @@ change the other tests. To run one file by hand: ``TRITON_INTERPRET=1 pytest tes
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import subprocess
 import sys
@@ -14,12 +15,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+SECONDS = 1800
 FILES = sorted(path.name for path in (ROOT / "tests" / "interpreted").glob("test_*.py"))
 
 
 @pytest.mark.parametrize("file", FILES)
 def test_interpreted(file: str) -> None:
     pytest.importorskip("triton")
+    faulthandler.cancel_dump_traceback_later()  # pytest's, after 300 s: this may take longer, and has its own limit
     command = [sys.executable, "-m", "pytest", "-q", "-x", f"tests/interpreted/{file}"]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"TRITON_INTERPRET": "1"}, text=True, capture_output=True)
+    env = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=env, text=True, capture_output=True, timeout=SECONDS)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
