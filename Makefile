@@ -20,7 +20,7 @@ test-slow: $(READY)
 	$(BIN)/pytest -m slow
 
 pytest: $(READY)
-	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadgroup
+	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 lint: ruff types
 

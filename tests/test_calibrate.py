@@ -21,8 +21,6 @@ from prescore_compile.cli import main
 from prescore_compile.passes import cost
 from prescore_compile.passes.planfile import data, load, text
 
-pytestmark = pytest.mark.xdist_group("calibrate")  # what they share is made once
-
 CANDIDATES = [Plan(chunk=16, window=w, sinks=2, routes=r) for w, r in ((0, 0), (16, 1), (60, 0))]
 ALWAYS: dict[str, Any] = dict(min_seq_len=0, only_if_faster=False, inner="eager")
 

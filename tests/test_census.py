@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import faulthandler
 import json
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -11,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 from bench.census_page import missed_inside
-
-pytestmark = pytest.mark.xdist_group("census")  # what they share is made once
 
 pytest.importorskip("transformers")
 
@@ -35,12 +35,18 @@ Row = dict[str, Any]
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
     faulthandler.cancel_dump_traceback_later()  # pytest's, after 300 s: this takes longer, and has its own limit
-    out = tmp_path_factory.mktemp("census") / "sample.json"
-    # A process of its own: the census forks, which a process that has used torch's threads should not.
-    command = [sys.executable, "-m", "bench.census", "--sample", "--fresh", "--jobs", "2", "--out", str(out)]
-    root = Path(__file__).parent.parent
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=SECONDS)
-    assert done.returncode == 0, done.stderr[-2000:]
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # of all processes of this run: one makes the census, the others wait for it
+    out, part = folder / "census.json", folder / "census.part"
+    with FileLock(folder / "census.lock"):
+        if not out.exists():
+            # A process of its own: the census forks, which a process that has used torch's threads should not.
+            command = [sys.executable, "-m", "bench.census", "--sample", "--fresh", "--jobs", "2", "--out", str(part)]
+            root = Path(__file__).parent.parent
+            done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=SECONDS)
+            assert done.returncode == 0, done.stderr[-2000:]
+            part.rename(out)
     found: list[Row] = json.loads(out.read_text())["rows"]
     return [row for row in found if "unbuilt" not in row]
 

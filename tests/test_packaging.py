@@ -13,8 +13,6 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.xdist_group("packaging")  # what they share is made once
-
 ROOT = Path(__file__).resolve().parent.parent
 HOMES = {
     "prescore_compile": "prescore_compile",

@@ -13,6 +13,7 @@ from prescore_compile.kernels.plan import METHODS, Plan
 from prescore_compile.kernels.triton.scores import kernel as scores
 
 SELECTED = {"select": {"best", "best_score"}, "select_segments": {"chosen"}}
+ROWS = {"rows": {"row_index", "row_key", "row_value", "row_bias"}}
 ROUTED = [name for name, plan in PLANS.items() if plan.routes]
 
 
@@ -27,7 +28,7 @@ def test_summarize(name: str, padded: bool) -> None:
         graph = graph_of(lambda *t: ops.summarize(*t, plan.text), *tensors)
         got = ops.summarize(*tensors, plan.text)
     expected = {"cluster": {"order_out", "mean", "spread", "bias"}}
-    expected |= SELECTED if plan.keep else {}
+    expected |= (SELECTED if plan.keep else {}) | ROWS
     assert kernels(graph) == expected
     for g, w in zip(got, summary_of(site, plan), strict=True):
         assert (g.shape, g.dtype, g.device.type) == (w.shape, w.dtype, "cuda")
@@ -42,7 +43,7 @@ def test_rows_without_clusters(name: str, padded: bool) -> None:
         tensors = fakes((*site[1:4], torch.empty(2, 2, 200)), "cuda")
         graph = graph_of(lambda *t: ops.summarize(*t, plan.text), *tensors)
         got = ops.summarize(*tensors, plan.text)
-    assert kernels(graph) == {"select": {"best", "best_score"}} | ({} if plan.centroids else SELECTED)
+    assert kernels(graph) == {"select": {"best", "best_score"}} | ({} if plan.centroids else SELECTED | ROWS)
     for g, w in zip(got, summary_of(site, plan), strict=True):
         assert (g.shape, g.dtype, g.device.type) == (w.shape, w.dtype, "cuda")
 
@@ -74,7 +75,7 @@ def test_one_graph_of_scores_and_rows_for_all_lengths(dynamic: bool, monkeypatch
     site = operands(200, dtype=torch.bfloat16)
     leaves = [tensor.requires_grad_() for tensor in site[:3]]
     graph = graph_of(rows, *leaves, dynamic=dynamic)
-    assert list(kernels(graph)) == ["score", "select", "select_segments"]
+    assert list(kernels(graph)) == ["score", "select", "select_segments", "rows"]
     sizes = [node for node in graph.nodes if isinstance(node.meta.get("val"), torch.SymInt)]
     assert bool(sizes) == dynamic
 

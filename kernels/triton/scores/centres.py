@@ -58,13 +58,13 @@ result = distance  #? not relative
 result = distance / tl.maximum(whole, $tiny)  #? relative
 """
 
+# The mean needs no distance; but with a step of its own before the loop the kernel spills.
 KMEDIAN = """
 $start
 for step in range(0, $iterations):
     $nearest
     for weiszfeld in range(0, $steps):
-        # The mean of the cluster's keys; then each weighted by 1 / its distance from the median so far. (With the
-        # mean before the loop, where no distance is needed, the kernel spills.)
+        # The mean of the cluster's keys; then each weighted by 1 / its distance from the median so far.
         $distance
         near = 1.0 / tl.maximum(distance, 1e-6)
         weight = tl.where(inside, tl.where(weiszfeld > 0, near, 1.0)[:, None], 0.0)
