@@ -156,7 +156,7 @@ def test_the_model_grows_as_the_formulas_do() -> None:
     short, long = (model.stages(site(n), device) for n in (65536, 131072))
     assert math.isclose(long["exact"] / short["exact"], 4, rel_tol=0.01)
     assert math.isclose(long["route"] / short["route"], 4, rel_tol=0.01)
-    assert math.isclose(long["attend"] / short["attend"], 2, rel_tol=0.01)
+    assert 2 < long["attend"] / short["attend"] < 2 * 6 / 5.5  # tiles meet more clusters: half a one a doubling
     assert model.stages(site(131072, 32), device)["route"] < long["route"]
     assert model.exact(site(131072)).bound(device) == "products"
     assert model.parts({"attend": 3.0, "route": 1.1}, {"attend": 1.0, "route": 1.0}) == {"attend": 3.0}
