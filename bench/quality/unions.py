@@ -2,8 +2,8 @@
 
     python -m bench.quality.unions
 
-The queries of a tile (and the heads that share a KV head) read the union of their routes; ``bench.model`` takes
-it as an assumption. Here the routes of SmolLM2's heads are counted, tiled as ``kernels.triton`` tiles them.
+The queries of a tile (and the heads that share a KV head) read the union of their routes; ``bench.model`` has
+what was counted. Here the routes of SmolLM2's heads are counted, tiled as ``kernels.triton`` tiles them.
 """
 
 from __future__ import annotations

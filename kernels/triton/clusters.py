@@ -25,7 +25,7 @@ from ..plan import Plan
 from .cache import launch, load
 from .network import EXCHANGE, rising
 from .render import arguments, fill, source
-from .spec import MOST_FEATURES, power_of_two
+from .spec import MOST_FEATURES, SummarySpec, power_of_two
 
 CHUNK = 256
 """Keys of the largest chunk."""
@@ -193,17 +193,8 @@ order = chunk * CHUNK + tl.reshape((number & (CHUNK - 1)).to(tl.int32), [CHUNK])
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClusterSpec:
-    """What the source depends on: features of key and value, the plan, whether some keys are padding."""
-
-    dim: int
-    value_dim: int
-    plan: str
-    valid: bool
-
-    @property
-    def settings(self) -> Plan:
-        return Plan.parse(self.plan)
+class ClusterSpec(SummarySpec):
+    """What the source depends on."""
 
     @property
     def keys(self) -> int:

@@ -16,7 +16,7 @@ from .route import route_source
 from .route import spec_of as route_spec
 from .scores import kernel as scores
 from .scores import select
-from .spec import DTYPES, NOTHING, Lifted, Spec
+from .spec import DTYPES, NOTHING, Lifted, Spec, SummarySpec
 from .union import mark_source, union_source
 
 
@@ -104,7 +104,7 @@ def all_sources(forward: Spec, site: str) -> dict[str, str]:
         if select.segments_fit(plan):
             found["select_segments"] = select.segments_source(plan)
     if rows.fits(plan) and (plan.sinks or plan.keep):
-        copied = rows.RowsSpec(dim=forward.dim, value_dim=forward.value_dim, plan=forward.plan, valid=forward.valid)
+        copied = SummarySpec(dim=forward.dim, value_dim=forward.value_dim, plan=forward.plan, valid=forward.valid)
         found["rows"] = rows.rows_source(copied)
     if plan.share:
         found["mass"] = attend_source(mass_spec(forward))

@@ -6,8 +6,6 @@ One program ``ROWS`` rows of one KV head. Padding may come first, so the sinks a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
 from ..layout import chunk_count
@@ -15,7 +13,7 @@ from ..plan import Plan
 from .cache import launch, load
 from .render import arguments, fill, source
 from .scores.select import segments_fit
-from .spec import power_of_two
+from .spec import SummarySpec, cdiv, power_of_two
 
 ROWS = 16
 """Rows of a program."""
@@ -75,26 +73,12 @@ while (filled < wanted) & (begin < k_len):
 """
 
 
-@dataclass(frozen=True, kw_only=True)
-class RowsSpec:
-    """What the source depends on: features of key and value, the plan, whether some keys are padding."""
-
-    dim: int
-    value_dim: int
-    plan: str
-    valid: bool
-
-    @property
-    def settings(self) -> Plan:
-        return Plan.parse(self.plan)
-
-
 def fits(plan: Plan) -> bool:
     """Whether rows are copies of keys alone, and which keys is known on chip."""
     return not plan.centroids and (not plan.keep or segments_fit(plan))
 
 
-def rows_source(spec: RowsSpec) -> str:
+def rows_source(spec: SummarySpec) -> str:
     """Source of ``rows``."""
     plan = spec.settings
     names = ["key", "value", "valid", "chosen", "row_index", "row_key", "row_value", "row_bias"]
@@ -132,7 +116,7 @@ def rows(
     row_bias = key.new_empty(shape, dtype=torch.float32)
     if plan.sinks or plan.keep:
         key, value = (t if t.stride(3) == 1 else t.contiguous() for t in (key, value))
-        blocks = (shape[2] + ROWS - 1) // ROWS
+        blocks = cdiv(shape[2], ROWS)
         values = dict(
             key=key, value=value, valid=None if valid is None else valid.contiguous(), chosen=chosen,
             row_index=row_index, row_key=row_key, row_value=row_value, row_bias=row_bias,
@@ -140,6 +124,6 @@ def rows(
             value_b=value.stride(0), value_h=value.stride(1), value_n=value.stride(2),
             kv_heads=heads, k_len=k_len, selected=selected, blocks=blocks,
         )  # fmt: skip
-        spec = RowsSpec(dim=dim, value_dim=value.shape[3], plan=plan.text, valid=valid is not None)
+        spec = SummarySpec(dim=dim, value_dim=value.shape[3], plan=plan.text, valid=valid is not None)
         launch(load(rows_source(spec), "rows"), (batch * heads * blocks,), values, warps=4, stages=1)
     return row_index, owner, row_key, row_value, row_bias

@@ -136,6 +136,20 @@ class Spec:
         return (last - self.first_block(q_len, k_len) + 1) * self.tiles_a_chunk
 
 
+@dataclass(frozen=True, kw_only=True)
+class SummarySpec:
+    """A kernel of summarize that reads keys and values: their features, the plan, whether some keys are padding."""
+
+    dim: int
+    value_dim: int
+    plan: str
+    valid: bool
+
+    @property
+    def settings(self) -> Plan:
+        return Plan.parse(self.plan)
+
+
 def check(target: str, dtype: str, dim: int, value_dim: int) -> None:
     """Raise ``ValueError`` unless kernels are written for these, naming what was got and what is allowed."""
     if target not in TARGETS:
