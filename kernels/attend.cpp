@@ -1,4 +1,5 @@
-// The CPU lowering of clustering, `route` and `attend`; kernels/reference.py says what they compute.
+// The CPU lowering of clustering, `route` and `attend`, the last two also as one, a tile's queries being routed just
+// before they attend; kernels/reference.py says what they compute.
 //
 // attend works tile by tile: `tile` consecutive queries times the query heads of one KV head are
 // the rows of a tile. Keys come in blocks of 16, stored [dim][16], so that a vector holds one
@@ -19,7 +20,7 @@ namespace prescore {
 struct Sources {  // what attend reads besides the query
   View key, value;
   const uint8_t* valid;  // [batch, position] or null
-  const int32_t *order, *routes, *row_index;
+  const int32_t *order, *routes, *row_index;  // routes: null where they are found tile by tile
   View row_key, row_value;
   const float* row_bias;
 };
@@ -34,7 +35,8 @@ struct Attend {
   const Geometry& g;
   const Sources& from;
   View query, out;
-  float* mass;  // [batch, head, query]: logarithm of the softmax's sum; or null
+  float* mass;    // [batch, head, query]: logarithm of the softmax's sum; or null
+  Route* router;  // finds the routes; or null, where they are given
 
   std::vector<Span> tiles = spans(g);
   int64_t group = g.heads / g.kv_heads, width = (g.value_dim + W - 1) / W * W;
@@ -58,6 +60,9 @@ struct Attend {
     std::vector<float> key, value, rowwise;
     std::vector<uint8_t> copied;
     float bias[W];
+    Route::Scratch route;  // what a router needs and finds: sums over window and sinks, and routes, of each row
+    std::vector<float> near;
+    std::vector<int32_t> routes;
   };
   Scratch scratch() const { return {}; }
 
@@ -202,13 +207,27 @@ struct Attend {
     }
   }
 
-  void attend_routes(Scratch& s, const Span& span, int64_t b, int64_t kv, int64_t rows) const {
-    const int64_t length = span.end - span.begin, bh = b * g.kv_heads + kv;
+  // The natural logarithm of a row's softmax's sum so far.
+  static float log_sum_of(const Rows& rows, int64_t r) {
+    const float total = std::log2(sum_lanes(load(&rows.total[r * L])));
+    return (rows.top[r] > NEG_INF ? rows.top[r] + total : total) / (float)LOG2_E;
+  }
+
+  // Routes of a tile whose rows have attended window and sinks, and nothing else.
+  void find_routes(Scratch& s, const Span& span, int64_t b, int64_t kv, int64_t rows) const {
+    const bool share = g.log_share > NEG_INF;
+    s.near.resize(rows);
+    s.routes.resize(rows * g.routes);
+    for (int64_t r = 0; share && r < rows; ++r) s.near[r] = log_sum_of(s.rows, r);
+    const int64_t length = span.end - span.begin;
+    router->run_tile(s.route, span, b, kv, {share ? s.near.data() : nullptr, length, length, 1},
+                     {s.routes.data(), length, length, g.routes});
+  }
+
+  void attend_routes(Scratch& s, const Span& span, int64_t b, int64_t kv, int64_t rows,
+                     const Entries<const int32_t>& routes_of) const {
+    const int64_t bh = b * g.kv_heads + kv;
     const int64_t per_cluster = g.cluster / W;
-    auto routes_of = [&](int64_t r) {
-      const int64_t h = kv * group + r / length, n = span.begin + r % length;
-      return from.routes + ((b * g.heads + h) * g.q_len + n) * g.routes;
-    };
     s.start.assign(clusters + 1, 0);
     for (int64_t r = 0; r < rows; ++r) {
       const int32_t* route = routes_of(r);
@@ -261,14 +280,15 @@ struct Attend {
     }
     attend_window(s, span, b, kv, rows);
     if (span.finished) attend_rows(s, span, b, kv, 0, g.sinks, rows);
+    if (router) find_routes(s, span, b, kv, rows);
     for (int64_t f = per_segment ? span.finished : 0; f > 0; f -= f & -f)
       attend_rows(s, span, b, kv, g.sinks + (f - 1) * per_segment, per_segment, rows);
-    if (g.routes) attend_routes(s, span, b, kv, rows);
+    const Entries<const int32_t> found{s.routes.data(), length, length, g.routes};
+    if (g.routes) attend_routes(s, span, b, kv, rows, router ? found : entries(from.routes, g, span, b, kv, g.routes));
+    const Entries<float> sums = entries(mass, g, span, b, kv, 1);
     for (int64_t r = 0; r < rows; ++r) {
+      if (mass) *sums(r) = log_sum_of(s.rows, r);
       const float total = sum_lanes(load(&s.rows.total[r * L]));
-      if (mass)
-        mass[(b * g.heads + kv * group + r / length) * g.q_len + span.begin + r % length] =
-            (s.rows.top[r] > NEG_INF ? s.rows.top[r] + std::log2(total) : std::log2(total)) / (float)LOG2_E;
       float* result = s.rows.out.data() + r * width;
       for (int64_t c = 0; c < g.value_dim; ++c) result[c] = total == 0.0f ? 0.0f : result[c] / total;
       write(out, b, kv * group + r / length, span.begin + r % length, g.value_dim, result);
@@ -286,6 +306,7 @@ struct Attend {
     centroid_bias.resize(at_once * centroid_blocks * W);
     for (; packed_from < heads; packed_from = packed_to) {
       packed_to = std::min(packed_from + at_once, heads);
+      if (router) router->pack(packed_from, packed_to);
       if (g.routes) {
         PackClusters clusters{*this};
         parallel(packed_from * chunks, packed_to * chunks, g.threads, clusters);
@@ -309,23 +330,35 @@ void prescore_cluster(const Geometry* g, const View* key, const View* value, con
 void prescore_route(const Geometry* g, const View* query, const float* mean, const float* spread, const float* bias,
                     const float* chunk_mean, const float* chunk_spread, const float* chunk_bias, const float* mass,
                     int32_t* routes) {
-  const prescore::Level clusters{mean, spread, bias}, chunks{chunk_mean, chunk_spread, chunk_bias};
-  prescore::Route route{*g, *query, clusters, chunks, mass, routes};
-  prescore::parallel(0, g->batch * g->kv_heads * (int64_t)route.tiles.size(), g->threads, route);
+  prescore::Route route{*g, *query, {mean, spread, bias}, {chunk_mean, chunk_spread, chunk_bias}};
+  route.pack(0, g->batch * g->kv_heads);
+  const prescore::RouteAll all{route, mass, routes};
+  prescore::parallel(0, g->batch * g->kv_heads * (int64_t)route.tiles.size(), g->threads, all);
 }
 
 void prescore_attend(const Geometry* g, const View* query, const View* key, const View* value, const View* out,
                      const uint8_t* valid, const int32_t* order, const int32_t* routes, const int32_t* row_index,
                      const View* row_key, const View* row_value, const float* row_bias) {
   const prescore::Sources from{*key, *value, valid, order, routes, row_index, *row_key, *row_value, row_bias};
-  prescore::Attend{*g, from, *query, *out, nullptr}.run_all();
+  prescore::Attend{*g, from, *query, *out, nullptr, nullptr}.run_all();
+}
+
+// Both, without routes in memory.
+void prescore_route_attend(const Geometry* g, const View* query, const View* key, const View* value, const View* out,
+                           const uint8_t* valid, const int32_t* order, const float* mean, const float* spread,
+                           const float* bias, const float* chunk_mean, const float* chunk_spread,
+                           const float* chunk_bias, const int32_t* row_index, const View* row_key,
+                           const View* row_value, const float* row_bias) {
+  const prescore::Sources from{*key, *value, valid, order, nullptr, row_index, *row_key, *row_value, row_bias};
+  prescore::Route route{*g, *query, {mean, spread, bias}, {chunk_mean, chunk_spread, chunk_bias}};
+  prescore::Attend{*g, from, *query, *out, nullptr, &route}.run_all();
 }
 
 // As attend over window and sinks, with values of no features: only the sums are wanted.
 void prescore_mass(const Geometry* g, const View* query, const View* key, const uint8_t* valid,
                    const int32_t* row_index, const View* row_key, const float* row_bias, float* mass) {
   const prescore::Sources from{*key, *key, valid, nullptr, nullptr, row_index, *row_key, *row_key, row_bias};
-  prescore::Attend{*g, from, *query, *query, mass}.run_all();
+  prescore::Attend{*g, from, *query, *query, mass, nullptr}.run_all();
 }
 
 }  // extern "C"

@@ -129,17 +129,10 @@ def route(
         return routes
     geometry = _geometry(plan, query.shape, summary.mean.shape, dim, k_len, causal, count, scale)
     view, keep_alive = _view(query)
-    levels = [summary, coarse(summary, plan)] if plan.coarse else [summary]
-    given = [t.contiguous() for level in levels for t in (level.mean, level.spread, level.bias)]
-    _library().prescore_route(
-        ctypes.byref(geometry),
-        ctypes.byref(view),
-        *(_pointer(t) for t in given),
-        *[None] * (6 - len(given)),
-        None if mass is None else _pointer(mass.contiguous()),
-        _pointer(routes),
-    )
-    del keep_alive, given
+    levels, more_alive = _levels(summary, plan)
+    near = None if mass is None else _pointer(mass.contiguous())
+    _library().prescore_route(ctypes.byref(geometry), ctypes.byref(view), *levels, near, _pointer(routes))
+    del keep_alive, more_alive
     return routes
 
 
@@ -169,6 +162,18 @@ def attend(site: Operands, summary: Summary, routes: torch.Tensor, plan: Plan, t
     The result is laid out as ``[B, Nq, H, Dv]`` in memory, as SDPA's CPU kernel does, so that the
     transpose that follows it in every model is free.
     """
+    return _attended(site, summary, routes, plan, tile)
+
+
+def route_attend(site: Operands, summary: Summary, plan: Plan, tile: int = TILE) -> torch.Tensor:
+    """``mass``, ``route`` and ``attend`` in one walk over the queries: no routes are in memory, and no sums.
+
+    A tile's rows attend their window and sinks, whose sums a share is of, are routed, and attend the rest.
+    """
+    return _attended(site, summary, None, plan, tile)
+
+
+def _attended(site: Operands, summary: Summary, routes: torch.Tensor | None, plan: Plan, tile: int) -> torch.Tensor:
     batch, heads, q_len, dim = site.query.shape
     value_dim, k_len = site.value.shape[3], site.key.shape[2]
     dtype = site.query.dtype if site.query.dtype == torch.bfloat16 else torch.float32
@@ -177,23 +182,30 @@ def attend(site: Operands, summary: Summary, routes: torch.Tensor, plan: Plan, t
         return out.to(site.query.dtype)
     if k_len == 0:
         return out.zero_().to(site.query.dtype)
-    geometry = _geometry(
-        plan, site.query.shape, site.key.shape, value_dim, k_len, site.causal, routes.shape[3], site.scale, tile
-    )
+    count = min(plan.routes, summary.mean.shape[2]) if routes is None else routes.shape[3]
+    geometry = _geometry(plan, site.query.shape, site.key.shape, value_dim, k_len, site.causal, count, site.scale, tile)
     views, alive = zip(*(_view(t) for t in (site.query, site.key, site.value, out)), strict=True)
     row_views, rows_alive = zip(*(_view(t) for t in (summary.row_key, summary.row_value)), strict=True)
     valid = None if site.valid is None else site.valid.contiguous()
-    order, routes = summary.order.contiguous(), routes.contiguous()
-    index, bias = summary.row_index.contiguous(), summary.row_bias.contiguous()
-    _library().prescore_attend(
+    order, index, bias = (t.contiguous() for t in (summary.order, summary.row_index, summary.row_bias))
+    if routes is None:
+        run = _library().prescore_route_attend
+        chosen, chosen_alive = _levels(summary, plan)
+    else:
+        run = _library().prescore_attend
+        chosen_alive = [routes.contiguous()]
+        chosen = [_pointer(chosen_alive[0])]
+    run(
         ctypes.byref(geometry),
         *(ctypes.byref(view) for view in views),
         None if valid is None else _pointer(valid),
-        *(_pointer(t) for t in (order, routes, index)),
+        _pointer(order),
+        *chosen,
+        _pointer(index),
         *(ctypes.byref(view) for view in row_views),
         _pointer(bias),
     )
-    del alive, rows_alive
+    del alive, rows_alive, chosen_alive
     return out.to(site.query.dtype)
 
 
@@ -247,6 +259,13 @@ def _view(tensor: torch.Tensor) -> tuple[_View, torch.Tensor]:
     if owner.stride(3) != 1 and owner.shape[3] > 1:
         owner = owner.contiguous()
     return _View(owner.data_ptr(), *owner.stride()[:3], int(owner.dtype == torch.bfloat16)), owner
+
+
+def _levels(summary: Summary, plan: Plan) -> tuple[list[ctypes.c_void_p | None], list[torch.Tensor]]:
+    """Mean, spread and bias of clusters, then of chunks (None on one level), and the tensors that own them."""
+    levels = [summary, coarse(summary, plan)] if plan.coarse else [summary]
+    owners = [t.contiguous() for level in levels for t in (level.mean, level.spread, level.bias)]
+    return [*(_pointer(t) for t in owners), *[None] * (6 - len(owners))], owners
 
 
 def _pointer(tensor: torch.Tensor) -> ctypes.c_void_p:

@@ -1,10 +1,11 @@
-"""The four operators that the graph pass inserts: score, summarize, route, attend.
+"""The operators that the graph pass inserts: score, summarize, mass, route, attend.
 
 Registered with ``torch.library`` under ``prescore::``, with fake implementations (shapes only) and
 gradients, so that Inductor, AOTAutograd and ``torch.export`` see them. A plan travels as
-its text. On a GPU the generated Triton kernels run: an operator made of them is a ``triton_op``, which
-a compiler takes apart into their launches, so that Inductor and CUDA graphs have them. On a CPU the
-compiled kernels run where they can; anything else runs the reference.
+its text. On a CPU the last three are lowered to one, route_attend. On a GPU the generated Triton kernels
+run: an operator made of them is a ``triton_op``, which a compiler takes apart into their launches, so that
+Inductor and CUDA graphs have them. On a CPU the compiled kernels run where they can; anything else runs the
+reference.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ def prescored(
     parts = summarize(k, v, valid, scores, settings)
     order, mean, spread, bias, index, owner, row_key, row_value, row_bias = parts
     rows = (index, owner, row_key, row_value, row_bias)
+    if plan.routes and q.device.type == "cpu" and not logits.text:
+        return route_attend(q, k, v, valid, order, mean, spread, bias, *rows, settings, causal, scale)
     routes = near = None
     if plan.share:
         near = mass(q, k, valid, *rows, settings, causal, scale, *more)
@@ -537,6 +540,82 @@ def attend_backward_eager(
 @attend_backward_eager.register_fake
 def _(grad, query, key, value, valid, order, routes, row_index, row_owner, row_key, row_value, *rest):  # type: ignore[no-untyped-def]
     return tuple(t.new_empty(t.shape) for t in (query, key, value, row_key, row_value))
+
+
+@torch.library.custom_op("prescore::route_attend", mutates_args=())
+def route_attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    valid: Tensor | None,
+    order: Tensor,
+    mean: Tensor,
+    spread: Tensor,
+    bias: Tensor,
+    row_index: Tensor,
+    row_owner: Tensor,
+    row_key: Tensor,
+    row_value: Tensor,
+    row_bias: Tensor,
+    plan: str,
+    causal: bool,
+    scale: float,
+) -> Tensor:
+    """``mass``, ``route`` and ``attend`` as one, whose routes are never in memory as a whole; for CPUs.
+
+    The result of the three, and as differentiable: the backward routes once more.
+    """
+    site = Operands(query, key, value, valid, causal, scale)
+    summary = Summary(order, mean, spread, bias, row_index, row_owner, row_key, row_value, row_bias)
+    if _compiled(query):
+        return cpu.route_attend(site, summary, Plan.parse(plan))
+    return attend(*site[:4], order, _routes(site, summary, plan), *summary[4:], plan, causal, scale, "", [])
+
+
+@route_attend.register_fake
+def _(query, key, value, *args):  # type: ignore[no-untyped-def]
+    batch, heads, length, _ = query.shape
+    return query.new_empty(batch, length, heads, value.shape[3]).transpose(1, 2)
+
+
+def _routes(site: Operands, summary: Summary, plan: str) -> Tensor:
+    query, key, _, valid, causal, scale = site
+    more: tuple[Any, ...] = (plan, causal, scale, "", [])
+    near = mass(query, key, valid, *summary[4:], *more) if Plan.parse(plan).share else None
+    return route(query, *summary[:4], plan, causal, key.shape[2], scale, "", [], near)
+
+
+def _route_attend_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.plan, ctx.causal, ctx.scale = inputs
+    ctx.padded = tensors[3] is not None
+    ctx.save_for_backward(output, *(t for t in tensors if t is not None))
+
+
+def _route_attend_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    out, query, key, value, *rest = ctx.saved_tensors
+    valid = rest.pop(0) if ctx.padded else None
+    summary = Summary(*rest)
+    site = Operands(query, key, value, valid, ctx.causal, ctx.scale)
+    routes = _routes(site, summary, ctx.plan)
+    operands: tuple[Any, ...] = (
+        *site[:4],
+        summary.order,
+        routes,
+        *summary[4:],
+        ctx.plan,
+        ctx.causal,
+        ctx.scale,
+        "",
+        [],
+    )
+    sums = query.new_empty(0, dtype=torch.float32)
+    if _generated(query):  # a graph that was lowered for a CPU and moved
+        out, sums = attend_forward(*operands)
+    d_query, d_key, d_value, d_row_key, d_row_value = attend_backward(grad, out, sums, *operands)
+    return d_query, d_key, d_value, *[None] * 7, d_row_key, d_row_value, *[None] * 4
+
+
+route_attend.register_autograd(_route_attend_backward, setup_context=_route_attend_setup)
 
 
 def _rows_and_order(

@@ -1,4 +1,4 @@
-"""The pipeline: find -> lift masks -> decide -> insert, from graph to graph."""
+"""The pipeline: find -> lift masks -> decide -> insert -> lower, from graph to graph."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from .decide import Decision, decide, describe, logits_of
 from .emit import Sizes, canonical, laid_out_as, original
 from .expand import Expansion, composite, expand, restore
 from .find import add_missing_shapes, bodies, find_here
+from .lower import lower
 from .masks import Lifted, Mask
 from .memory import storage_of
 from .report import Report, SiteReport
@@ -81,6 +82,7 @@ def _rewrite(
             _drop_call(gm.graph, expansion)
         else:
             restore(gm.graph, expansion)
+    lower(gm.graph, values)
     gm.graph.lint()
     gm.recompile()
     recorder.done(gm)

@@ -85,6 +85,24 @@ def test_heads_are_packed_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> No
             **{name: getattr(summary, name)[b : b + 1, h : h + 1] for name in summary._fields if name != "row_owner"}
         )
         assert torch.equal(cpu.attend(one, alone, routes[b : b + 1, h : h + 1], plan), whole[b : b + 1, h : h + 1])
+    assert torch.equal(cpu.route_attend(site, summary, plan), whole)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("length", [1, 17, 333])
+@pytest.mark.parametrize("name", [name for name, plan in PLANS.items() if plan.routes])
+def test_routing_tile_by_tile_gives_the_same_bits(
+    name: str, length: int, causal: bool, padded: bool, dtype: torch.dtype
+) -> None:
+    site = operands(length, causal=causal, padded=padded, dim=24, value_dim=40, dtype=dtype)
+    for plan in (PLANS[name], replace(PLANS[name], share=0.02)):
+        summary = summary_of(site, plan)
+        mass = cpu.mass(site, summary, plan) if plan.share else None
+        routes = cpu.route(site.query, summary, plan, causal, length, site.scale, mass)
+        assert torch.equal(cpu.route_attend(site, summary, plan), cpu.attend(site, summary, routes, plan))
+        assert torch.equal(cpu.route_attend(site, summary, plan, tile=7), cpu.attend(site, summary, routes, plan, 7))
 
 
 @pytest.mark.parametrize("ties", [False, True])

@@ -128,7 +128,7 @@ def test_explain_names_rules_and_the_first_condition_that_failed(
 
 def test_diff_as_text_json_and_dot(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = said(capsys, "diff", f"{file}:by_name", *REWRITE, "--color", "always")
-    assert "\x1b[32m+ prescore_attend = prescore.attend.default(" in text
+    assert "\x1b[32m+ prescore_route_attend = prescore.route_attend.default(" in text
     assert "\x1b[31m- scaled_dot_product_attention = torch.nn.functional.scaled_dot" in text
     (graph,) = json.loads(said(capsys, "diff", f"{file}:by_name", *REWRITE, "--format", "json"))["graphs"]
     assert next(stage["name"] for stage in graph["stages"]) == "captured" and graph["sites"][0]["rule"] == "fused_call"
@@ -253,7 +253,7 @@ def test_every_site_has_a_line_inside_of_torch_a_checkpoint_and_a_branch() -> No
 
 def test_an_inspection_is_data_text_and_json(inspection: Inspection) -> None:
     (difference,) = inspection.diffs
-    assert inspection.title == "model" and difference.added and "+ prescore_attend" in str(inspection)
+    assert inspection.title == "model" and difference.added and "+ prescore_route_attend" in str(inspection)
     (graph,) = json.loads(inspection.json())["graphs"]
     assert len(graph["matched"]) + len(graph["removed"]) == len(graph["before"])
 

@@ -32,9 +32,35 @@ def test_opcheck(name: str) -> None:
         torch.library.opcheck(ops.route, route_args)
         routes = ops.route(*route_args)
     rows = [parts[6].requires_grad_(), parts[7].requires_grad_(), parts[8]]
-    torch.library.opcheck(
-        ops.attend, (q, k, v, valid, parts[0], routes, *parts[4:6], *rows, settings, causal, scale, "", [])
-    )
+    more = (*parts[4:6], *rows, settings, causal, scale)
+    torch.library.opcheck(ops.attend, (q, k, v, valid, parts[0], routes, *more, "", []))
+    if plan.routes:
+        torch.library.opcheck(ops.route_attend, (q, k, v, valid, *parts[:4], *more))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("name", [name for name, plan in PLANS.items() if plan.routes])
+def test_routing_and_attending_as_one_has_the_gradients_of_the_three(
+    name: str, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``compiled``: by the kernels, or by the reference."""
+    if not compiled:
+        monkeypatch.setattr(cpu, "available", lambda: False)
+    plan = PLANS[name]
+    q, k, v, valid, causal, scale = operands(150, padded=True)
+    settings, more = plan.text, (plan.text, causal, scale)
+    parts = ops.summarize(k, v, valid, ops.score(q, k, valid, *more) if plan.keep else None, settings)
+    order, mean, spread, bias, index, owner, *rows = (part.detach() for part in parts)
+    leaves = [t.requires_grad_() for t in (q, k, v, rows[0], rows[1])]
+    rows = [index, owner, *leaves[3:], rows[2]]
+    near = ops.mass(q, k, valid, *rows, *more, "", []) if plan.share else None
+    routes = ops.route(q, order, mean, spread, bias, settings, causal, 150, scale, "", [], near)
+    three = ops.attend(q, k, v, valid, order, routes, *rows, *more, "", [])
+    one = ops.route_attend(q, k, v, valid, order, mean, spread, bias, *rows, *more)
+    assert torch.equal(one, three)
+    grad = torch.randn_like(one)
+    for got, want in zip(torch.autograd.grad(one, leaves, grad), torch.autograd.grad(three, leaves, grad), strict=True):
+        assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

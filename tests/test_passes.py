@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from prescore_compile import Config
+from prescore_compile.backend import stages
 from prescore_compile.passes import REASONS, find, rewrite
 from prescore_compile.passes.masks import lift
 
@@ -274,15 +275,33 @@ def test_the_inserted_nodes_bear_their_own_names() -> None:
     gm = capture(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True), *qkv())
     plan: dict[str, Any] = dict(min_seq_len=0, only_if_faster=False)
     new, _ = rewrite(gm, Config(keep=4, **plan))
-    names = [f"prescore_{stage}" for stage in ("score", "summarize", "mass", "route", "attend")]
-    assert targets(new) == names
+    assert targets(new) == ["prescore_score", "prescore_summarize", "prescore_route_attend"]
     new, _ = rewrite(gm, Config(share=0.0, **plan))
-    assert targets(new) == ["prescore_summarize", "prescore_route", "prescore_attend"]
+    assert targets(new) == ["prescore_summarize", "prescore_route_attend"]
     new, _ = rewrite(gm, Config(routes=0, **plan))
     assert targets(new) == ["prescore_summarize", "prescore_attend"], "what a plan does not use is not in the graph"
     assert len(find(gm)) == 1, "the graph that was given is not changed"
     attend = next(n for n in new.graph.nodes if n.name == "prescore_attend")
     assert "test_passes.py" in attend.meta["stack_trace"]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01])
+def test_a_cpu_routes_and_attends_in_one_operator(share: float) -> None:
+    """... which the graph before the last stage has as two or three."""
+    settings: dict[str, Any] = dict(min_seq_len=0, only_if_faster=False, chunk=16, window=16, routes=2, share=share)
+
+    def model(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    before, after = stages(model, qkv(), {}, Config(**settings)).graphs[0].stages[-2:]
+    names = [[n.name for n in s.graph.nodes if n.target.startswith("prescore.")] for s in (before, after)]
+    three = ["prescore_summarize", *["prescore_mass"] * (share > 0), "prescore_route", "prescore_attend"]
+    assert names == [three, ["prescore_summarize", "prescore_route_attend"]]
+    last = next(n for n in after.graph.nodes if n.name == "prescore_route_attend")
+    assert last.value.startswith("float32[") and "test_passes.py" in last.source
+    new, _ = rewrite(capture(model, *qkv()), Config(**settings | {"routes": 100, "share": 0.0}))
+    inputs = qkv()
+    torch.testing.assert_close(new(*inputs)[0], model(*inputs), atol=1e-5, rtol=1e-5)
 
 
 def test_the_output_keeps_the_layout_that_was_traced() -> None:

@@ -125,7 +125,7 @@ def test_inserted_nodes_say_what_they_compute() -> None:
         (found,) = graph_diff(model, x, config=Config(**OPTIONS), dynamic=dynamic).diffs
         added = [found.after.nodes[at] for at in found.added]
         assert added and all(node.value for node in added), [node.name for node in added if not node.value]
-        assert any(node.name == "prescore_attend" and node.value.startswith("float32[") for node in added)
+        assert any(node.name == "prescore_route_attend" and node.value.startswith("float32[") for node in added)
 
 
 def test_the_dump_tells_graphs_apart_and_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,8 +16,6 @@ struct Route {
   const Geometry& g;
   View query;
   Level of_clusters, of_chunks;  // the second only on two levels
-  const float* mass;             // [batch, head, query], or null
-  int32_t* routes;
 
   static constexpr int V = 2, BLOCK = V * L;          // representatives scored at once
   static constexpr int GROUP = L == 4 ? 6 : L == 8 ? 6 : 12;  // rows scored at once: the registers there are
@@ -27,18 +25,24 @@ struct Route {
   std::vector<Span> tiles = spans(g);
   int64_t per_chunk = g.chunk / g.cluster, chunks = (g.k_len + g.chunk - 1) / g.chunk;
   int64_t block_size = (2 * g.dim + 1) * BLOCK;
-  // Per KV head and block: mean [dim][BLOCK], spread [dim][BLOCK], bias [BLOCK].
-  std::vector<float> clusters = pack(of_clusters, chunks * per_chunk);
-  std::vector<float> level = g.coarse ? pack(of_chunks, chunks) : std::vector<float>();
+  // Of the KV heads from packed_from on, per block: mean [dim][BLOCK], spread [dim][BLOCK], bias [BLOCK].
+  int64_t packed_from = 0;
+  std::vector<float> clusters, level;
 
   static int64_t blocks_of(int64_t count) { return (count + BLOCK - 1) / BLOCK; }
 
-  std::vector<float> pack(const Level& from, int64_t count) const {
+  void pack(int64_t from, int64_t to) {
+    packed_from = from;
+    clusters = packed(of_clusters, chunks * per_chunk, from, to);
+    if (g.coarse) level = packed(of_chunks, chunks, from, to);
+  }
+
+  std::vector<float> packed(const Level& from, int64_t count, int64_t first, int64_t last) const {
     const int64_t blocks = blocks_of(count);
-    std::vector<float> to(g.batch * g.kv_heads * blocks * block_size);
-    for (int64_t bh = 0; bh < g.batch * g.kv_heads; ++bh)
+    std::vector<float> to((last - first) * blocks * block_size);
+    for (int64_t bh = first; bh < last; ++bh)
       for (int64_t c = 0; c < blocks * BLOCK; ++c) {
-        float* block = &to[(bh * blocks + c / BLOCK) * block_size + c % BLOCK];
+        float* block = &to[((bh - first) * blocks + c / BLOCK) * block_size + c % BLOCK];
         block[2 * g.dim * BLOCK] = c < count ? from.bias[bh * count + c] : NEG_INF;
         for (int64_t d = 0; c < count && d < g.dim; ++d) {
           block[d * BLOCK] = from.mean[(bh * count + c) * g.dim + d];
@@ -56,7 +60,6 @@ struct Route {
     std::vector<uint8_t> wanted;    // chunks that any row chose
     Chooser chooser;
   };
-  Scratch scratch() const { return {}; }
 
   // Ranks of N rows against the listed blocks [first, last).
   struct Score {
@@ -100,30 +103,29 @@ struct Route {
   }
 
   // What a query's ranks must be above: the least share of its softmax, if one is asked for.
-  int32_t bar_of(const int32_t* rank, int64_t count, int64_t at) const {
+  int32_t bar_of(const int32_t* rank, int64_t count, const float* mass) const {
     if (!mass) return LOWEST_RANK;
-    const float least = log_sum(rank, count, mass[at]) + (float)g.log_share;
+    const float least = log_sum(rank, count, *mass) + (float)g.log_share;
     return least > NEG_INF ? rank_of(splat(least))[0] - 1 : LOWEST_RANK;  // NaN hides nothing
   }
 
-  void run(int64_t task, Scratch& s) const {
-    const Span span = tiles[task % tiles.size()];
-    const int64_t bh = task / tiles.size(), b = bh / g.kv_heads, kv = bh % g.kv_heads;
-    const int64_t group = g.heads / g.kv_heads, length = span.end - span.begin, rows = length * group;
+  // The routes of a tile's rows; `mass`: of each row, or null.
+  void run_tile(Scratch& s, const Span& span, int64_t b, int64_t kv, const Entries<const float>& mass,
+                const Entries<int32_t>& routes) const {
+    const int64_t rows = (span.end - span.begin) * (g.heads / g.kv_heads);
     s.query.resize(ROWS * g.dim);
     s.square.resize(ROWS * g.dim);
     for (int64_t first = 0; first < rows; first += ROWS)
-      run_rows(s, span, b, kv, first, std::min(ROWS, rows - first), length);
+      run_rows(s, span, b, kv, first, std::min(ROWS, rows - first), mass, routes);
   }
 
   void run_rows(Scratch& s, const Span& span, int64_t b, int64_t kv, int64_t first, int64_t rows,
-                int64_t length) const {
-    const int64_t group = g.heads / g.kv_heads, bh = b * g.kv_heads + kv;
-    auto head = [&](int64_t r) { return kv * group + (first + r) / length; };
-    auto position = [&](int64_t r) { return span.begin + (first + r) % length; };
+                const Entries<const float>& mass, const Entries<int32_t>& routes) const {
+    const int64_t group = g.heads / g.kv_heads, head = b * g.kv_heads + kv - packed_from;
+    const int64_t length = span.end - span.begin;
     for (int64_t r = 0; r < rows; ++r) {
       float* q = &s.query[r * g.dim];
-      read(query, b, head(r), position(r), g.dim, q);
+      read(query, b, kv * group + (first + r) / length, span.begin + (first + r) % length, g.dim, q);
       for (int64_t d = 0; d < g.dim; ++d) {
         q[d] *= (float)g.scale;
         s.square[r * g.dim + d] = q[d] * q[d];
@@ -132,11 +134,11 @@ struct Route {
     // Chunks outside the window: below `low` and from `after` on.
     const int64_t low = span.low / g.chunk, after = g.causal ? chunks : (span.high + g.chunk - 1) / g.chunk;
     const int64_t end = g.causal ? low : chunks;
-    if (g.coarse) choose_chunks(s, &level[bh * blocks_of(chunks) * block_size], rows, low, after, end);
+    if (g.coarse) choose_chunks(s, &level[head * blocks_of(chunks) * block_size], rows, low, after, end);
     s.listed.clear();
     for (int64_t block = 0; block < blocks_of(end * per_chunk); ++block)
       if (!g.coarse || any_wanted(s, block, end)) s.listed.push_back(block);
-    score(s, &clusters[bh * blocks_of(chunks * per_chunk) * block_size], rows);
+    score(s, &clusters[head * blocks_of(chunks * per_chunk) * block_size], rows);
     const int64_t width = (int64_t)s.listed.size() * BLOCK;
     for (int64_t r = 0; r < rows; ++r) {
       int32_t* rank = s.rank.data() + r * width;
@@ -144,9 +146,8 @@ struct Route {
         hide_others(s, rank, r);
       else
         hide(rank, low * per_chunk, std::min(after * per_chunk, width));
-      const int64_t at = (b * g.heads + head(r)) * g.q_len + position(r);
-      int32_t* out = routes + at * g.routes;
-      s.chooser.choose(rank, width, g.routes, out, bar_of(rank, width, at));
+      int32_t* out = routes(first + r);
+      s.chooser.choose(rank, width, g.routes, out, bar_of(rank, width, mass.data ? mass(first + r) : nullptr));
       if (g.coarse)
         for (int64_t i = 0; i < g.routes && out[i] >= 0; ++i) out[i] = s.listed[out[i] / BLOCK] * BLOCK + out[i] % BLOCK;
     }
@@ -191,6 +192,21 @@ struct Route {
         c = end;
       }
     }
+  }
+};
+
+// The routes of all queries, [batch, head, query, routes]; `mass` [batch, head, query], or null.
+struct RouteAll {
+  const Route& route;
+  const float* mass;
+  int32_t* routes;
+
+  Route::Scratch scratch() const { return {}; }
+  void run(int64_t task, Route::Scratch& s) const {
+    const Geometry& g = route.g;
+    const int64_t count = route.tiles.size(), bh = task / count, b = bh / g.kv_heads, kv = bh % g.kv_heads;
+    const Span& span = route.tiles[task % count];
+    route.run_tile(s, span, b, kv, entries(mass, g, span, b, kv, 1), entries(routes, g, span, b, kv, g.routes));
   }
 };
 

@@ -85,6 +85,21 @@ struct Span {
 
 inline int64_t floor_div(int64_t a, int64_t b) { return a / b - (a % b < 0); }
 
+// What a tile's rows have, `width` values a row. Row r is query r % length of query head r / length of the KV head.
+template <typename T>
+struct Entries {
+  T* data;
+  int64_t length, per_head, width;
+  T* operator()(int64_t r) const { return data + (r / length * per_head + r % length) * width; }
+};
+
+// A tile's part of a tensor [batch, head, query, width], or null.
+template <typename T>
+Entries<T> entries(T* all, const Geometry& g, const Span& span, int64_t b, int64_t kv, int64_t width) {
+  const int64_t first = (b * g.heads + kv * (g.heads / g.kv_heads)) * g.q_len + span.begin;
+  return {all ? all + first * width : nullptr, span.end - span.begin, g.q_len, width};
+}
+
 // Mirrors layout.spans.
 inline std::vector<Span> spans(const Geometry& g) {
   std::vector<Span> found;

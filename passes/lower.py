@@ -1,0 +1,37 @@
+"""The last step of ``rewrite``: operators that a device's kernels run as one become one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from .compat import add_value, value_of
+
+_PROVENANCE = ("stack_trace", "nn_module_stack", "source_fn_stack", "from_node")
+
+
+def lower(graph: fx.Graph, values: dict[str, Any]) -> None:
+    """On a CPU, ``mass``, ``route`` and ``attend`` become ``route_attend``: routes are never all in memory.
+
+    What has more in its logits than products (a softcap, a bias) stays as it is: no compiled kernel has that.
+
+    ``values``: of calls, see ``compat.add_value``.
+    """
+    for attend in graph.find_nodes(op="call_function", target=torch.ops.prescore.attend.default):
+        query, key, value, valid, order, routes, *rows, plan, causal, scale, logits, _ = attend.args
+        if routes is None or logits or value_of(query).device.type != "cpu":
+            continue
+        _, _, mean, spread, bias, _, _, k_len, _, _, _, *mass = routes.args
+        args = (query, key, value, valid, order, mean, spread, bias, *rows, plan, causal, scale)
+        with graph.inserting_before(attend):
+            merged = graph.create_node(
+                "call_function", torch.ops.prescore.route_attend.default, args, name="prescore_route_attend"
+            )
+        merged.meta |= {kind: attend.meta[kind] for kind in _PROVENANCE if kind in attend.meta}
+        add_value(merged, values)
+        attend.replace_all_uses_with(merged)
+        for node in (attend, routes, k_len, *mass):
+            if not node.users:
+                graph.erase_node(node)
