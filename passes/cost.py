@@ -35,7 +35,8 @@ class Prices:
 
     Attributes:
         attend: of one multiply-add of an attended pair. route: of a routing pair, its features counted in ``attend``'s
-            way. route_pair: of a routing pair whatever its features.
+            way. route_pair: of a routing pair whatever its features. mass: of a pair of the sum that a share is of, in
+            attended pairs: none where attending has that sum.
         union: routed pairs that are computed, for each that is attended. chunk_union: chunks of the first of two
             levels that are walked over, for each that is chosen.
         per_key, per_feature: a key and KV head, to cluster and copy it; and each of its features.
@@ -48,6 +49,7 @@ class Prices:
     score: Mapping[str, int]
     other: int
     route_pair: float = 0.0
+    mass: float = 1.0
     union: float = 1.0
     chunk_union: float = 1.0
     per_key: float = 0.0
@@ -60,7 +62,7 @@ class Prices:
 PRICES = {
     # What a user's scorer costs nobody knows: as kmedian, the dearest that reads keys alone.
     "cpu": Prices(
-        attend=ATTEND_PRICE, route=ROUTE_PRICE, per_key=SUMMARY_PER_KEY, score=SCORE_PER_KEY,
+        attend=ATTEND_PRICE, route=ROUTE_PRICE, mass=0.0, per_key=SUMMARY_PER_KEY, score=SCORE_PER_KEY,
         other=SCORE_PER_KEY["kmedian"],
     ),
     # Modelled, not measured: an H100 in bfloat16 as `bench/model.py` has it, for AMD's GPUs too. Scores: 128 features,
@@ -175,7 +177,7 @@ def prescored_time(shape: Shape, plan: Plan) -> sympy.Expr:
     attended, routing = attended_pairs(plan, shape.causal), routing_pairs(plan, shape.causal, prices.chunk_union)
     if prices.union != 1:
         attended += (prices.union - 1) * _least(N * routed_keys(plan), attended)
-    attended += mass_pairs(plan, shape.causal)
+    attended += prices.mass * mass_pairs(plan, shape.causal)
     pairs = _per_pair(shape) * (prices.attend * attended + prices.route * routing)
     return pairs + rows * prices.route_pair * routing + summary + scoring + prices.fixed
 
