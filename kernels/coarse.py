@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import torch
 
 from . import reference
-from .layout import Span, spans
+from .layout import spans
 from .logits import NOTHING, Logits
 from .plan import Plan
 from .summary import Summary, spread_factor
@@ -65,29 +65,26 @@ def route(
         return reference.route(query, summary, plan, causal, k_len, scale, logits, tensors, mass)
     batch, heads, q_len, _ = query.shape
     per_chunk, clusters = plan.chunk // plan.cluster, summary.mean.shape[2]
-    count = min(plan.routes, clusters)
+    count, chunks = min(plan.routes, clusters), clusters // per_chunk
     routes = torch.full((batch, heads, q_len, count), -1, dtype=torch.int32, device=query.device)
-    level = coarse(summary, plan)
-    chunk = torch.arange(clusters // per_chunk, device=query.device)
+    best = best_chunks(query, coarse(summary, plan), plan, causal, k_len, scale, logits, tensors)
+    of_cluster = torch.arange(chunks, device=query.device).repeat_interleave(per_chunk)
     for span in spans(plan, causal, q_len, k_len, reference.TILE):
-        tile = query[:, :, span.begin : span.end].float()
-        best = best_chunks(tile, level, span, plan, causal, k_len, scale, logits, tensors)
-        more = (plan, k_len, logits, tensors)
-        chosen = torch.zeros(*best.shape[:3], len(chunk) + 1, dtype=torch.bool, device=query.device)
-        chosen.scatter_(3, best, True)
+        at = slice(span.begin, span.end)
+        chosen = torch.zeros(*best[:, :, at].shape[:3], chunks + 1, dtype=torch.bool, device=query.device)
+        chosen.scatter_(3, best[:, :, at].where(best[:, :, at] >= 0, chunks), True)
         inside = chosen[..., :-1].repeat_interleave(per_chunk, 3)
-        of_cluster = chunk.repeat_interleave(per_chunk)
-        scores = reference.reached(reference.routing_scores(tile, summary, scale), span, of_cluster, *more)
-        near = None if mass is None else mass[:, :, span.begin : span.end]
-        best = reference.best_of(scores, summary, inside, count, plan.share, near)
-        routes[:, :, span.begin : span.end] = best.where(best < clusters, -1)
+        scores = reference.routing_scores(query[:, :, at].float(), summary, scale)
+        scores = reference.reached(scores, span, of_cluster, plan, k_len, logits, tensors)
+        near = None if mass is None else mass[:, :, at]
+        found = reference.best_of(scores, summary, inside, count, plan.share, near)
+        routes[:, :, at] = found.where(found < clusters, -1)
     return routes
 
 
 def best_chunks(
-    tile: torch.Tensor,
+    query: torch.Tensor,
     level: Summary,
-    span: Span,
     plan: Plan,
     causal: bool,
     k_len: int,
@@ -95,12 +92,18 @@ def best_chunks(
     logits: Logits = NOTHING,
     tensors: Mapping[str, torch.Tensor] = reference.NO_TENSORS,
 ) -> torch.Tensor:
-    """The first of two levels: chunks ``[B, H, queries, <= plan.coarse]`` of a span's queries; none: their number.
+    """The first of two levels: the chunks ``[B, H, Nq, min(plan.coarse, C)]`` that each query chooses, -1: none.
 
-    ``tile`` ``[B, H, queries, D]`` float32, ``level`` as ``coarse`` makes it.
+    ``query`` ``[B, H, Nq, D]``; ``level`` as ``coarse`` makes it.
     """
-    chunk = torch.arange(level.mean.shape[2], device=tile.device)
-    eligible = reference.outside(chunk * plan.chunk, span, causal, k_len)
-    scores = reference.routing_scores(tile, level, scale)
-    scores = reference.reached(scores, span, chunk, plan, k_len, logits, tensors)
-    return reference.best_of(scores, level, eligible, plan.coarse)
+    total = level.mean.shape[2]
+    chunk = torch.arange(total, device=query.device)
+    best = torch.full((*query.shape[:3], min(plan.coarse, total)), -1, device=query.device)
+    for span in spans(plan, causal, query.shape[2], k_len, reference.TILE):
+        at = slice(span.begin, span.end)
+        eligible = reference.outside(chunk * plan.chunk, span, causal, k_len)
+        scores = reference.routing_scores(query[:, :, at].float(), level, scale)
+        scores = reference.reached(scores, span, chunk, plan, k_len, logits, tensors)
+        found = reference.best_of(scores, level, eligible, plan.coarse)
+        best[:, :, at, : found.shape[3]] = found.where(found < total, -1)
+    return best

@@ -12,6 +12,7 @@ from prescore_compile.kernels import summary as summaries
 from prescore_compile.kernels.layout import segments, spans
 from prescore_compile.kernels.plan import Plan
 from prescore_compile.kernels.reference import Operands
+from prescore_compile.kernels.summary import Summary
 from prescore_compile.passes.defaults import CAUSAL
 
 from . import rivals
@@ -47,9 +48,13 @@ class Planned:
         part = site._replace(query=asked)
         mass = cpu.mass(part, summary, plan) if plan.share else None
         routes = cpu.route(asked, summary, plan, causal, key.shape[2], scale, mass) if plan.routes else _none(asked)
+        self.count(part, summary, routes)
+        return cpu.attend(part, summary, routes, plan)
+
+    def count(self, site: Operands, summary: Summary, routes: torch.Tensor) -> None:
+        """What is kept of a call's routes."""
         self.queries += routes[..., :1].numel()
         self.routed += int((routes >= 0).sum())
-        return cpu.attend(part, summary, routes, plan)
 
     def density(self, length: int) -> float:
         """What was spent, where every query of that many tokens was asked."""

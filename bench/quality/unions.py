@@ -16,17 +16,15 @@ from tabulate import tabulate
 from torch import Tensor
 
 from prescore_compile import smollm
-from prescore_compile.kernels import cpu
-from prescore_compile.kernels import summary as summaries
 from prescore_compile.kernels.coarse import best_chunks, coarse
-from prescore_compile.kernels.layout import spans
 from prescore_compile.kernels.plan import Plan
-from prescore_compile.kernels.reference import TILE, Operands
+from prescore_compile.kernels.reference import Operands
 from prescore_compile.kernels.summary import Summary
 from prescore_compile.kernels.triton import listing
 from prescore_compile.passes.defaults import CAUSAL, LONG_ON_A_GPU
 
 from .lengths import stretch
+from .methods import Planned
 from .model import hidden
 from .texts import TEXTS
 
@@ -51,44 +49,27 @@ def union(routes: Tensor, group: int, queries: int, chunk: int) -> tuple[int, in
     return walked, routed
 
 
-def chunks(site: Operands, level: Summary, plan: Plan) -> Tensor:
-    """The first of two levels: ``[B, H, Nq, coarse]``, -1: none."""
-    query, length = site.query, site.key.shape[2]
-    count = level.mean.shape[2]
-    found = torch.full((*query.shape[:3], min(plan.coarse, count)), -1)
-    for span in spans(plan, site.causal, query.shape[2], length, TILE):
-        at = slice(span.begin, span.end)
-        best = best_chunks(query[:, :, at].float(), level, span, plan, site.causal, length, site.scale)
-        found[:, :, at, : best.shape[3]] = best.where(best < count, -1)
-    return found
-
-
-class Counted:
-    """Attention with the plan, which counts ``union`` of its routes, and of the first of two levels."""
+class Counted(Planned):
+    """Counts ``union`` of its routes, and of the first of two levels."""
 
     def __init__(self, plan: Plan) -> None:
-        self.plan = plan
-        self.walked, self.routed = [0, 0], [0, 0]
+        super().__init__(plan)
+        self.walked, self.of_rows = [0, 0], [0, 0]
 
-    def __call__(self, site: Operands, first: int) -> Tensor:
-        query, key, value, _, causal, scale = site
-        plan, group = self.plan, query.shape[1] // key.shape[1]
-        summary = summaries.summarize(key, value, None, None, plan, cpu.clusters)
-        mass = cpu.mass(site, summary, plan) if plan.share else None
-        routes = cpu.route(query, summary, plan, causal, key.shape[2], scale, mass)
-        found = [routes]
+    def count(self, site: Operands, summary: Summary, routes: Tensor) -> None:
+        plan, group, found = self.plan, site.query.shape[1] // site.key.shape[1], [routes]
         if plan.coarse:
-            found.append(chunks(site, coarse(summary, plan), plan))
-        spec = listing.spec(plan, dim=key.shape[3], group=group)
-        for level, chosen in enumerate(found):
+            level = coarse(summary, plan)
+            found.append(best_chunks(site.query, level, plan, site.causal, site.key.shape[2], site.scale))
+        spec = listing.spec(plan, dim=site.key.shape[3], group=group)
+        for level_at, chosen in enumerate(found):
             walked, routed = union(chosen, group, spec.queries, plan.chunk)
-            self.walked[level] += walked
-            self.routed[level] += routed
-        return cpu.attend(site, summary, routes, plan)
+            self.walked[level_at] += walked
+            self.of_rows[level_at] += routed
 
     def ratios(self) -> list[str]:
         """Of the routes, and of the chunks of the first level."""
-        return [f"{w / r:.2f}" if r else "" for w, r in zip(self.walked, self.routed, strict=True)]
+        return [f"{w / r:.2f}" if r else "" for w, r in zip(self.walked, self.of_rows, strict=True)]
 
 
 def main() -> None:
