@@ -57,6 +57,7 @@ class Counted(Planned):
         self.walked, self.of_rows = [0, 0], [0, 0]
 
     def count(self, site: Operands, summary: Summary, routes: Tensor) -> None:
+        super().count(site, summary, routes)
         plan, group, found = self.plan, site.query.shape[1] // site.key.shape[1], [routes]
         if plan.coarse:
             level = coarse(summary, plan)
