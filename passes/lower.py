@@ -21,7 +21,8 @@ def lower(graph: fx.Graph, values: dict[str, Any]) -> None:
     """
     for attend in graph.find_nodes(op="call_function", target=torch.ops.prescore.attend.default):
         query, key, value, valid, order, routes, *rows, plan, causal, scale, logits, _ = attend.args
-        if routes is None or logits or value_of(query).device.type != "cpu":
+        on_a_cpu = getattr(value_of(query), "device", None) == torch.device("cpu")
+        if routes is None or logits or not on_a_cpu:
             continue
         _, _, mean, spread, bias, _, _, k_len, _, _, _, *mass = routes.args
         args = (query, key, value, valid, order, mean, spread, bias, *rows, plan, causal, scale)
@@ -33,5 +34,5 @@ def lower(graph: fx.Graph, values: dict[str, Any]) -> None:
         add_value(merged, values)
         attend.replace_all_uses_with(merged)
         for node in (attend, routes, k_len, *mass):
-            if not node.users:
+            if isinstance(node, fx.Node) and not node.users:
                 graph.erase_node(node)
