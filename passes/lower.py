@@ -21,8 +21,8 @@ def lower(graph: fx.Graph, values: dict[str, Any]) -> None:
     """
     for attend in graph.find_nodes(op="call_function", target=torch.ops.prescore.attend.default):
         query, key, value, valid, order, routes, *rows, plan, causal, scale, logits, _ = attend.args
-        on_a_cpu = getattr(value_of(query), "device", None) == torch.device("cpu")
-        if routes is None or logits or not on_a_cpu:
+        fake = value_of(query)
+        if routes is None or logits or fake is None or fake.device.type != "cpu":
             continue
         _, _, mean, spread, bias, _, _, k_len, _, _, _, *mass = routes.args
         args = (query, key, value, valid, order, mean, spread, bias, *rows, plan, causal, scale)
