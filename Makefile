@@ -20,7 +20,7 @@ test-slow: $(READY)
 	$(BIN)/pytest -m slow
 
 pytest: $(READY)
-	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist worksteal
+	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist worksteal --durations 25 --durations-min 10
 
 lint: ruff types
 
