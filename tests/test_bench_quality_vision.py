@@ -10,6 +10,7 @@ import torch
 from bench.quality import images, vision
 from bench.quality.images import Images
 from bench.quality.vision import TASKS
+from prescore_compile import Config
 from prescore_compile.kernels.plan import Plan
 
 
@@ -47,10 +48,12 @@ def test_photographs_are_images() -> None:
 
 
 def test_plans_cost_what_they_say() -> None:
+    """... and are what a site runs, whatever its defaults are."""
     for tokens in (64, 256):
         for target in vision.DENSITIES:
             for name, options in vision.plans(tokens, target):
                 assert vision.density(Plan(**options), tokens) <= 1.3 * target, (name, tokens, target)
+                assert Config(**options).plan_for(False, "cpu", tokens) == Plan(**options), name
     assert vision.density(Plan(window=None, sinks=0, routes=0), 64) == 1
 
 

@@ -110,7 +110,8 @@ class Classifier(nn.Module):
 def plans(tokens: int, target: float) -> Iterator[tuple[str, dict[str, Any]]]:
     """The methods that reach this density: names and options. A query's own place is not favoured, but by "window"."""
     chunk, kept = min(tokens, 128), int(tokens * target)
-    base: dict[str, Any] = dict(chunk=chunk, window=0, sinks=0, routes=0)
+    # Said in full: what an option leaves out is a site's default, not ``Plan``'s.
+    base: dict[str, Any] = dict(chunk=chunk, window=0, sinks=0, routes=0, cluster=16, residual=False)
     for method in SCORED:
         yield method, base | dict(method=method, keep=kept)
     yield "kmeans + residual", base | dict(method="kmeans", keep=kept - kept // 4, centroids=kept // 4)
