@@ -214,14 +214,15 @@ struct Attend {
   }
 
   // Routes of a tile whose rows have attended window and sinks, and nothing else.
-  void find_routes(Scratch& s, const Span& span, int64_t b, int64_t kv, int64_t rows) const {
+  Entries<const int32_t> find_routes(Scratch& s, const Span& span, int64_t b, int64_t kv, int64_t rows) const {
     const bool share = g.log_share > NEG_INF;
     s.near.resize(rows);
     s.routes.resize(rows * g.routes);
     for (int64_t r = 0; share && r < rows; ++r) s.near[r] = log_sum_of(s.rows, r);
     const int64_t length = span.end - span.begin;
-    router->run_tile(s.route, span, b, kv, {share ? s.near.data() : nullptr, length, length, 1},
-                     {s.routes.data(), length, length, g.routes});
+    const Entries<int32_t> found{s.routes.data(), length, length, g.routes};
+    router->run_tile(s.route, span, b, kv, {share ? s.near.data() : nullptr, length, length, 1}, found);
+    return {found.data, length, length, g.routes};
   }
 
   void attend_routes(Scratch& s, const Span& span, int64_t b, int64_t kv, int64_t rows,
@@ -280,11 +281,11 @@ struct Attend {
     }
     attend_window(s, span, b, kv, rows);
     if (span.finished) attend_rows(s, span, b, kv, 0, g.sinks, rows);
-    if (router) find_routes(s, span, b, kv, rows);
+    const Entries<const int32_t> routes =
+        router ? find_routes(s, span, b, kv, rows) : entries(from.routes, g, span, b, kv, g.routes);
     for (int64_t f = per_segment ? span.finished : 0; f > 0; f -= f & -f)
       attend_rows(s, span, b, kv, g.sinks + (f - 1) * per_segment, per_segment, rows);
-    const Entries<const int32_t> found{s.routes.data(), length, length, g.routes};
-    if (g.routes) attend_routes(s, span, b, kv, rows, router ? found : entries(from.routes, g, span, b, kv, g.routes));
+    if (g.routes) attend_routes(s, span, b, kv, rows, routes);
     const Entries<float> sums = entries(mass, g, span, b, kv, 1);
     for (int64_t r = 0; r < rows; ++r) {
       if (mass) *sums(r) = log_sum_of(s.rows, r);

@@ -71,8 +71,9 @@ def route(
     of_cluster = torch.arange(chunks, device=query.device).repeat_interleave(per_chunk)
     for span in spans(plan, causal, q_len, k_len, reference.TILE):
         at = slice(span.begin, span.end)
-        chosen = torch.zeros(*best[:, :, at].shape[:3], chunks + 1, dtype=torch.bool, device=query.device)
-        chosen.scatter_(3, best[:, :, at].where(best[:, :, at] >= 0, chunks), True)
+        tile = best[:, :, at]
+        chosen = torch.zeros(*tile.shape[:3], chunks + 1, dtype=torch.bool, device=query.device)
+        chosen.scatter_(3, tile.where(tile >= 0, chunks), True)
         inside = chosen[..., :-1].repeat_interleave(per_chunk, 3)
         scores = reference.routing_scores(query[:, :, at].float(), summary, scale)
         scores = reference.reached(scores, span, of_cluster, plan, k_len, logits, tensors)

@@ -33,17 +33,11 @@ def prescored(
     q, k, v, valid, causal, scale = site
     settings = plan.text
     scores = score(q, k, valid, settings, causal, scale) if plan.keep else None
-    parts = summarize(k, v, valid, scores, settings)
-    order, mean, spread, bias, index, owner, row_key, row_value, row_bias = parts
-    rows = (index, owner, row_key, row_value, row_bias)
+    summary = Summary(*summarize(k, v, valid, scores, settings))
     if plan.routes and q.device.type == "cpu" and not logits.text:
-        return route_attend(q, k, v, valid, order, mean, spread, bias, *rows, settings, causal, scale)
-    routes = near = None
-    if plan.share:
-        near = mass(q, k, valid, *rows, settings, causal, scale, *more)
-    if plan.routes:
-        routes = route(q, order, mean, spread, bias, settings, causal, k.shape[2], scale, *more, near)
-    return attend(q, k, v, valid, order, routes, *rows, settings, causal, scale, *more)
+        return route_attend(*site[:4], *summary, settings, causal, scale)
+    routes = _routes(site, summary, settings, *more) if plan.routes else None
+    return attend(*site[:4], summary.order, routes, *summary[4:], settings, causal, scale, *more)
 
 
 @torch.library.triton_op("prescore::score", mutates_args=())
@@ -400,8 +394,7 @@ def attend_forward(
 def _(query, key, value, valid, order, routes, index, owner, row_key, row_value, row_bias, plan, *rest):  # type: ignore[no-untyped-def]
     batch, heads, length, _ = query.shape
     sums = (batch, heads, length) if _generated(query) else (0,)
-    out = query.new_empty(batch, length, heads, value.shape[3]).transpose(1, 2)
-    return out, query.new_empty(sums, dtype=torch.float32)
+    return _attended(query, key, value), query.new_empty(sums, dtype=torch.float32)
 
 
 @torch.library.custom_op("prescore::attend_eager", mutates_args=())
@@ -435,7 +428,7 @@ def attend_eager(
 
 
 @attend_eager.register_fake
-def _(query, key, value, *args):  # type: ignore[no-untyped-def]
+def _attended(query, key, value, *args):  # type: ignore[no-untyped-def]
     batch, heads, length, _ = query.shape
     return query.new_empty(batch, length, heads, value.shape[3]).transpose(1, 2)
 
@@ -572,42 +565,30 @@ def route_attend(
     return attend(*site[:4], order, _routes(site, summary, plan), *summary[4:], plan, causal, scale, "", [])
 
 
-@route_attend.register_fake
-def _(query, key, value, *args):  # type: ignore[no-untyped-def]
-    batch, heads, length, _ = query.shape
-    return query.new_empty(batch, length, heads, value.shape[3]).transpose(1, 2)
+route_attend.register_fake(_attended)
 
 
-def _routes(site: Operands, summary: Summary, plan: str) -> Tensor:
+def _routes(site: Operands, summary: Summary, plan: str, logits: str = "", tensors: Sequence[Tensor] = ()) -> Tensor:
     query, key, _, valid, causal, scale = site
-    more: tuple[Any, ...] = (plan, causal, scale, "", [])
-    near = mass(query, key, valid, *summary[4:], *more) if Plan.parse(plan).share else None
-    return route(query, *summary[:4], plan, causal, key.shape[2], scale, "", [], near)
+    near = None
+    if Plan.parse(plan).share:
+        near = mass(query, key, valid, *summary[4:], plan, causal, scale, logits, tensors)
+    return route(query, *summary[:4], plan, causal, key.shape[2], scale, logits, tensors, near)
 
 
 def _route_attend_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.plan, ctx.causal, ctx.scale = inputs
-    ctx.padded = tensors[3] is not None
+    *tensors, plan, causal, scale = inputs
+    ctx.settings, ctx.padded = (plan, causal, scale), tensors[3] is not None
     ctx.save_for_backward(output, *(t for t in tensors if t is not None))
 
 
 def _route_attend_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     out, query, key, value, *rest = ctx.saved_tensors
     valid = rest.pop(0) if ctx.padded else None
-    summary = Summary(*rest)
-    site = Operands(query, key, value, valid, ctx.causal, ctx.scale)
-    routes = _routes(site, summary, ctx.plan)
-    operands: tuple[Any, ...] = (
-        *site[:4],
-        summary.order,
-        routes,
-        *summary[4:],
-        ctx.plan,
-        ctx.causal,
-        ctx.scale,
-        "",
-        [],
-    )
+    summary, (plan, causal, scale) = Summary(*rest), ctx.settings
+    site = Operands(query, key, value, valid, causal, scale)
+    routes = _routes(site, summary, plan)
+    operands: tuple[Any, ...] = (*site[:4], summary.order, routes, *summary[4:], *ctx.settings, "", [])
     sums = query.new_empty(0, dtype=torch.float32)
     if _generated(query):  # a graph that was lowered for a CPU and moved
         out, sums = attend_forward(*operands)

@@ -207,6 +207,13 @@ def origins(node: fx.Node) -> tuple[str, ...]:
     return tuple(found)
 
 
+def same_place(node: fx.Node, origin: fx.Node) -> None:
+    """Note that ``node`` stands where ``origin`` does: in the same module, on the same line of the user's."""
+    for kind in ("stack_trace", "nn_module_stack", "source_fn_stack"):
+        if kind in origin.meta:
+            node.meta[kind] = origin.meta[kind]
+
+
 def made_from(node: fx.Node, origin: fx.Node, rule: str) -> None:
     """Note that ``rule`` made ``node`` from ``origin``, as FX's own passes do."""
     node.meta["from_node"] = [NodeSource(origin, rule, NodeSourceAction.CREATE)]

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from .calls import call_of, hooked
-from .compat import trace, value_of
+from .compat import same_place, trace, value_of
 
 _MODULES = (
     nn.MultiheadAttention,
@@ -114,9 +114,7 @@ def _expand(gm: fx.GraphModule, node: fx.Node, taken: fx.Node, name: str) -> Exp
             new = gm.graph.node_copy(inner, mapped.__getitem__)
             if inner.op == "get_attr":
                 new.target = _attribute(gm, getattr(body, str(inner.target)))
-            for kind in ("stack_trace", "nn_module_stack", "source_fn_stack"):
-                if kind in node.meta:
-                    new.meta[kind] = node.meta[kind]
+            same_place(new, node)
             mapped[inner] = new
             nodes.append(new)
     gm.graph.erase_node(anchor)

@@ -7,9 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from .compat import add_value, value_of
-
-_PROVENANCE = ("stack_trace", "nn_module_stack", "source_fn_stack", "from_node")
+from .compat import add_value, same_place, value_of
 
 
 def lower(graph: fx.Graph, values: dict[str, Any]) -> None:
@@ -30,7 +28,9 @@ def lower(graph: fx.Graph, values: dict[str, Any]) -> None:
             merged = graph.create_node(
                 "call_function", torch.ops.prescore.route_attend.default, args, name="prescore_route_attend"
             )
-        merged.meta |= {kind: attend.meta[kind] for kind in _PROVENANCE if kind in attend.meta}
+        same_place(merged, attend)
+        if "from_node" in attend.meta:
+            merged.meta["from_node"] = attend.meta["from_node"]
         add_value(merged, values)
         attend.replace_all_uses_with(merged)
         for node in (attend, routes, k_len, *mass):

@@ -14,7 +14,7 @@ from torch import fx
 from ..kernels import ops as _registers_the_operators  # noqa: F401
 from ..kernels.plan import OptionError
 from .calls import ASSERTS, PURE, call_of, is_dead, mutates
-from .compat import add_value, connect, copied, made_from, value_of
+from .compat import add_value, connect, copied, made_from, same_place, value_of
 from .config import Config
 from .decide import Decision, decide, describe, logits_of
 from .emit import Sizes, canonical, laid_out_as, original
@@ -178,9 +178,7 @@ def _insert(graph: fx.Graph, decision: Decision, rule: str, values: dict[str, An
         out = laid_out_as(graph, out, old)
     node = first.next
     while node is not site.output:
-        for kind in ("stack_trace", "nn_module_stack", "source_fn_stack"):
-            if kind in site.output.meta:
-                node.meta[kind] = site.output.meta[kind]
+        same_place(node, site.output)
         made_from(node, site.output, rule)
         add_value(node, values)
         node = node.next

@@ -41,6 +41,7 @@ PLANS = {
     "centroids": Plan(chunk=32, window=8, sinks=2, keep=4, centroids=3, routes=0),
     "streaming": Plan(chunk=16, window=40, sinks=4, routes=0),
 }
+ROUTED = [name for name, plan in PLANS.items() if plan.routes]
 EVERYTHING = {
     "window": Plan(window=None, sinks=0, routes=0),
     "routes": Plan(chunk=32, window=8, sinks=4, routes=10**6),

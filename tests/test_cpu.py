@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import EVERYTHING, PLANS, check_budget, in_double, operands, routes_of, summary_of
+from conftest import EVERYTHING, PLANS, ROUTED, check_budget, in_double, operands, routes_of, summary_of
 
 from prescore_compile.kernels import cpu, ops, reference
 from prescore_compile.kernels import summary as summaries
@@ -92,7 +92,7 @@ def test_heads_are_packed_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("length", [1, 17, 333])
-@pytest.mark.parametrize("name", [name for name, plan in PLANS.items() if plan.routes])
+@pytest.mark.parametrize("name", ROUTED)
 def test_routing_tile_by_tile_gives_the_same_bits(
     name: str, length: int, causal: bool, padded: bool, dtype: torch.dtype
 ) -> None:

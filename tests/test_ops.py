@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import PLANS, operands
+from conftest import PLANS, ROUTED, operands
 
 from prescore_compile.kernels import cpu, ops
 from prescore_compile.kernels.plan import Plan
@@ -39,7 +39,7 @@ def test_opcheck(name: str) -> None:
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("name", [name for name, plan in PLANS.items() if plan.routes])
+@pytest.mark.parametrize("name", ROUTED)
 def test_routing_and_attending_as_one_has_the_gradients_of_the_three(
     name: str, compiled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

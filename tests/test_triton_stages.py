@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import PLANS, operands, summary_of
+from conftest import PLANS, ROUTED, operands, summary_of
 from test_triton_graph import _driver, fakes, graph_of, kernels, launched  # noqa: F401  (a fixture)
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -14,7 +14,6 @@ from prescore_compile.kernels.triton.scores import kernel as scores
 
 SELECTED = {"select": {"best", "best_score"}, "select_segments": {"chosen"}}
 ROWS = {"rows": {"row_index", "row_key", "row_value", "row_bias"}}
-ROUTED = [name for name, plan in PLANS.items() if plan.routes]
 
 
 @pytest.mark.parametrize("padded", [False, True])

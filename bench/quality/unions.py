@@ -60,13 +60,13 @@ class Counted(Planned):
         super().count(site, summary, routes)
         plan, group, found = self.plan, site.query.shape[1] // site.key.shape[1], [routes]
         if plan.coarse:
-            level = coarse(summary, plan)
-            found.append(best_chunks(site.query, level, plan, site.causal, site.key.shape[2], site.scale))
+            chunks = coarse(summary, plan)
+            found.append(best_chunks(site.query, chunks, plan, site.causal, site.key.shape[2], site.scale))
         spec = listing.spec(plan, dim=site.key.shape[3], group=group)
-        for level_at, chosen in enumerate(found):
+        for level, chosen in enumerate(found):
             walked, routed = union(chosen, group, spec.queries, plan.chunk)
-            self.walked[level_at] += walked
-            self.of_rows[level_at] += routed
+            self.walked[level] += walked
+            self.of_rows[level] += routed
 
     def ratios(self) -> list[str]:
         """Of the routes, and of the chunks of the first level."""
