@@ -3,6 +3,7 @@
     python -m bench.aot            # compile all of them, write bench/results/triton-aot.json
     python -m bench.aot --check    # compile all of them, compare with that file
     python -m bench.aot --only "default 64" --targets sm_90
+    python -m bench.aot --kernel route
 
 The launches are those that the operators make: they run on tensors without memory (fake ones, on a
 "cuda" device) and each launch is compiled where it would have run. Registers and stack are read from
@@ -39,7 +40,7 @@ from prescore_compile.kernels.triton import attend, attend_backward, clusters, m
 from prescore_compile.kernels.triton.scores import kernel as scores
 from prescore_compile.kernels.triton.scores import select
 from prescore_compile.kernels.triton.spec import DTYPES
-from prescore_compile.passes.defaults import CAUSAL, LONG_ON_A_GPU, TWO_SIDED_ON_A_GPU
+from prescore_compile.passes.defaults import CAUSAL, CAUSAL_ON_A_GPU, LONG_ON_A_GPU, TWO_SIDED_ON_A_GPU
 
 RESULTS = Path(__file__).parent / "results" / "triton-aot.json"
 MODULES = (attend, attend_backward, clusters, residual, route, rows, scores, select, union)
@@ -58,7 +59,7 @@ TYPES = {
 class Variant:
     """One site whose kernels are compiled; ``default``: nothing may spill; ``scores``: those of scores alone."""
 
-    plan: Plan = CAUSAL
+    plan: Plan = CAUSAL_ON_A_GPU
     dim: int = 64
     group: int = 1
     dtype: torch.dtype = torch.bfloat16
@@ -109,6 +110,8 @@ VARIANTS = {
     "residual 64": Variant(plan=TWO_SIDED_ON_A_GPU, causal=False, default=True),
     "residual 128": Variant(plan=TWO_SIDED_ON_A_GPU, causal=False, dim=128, group=4, default=True),
     "causal residual 128": Variant(plan=Plan(window=0, residual=True), dim=128, group=4),
+    "heads alone 128": Variant(plan=CAUSAL, dim=128, group=4, backward=False, default=True),
+    "many routes together": Variant(plan=Plan(routes=200, cluster=32, group_routes=True), group=3, backward=False),
     "share 64": Variant(plan=Plan(share=0.001), backward=False),
     "share 128": Variant(plan=Plan(share=0.001), dim=128, group=4, backward=False),
     "64 routes": Variant(plan=Plan(routes=64), backward=False),
@@ -192,7 +195,7 @@ def _run(variant: Variant, found: list[Launch]) -> None:
             clusters.any_clusters(key, site.value, valid, plan)
         known = by_chunk(logits, read, plan.chunk)
         near = None
-        if plan.share:  # another source of ``attend``
+        if plan.needs_mass:  # another source of ``attend``
             before = len(found)
             near = mass.mass(site, summary, plan, logits.lifted, **more)
             found[before:] = [replace(launch, name="mass") for launch in found[before:]]
@@ -333,6 +336,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--targets", nargs="+", choices=SHARED, default=list(SHARED))
+    parser.add_argument("--kernel", help="only this one, where a variant has it")
     parser.add_argument("--check", action="store_true", help="compare with the file instead of writing it")
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
@@ -342,7 +346,7 @@ def main() -> None:
     with fresh_cache():
         for name in arguments.only:
             for target in arguments.targets:
-                kernels = report(VARIANTS[name], target)
+                kernels = report(VARIANTS[name], target, arguments.kernel)
                 problems += broken(name, target, kernels)
                 for kernel, got in kernels.items():
                     print(

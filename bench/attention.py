@@ -128,7 +128,7 @@ def check(site: Operands, summary: Summary, routes: torch.Tensor, plan: Plan) ->
     whole = (cpu.attend(site, summary, routes, plan)[:, :, part].double() - want).abs().max().item()
     as_one = (ops.prescored(site, plan)[:, :, part].double() - want).abs().max().item()
     scores = reference.routing_scores(query.double(), summary, site.scale)
-    mass = reference.mass(few, summary, plan) if plan.share else None
+    mass = reference.mass(few, summary, plan) if plan.needs_mass else None
     best = coarse.route(query, summary, plan, site.causal, site.key.shape[2], site.scale, mass=mass)
     got, want_best = (scores.gather(3, r.long().clamp(min=0)).masked_fill(r < 0, 0).sum(3) for r in (some, best))
     same = (some >= 0).sum(3) == (best >= 0).sum(3)  # rounding may decide whether a cluster has its share
@@ -144,7 +144,7 @@ def check(site: Operands, summary: Summary, routes: torch.Tensor, plan: Plan) ->
 def prepared(site: Operands, plan: Plan) -> tuple[Summary, torch.Tensor | None, torch.Tensor]:
     """What ``attend`` needs beside the operands: the summary, with a share its ``mass``, and the routes."""
     summary = Summary(*ops.summarize(site.key, site.value, None, None, plan.text))
-    mass = cpu.mass(site, summary, plan) if plan.share else None
+    mass = cpu.mass(site, summary, plan) if plan.needs_mass else None
     return summary, mass, cpu.route(site.query, summary, plan, site.causal, site.key.shape[2], site.scale, mass)
 
 
@@ -161,7 +161,7 @@ def measure(case: Case, plan: Plan, rounds: int, clock: str, flex: bool) -> dict
         "attend": lambda: cpu.attend(site, summary, routes, plan),
         "total": lambda: ops.prescored(site, plan),
     }
-    if plan.share:
+    if plan.needs_mass:
         ways["mass"] = lambda: cpu.mass(site, summary, plan)
     if flex:
         ways["flex"] = flex_of(case, site, ways["exact"])

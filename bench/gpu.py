@@ -180,7 +180,7 @@ class Ways:
         self.near = None
         with told(failed, "summarize"):
             self.summary = self.summarize()
-        if self.plan.share and not failed:
+        if self.plan.needs_mass and not failed:
             with told(failed, "mass"):
                 self.near = self.mass()
         if not failed:
@@ -293,7 +293,7 @@ def measure(case: Case, plan: Plan, machine: Machine, flex: bool, scored: bool =
         wide = ways.summary._replace(row_key=ways.summary.row_key.float(), row_value=ways.summary.row_value.float())
         attended = reference.attend(few, wide, part, plan)
         way("summarize", ways.summarize, lambda got: reference_clusters(ways))
-        if plan.share:
+        if plan.needs_mass:
             near = reference.mass(few, wide, plan).unsqueeze(3)
             way("mass", ways.mass, lambda got: error(some(got.unsqueeze(3), site.causal), near))
         way("route", ways.route, lambda got: check_routes(site, ways.summary, got, plan, ways.near), 1e-2)

@@ -47,12 +47,16 @@ ATTEND_SHARE = 0.4
 UNION = (4.0, 0.5)
 """Clusters that a tile of 64 rows walks over, for each route of one of its rows: at 8192 tokens, and how many more for
 each doubling. Counted on text up to 16,384 by `python -m bench.quality.unions`; beyond, extrapolated."""
+UNION_TOGETHER = (2.64, 0.3)
+"""The same where the heads of a group route together."""
 CHUNK_UNION = (1.2, 0.3)
 """The same of chunks on the first of two levels."""
 BACKWARD = 2.5
 """Products of a backward, for each of its forward: five of them, not two."""
-ROUTE_PAIR = (55, 59)
+ROUTE_PAIR = (68, 72)
 """Instructions of a lane for one pair of row and representative of 64 or 128 features: counted in sm_90's binary."""
+ROUTE_TOGETHER = ((18, 19), (57, 61))
+"""The same of heads that route together: for each head, and for each query."""
 SCORE_LANES = {
     "kmeans": (3250, 5690), "kmeans_relative": (3450, 6000), "kmedian": (8650, 20_800), "leverage": (19_100, 80_300),
     "peak": (2070, 3870), "query": (840, 1540), "norm": (630, 1340), "inverse_norm": (630, 1340),
@@ -115,9 +119,14 @@ class Site:
         return self.shape.batch * self.shape.kv_heads * self.length
 
     @property
+    def together(self) -> int:
+        """Query heads that route together."""
+        return self.shape.heads // self.shape.kv_heads if self.plan.group_routes else 1
+
+    @property
     def union(self) -> float:
         """See ``UNION``."""
-        return _grown(UNION, self.length)
+        return _grown(UNION_TOGETHER if self.together > 1 else UNION, self.length)
 
     @property
     def chunk_union(self) -> float:
@@ -172,7 +181,7 @@ def summarize(site: Site) -> Work:
 def mass(site: Site) -> Work:
     """The logits of window and sinks, by ``attend`` with few features of values."""
     plan, shape = site.plan, site.shape
-    if not plan.share:
+    if not plan.needs_mass:
         return Work()
     pairs = 2 * cost.at(cost.mass_pairs(plan, shape.causal), site.length) * shape.batch * shape.heads
     products = 2 * pairs * (shape.head_dim + FEATURES)
@@ -190,7 +199,10 @@ def route(site: Site) -> Work:
         walked = site.rows * plan.coarse * (plan.chunk // plan.cluster) * site.chunk_union
         pairs, launches = exact / plan.chunk + min(walked, pairs), 12
     traffic = site.rows * (NUMBER_BYTES * shape.head_dim + 4 * plan.routes)
-    lanes = pairs * ROUTE_PAIR[int(shape.head_dim > 64)]
+    wide = int(shape.head_dim > 64)
+    lanes = pairs * ROUTE_PAIR[wide]
+    if site.together > 1:
+        lanes = pairs * (ROUTE_TOGETHER[0][wide] + ROUTE_TOGETHER[1][wide] / site.together)
     return Work(4 * pairs * shape.head_dim, lanes, traffic, launches)
 
 

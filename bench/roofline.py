@@ -20,7 +20,7 @@ from tabulate import tabulate
 
 from bench import model
 from prescore_compile.passes import cost
-from prescore_compile.passes.defaults import CAUSAL, LONG_ON_A_GPU, TWO_LEVELS_FROM
+from prescore_compile.passes.defaults import CAUSAL_ON_A_GPU, LONG_ON_A_GPU, TWO_LEVELS_FROM
 
 
 def table(
@@ -31,7 +31,7 @@ def table(
     for name in devices:
         device = model.DEVICES[name]
         for length in lengths:
-            for plan in (CAUSAL, LONG_ON_A_GPU) if length >= TWO_LEVELS_FROM else (CAUSAL,):
+            for plan in (CAUSAL_ON_A_GPU, LONG_ON_A_GPU) if length >= TWO_LEVELS_FROM else (CAUSAL_ON_A_GPU,):
                 shape = cost.Shape(batch, heads, kv_heads, dim, dim, True)
                 site = model.Site(shape, length, plan)
                 works = {stage: work(site) for stage, work in model.STAGES.items()}

@@ -215,13 +215,13 @@ struct Attend {
 
   // Routes of a tile whose rows have attended window and sinks, and nothing else.
   Entries<const int32_t> find_routes(Scratch& s, const Span& span, int64_t b, int64_t kv, int64_t rows) const {
-    const bool share = g.log_share > NEG_INF;
+    const bool needed = g.log_share > NEG_INF || g.group_routes;
     s.near.resize(rows);
     s.routes.resize(rows * g.routes);
-    for (int64_t r = 0; share && r < rows; ++r) s.near[r] = log_sum_of(s.rows, r);
+    for (int64_t r = 0; needed && r < rows; ++r) s.near[r] = log_sum_of(s.rows, r);
     const int64_t length = span.end - span.begin;
     const Entries<int32_t> found{s.routes.data(), length, length, g.routes};
-    router->run_tile(s.route, span, b, kv, {share ? s.near.data() : nullptr, length, length, 1}, found);
+    router->run_tile(s.route, span, b, kv, {needed ? s.near.data() : nullptr, length, length, 1}, found);
     return {found.data, length, length, g.routes};
   }
 

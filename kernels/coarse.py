@@ -67,7 +67,7 @@ def route(
     per_chunk, clusters = plan.chunk // plan.cluster, summary.mean.shape[2]
     count, chunks = min(plan.routes, clusters), clusters // per_chunk
     routes = torch.full((batch, heads, q_len, count), -1, dtype=torch.int32, device=query.device)
-    best = best_chunks(query, coarse(summary, plan), plan, causal, k_len, scale, logits, tensors)
+    best = best_chunks(query, coarse(summary, plan), plan, causal, k_len, scale, logits, tensors, mass)
     of_cluster = torch.arange(chunks, device=query.device).repeat_interleave(per_chunk)
     for span in spans(plan, causal, q_len, k_len, reference.TILE):
         at = slice(span.begin, span.end)
@@ -78,7 +78,7 @@ def route(
         scores = reference.routing_scores(query[:, :, at].float(), summary, scale)
         scores = reference.reached(scores, span, of_cluster, plan, k_len, logits, tensors)
         near = None if mass is None else mass[:, :, at]
-        found = reference.best_of(scores, summary, inside, count, plan.share, near)
+        found = reference.choose(scores, summary, inside, count, plan, near)
         routes[:, :, at] = found.where(found < clusters, -1)
     return routes
 
@@ -92,19 +92,21 @@ def best_chunks(
     scale: float,
     logits: Logits = NOTHING,
     tensors: Mapping[str, torch.Tensor] = reference.NO_TENSORS,
+    mass: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The first of two levels: the chunks ``[B, H, Nq, min(plan.coarse, C)]`` that each query chooses, -1: none.
 
-    ``query`` ``[B, H, Nq, D]``; ``level`` as ``coarse`` makes it.
+    ``query`` ``[B, H, Nq, D]``; ``level`` as ``coarse`` makes it; ``mass`` as for ``route``.
     """
-    total = level.mean.shape[2]
+    total, first = level.mean.shape[2], plan.first_level
     chunk = torch.arange(total, device=query.device)
-    best = torch.full((*query.shape[:3], min(plan.coarse, total)), -1, device=query.device)
+    best = torch.full((*query.shape[:3], min(first.routes, total)), -1, device=query.device)
     for span in spans(plan, causal, query.shape[2], k_len, reference.TILE):
         at = slice(span.begin, span.end)
         eligible = reference.outside(chunk * plan.chunk, span, causal, k_len)
         scores = reference.routing_scores(query[:, :, at].float(), level, scale)
         scores = reference.reached(scores, span, chunk, plan, k_len, logits, tensors)
-        found = reference.best_of(scores, level, eligible, plan.coarse)
+        near = None if mass is None else mass[:, :, at]
+        found = reference.choose(scores, level, eligible, first.routes, first, near)
         best[:, :, at, : found.shape[3]] = found.where(found < total, -1)
     return best

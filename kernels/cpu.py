@@ -43,7 +43,7 @@ class _Geometry(ctypes.Structure):
             (name, ctypes.c_int64)
             for name in (
                 "batch heads kv_heads q_len k_len dim value_dim "
-                "chunk cluster window causal sinks keep centroids routes coarse residual tile threads"
+                "chunk cluster window causal sinks keep centroids routes coarse group_routes residual tile threads"
             ).split()
         ),
         ("scale", ctypes.c_double),
@@ -244,6 +244,7 @@ def _geometry(
         centroids=plan.centroids,
         routes=routes,
         coarse=min(plan.coarse, chunk_count(k_len, plan.chunk)),
+        group_routes=int(plan.group_routes),
         residual=int(plan.residual),
         tile=tile,
         threads=torch.get_num_threads(),

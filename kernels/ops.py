@@ -571,7 +571,7 @@ route_attend.register_fake(_attended)
 def _routes(site: Operands, summary: Summary, plan: str, logits: str = "", tensors: Sequence[Tensor] = ()) -> Tensor:
     query, key, _, valid, causal, scale = site
     near = None
-    if Plan.parse(plan).share:
+    if Plan.parse(plan).needs_mass:
         near = mass(query, key, valid, *summary[4:], plan, causal, scale, logits, tensors)
     return route(query, *summary[:4], plan, causal, key.shape[2], scale, logits, tensors, near)
 

@@ -13,6 +13,7 @@ METHODS = (
     "kmeans", "kmeans_relative", "kernel_kmeans", "kmedian", "leverage", "peak", "window_peak", "random", "norm",
     "inverse_norm", "query"
 )  # fmt: skip
+FLAGS = ("group_routes", "residual")
 CLUSTERINGS = ("pca_tree", "kmeans", "kmedian", "leverage", "principal", "contiguous")
 
 
@@ -64,6 +65,8 @@ class Plan:
             keys were normal, more where single keys stand out; 0.0: the mean alone.
         share: least share of a query's softmax that a cluster must be expected to have, to be routed to; ``routes`` is
             then the most that a query attends. The budget goes where attention is spread. 0.0: the best ``routes``.
+        group_routes: whether the query heads of a KV head route together, to the clusters that have most of their
+            softmax in the mean: a tile of a GPU then reads fewer clusters. Without effect where each has its own.
         residual: whether the clusters that a query does not attend stand in as centroids: mean key, mean value,
             logit bias log(count). Needs ``routes`` and ``keep=0`` (a selected key would be counted twice).
         coarse: chunks that a query looks into for its routes, chosen by representatives of their own (two
@@ -83,6 +86,7 @@ class Plan:
     routes: int = 27
     spread: float = 1.0
     share: float = 0.0
+    group_routes: bool = False
     residual: bool = False
     coarse: int = 0
     seed: int = 0
@@ -120,8 +124,11 @@ class Plan:
             least = -(-self.routes // parts)
             allowed = f"0, or at least {least}: {self.routes} routes need as many clusters"
             raise OptionError("coarse", self.coarse, allowed)
-        if not isinstance(self.residual, bool):
-            raise OptionError("residual", self.residual, "a bool")
+        for name in FLAGS:
+            if not isinstance(getattr(self, name), bool):
+                raise OptionError(name, getattr(self, name), "a bool")
+        if self.group_routes and not self.routes:
+            raise OptionError("group_routes", True, "False where routes is 0: it is of the clusters that are routed to")
         if self.residual and (not self.routes or self.keep):
             raise OptionError(
                 "residual",
@@ -155,7 +162,17 @@ class Plan:
     @property
     def near(self) -> Plan:
         """Nothing but window and sinks."""
-        return replace(self, routes=0, share=0.0, residual=False, coarse=0, keep=0, centroids=0)
+        return replace(self, routes=0, share=0.0, group_routes=False, residual=False, coarse=0, keep=0, centroids=0)
+
+    @property
+    def first_level(self) -> Plan:
+        """Of two levels: how chunks are chosen."""
+        return replace(self, routes=self.coarse, share=0.0, residual=False, coarse=0)
+
+    @property
+    def needs_mass(self) -> bool:
+        """Whether routing needs each query's sum over window and sinks, which shares of the softmax are of."""
+        return bool(self.share) or self.group_routes
 
     @property
     def reads_queries(self) -> bool:
@@ -196,7 +213,7 @@ def _parse(text: str) -> Plan:
     for name, value in values.items():
         if name in ("threshold", "spread", "share"):
             values[name] = float(value)
-        elif name == "residual":
+        elif name in FLAGS:
             values[name] = value == "True"
         elif name not in ("method", "clustering"):
             values[name] = None if value == "None" else int(value)

@@ -30,6 +30,8 @@ from .plan import Plan
 from .summary import Summary
 
 TILE = 256
+MOST_GAIN = 70.0
+"""Of a cluster in one head, as a logarithm: float32 holds the sum of as many as there can be."""
 NO_TENSORS: Mapping[str, torch.Tensor] = {}
 
 
@@ -92,7 +94,8 @@ def route(
 
     Per query and per head, among the clusters of the chunks outside the query's window: causal
     sites look at finished chunks only. Ties go to the earlier cluster; NaN ranks first. With a ``plan.share``,
-    only clusters that ``worth`` holds for; ``mass`` is then what the function of that name gives.
+    only clusters that ``worth`` holds for; with ``plan.group_routes``, by what ``together`` gives. ``mass`` is what
+    the function of that name gives, where the plan needs it.
     """
     batch, heads, q_len, _ = query.shape
     clusters = summary.mean.shape[2]
@@ -104,9 +107,44 @@ def route(
         scores = routing_scores(query[:, :, span.begin : span.end].float(), summary, scale)
         scores = reached(scores, span, chunks, plan, k_len, logits, tensors)
         near = None if mass is None else mass[:, :, span.begin : span.end]
-        best = best_of(scores, summary, eligible, count, plan.share, near)
+        best = choose(scores, summary, eligible, count, plan, near)
         routes[:, :, span.begin : span.end] = best.where(best < clusters, -1)
     return routes
+
+
+def choose(
+    scores: torch.Tensor,
+    summary: Summary,
+    eligible: torch.Tensor,
+    count: int,
+    plan: Plan,
+    mass: torch.Tensor | None,
+) -> torch.Tensor:
+    """The ``count`` clusters, or fewer, that each query head routes to: ``[B, H, T, count]``, as ``best_of`` has them.
+
+    Of the ``eligible``, broadcastable to ``scores`` ``[B, H, T, clusters]``; ``mass`` ``[B, H, T]`` where the plan
+    needs it.
+    """
+    group = scores.shape[1] // summary.mean.shape[1] if plan.group_routes else 1
+    if group > 1:
+        assert mass is not None
+        scores, mass = together(scores, mass, group)
+        eligible = eligible[:, ::group] if eligible.dim() == 4 else eligible
+    return best_of(scores, summary, eligible, count, plan.share, mass).repeat_interleave(group, 1)
+
+
+def together(scores: torch.Tensor, mass: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scores ``[B, Hkv, T, clusters]`` and mass ``[B, Hkv, T]`` of the ``group`` query heads of each KV head as one.
+
+    What a cluster adds to the softmax's sum of a head is counted in that head's ``mass``, and summed over the heads:
+    in each of them, window and sinks weigh one. A gain of NaN is the most there is. A head whose mass is NaN or inf is
+    passed over (routes would not change its result); one of -inf counts as if it were 0.
+    """
+    unit = mass.masked_fill(mass == -math.inf, 0).to(scores.dtype).unsqueeze(3)
+    gains = (scores - unit).nan_to_num(nan=MOST_GAIN, neginf=-math.inf).clamp(max=MOST_GAIN)
+    gains = gains.masked_fill(~(unit < math.inf), -math.inf)
+    heard = mass.isfinite().unflatten(1, (-1, group)).sum(2)
+    return gains.unflatten(1, (-1, group)).logsumexp(2), heard.to(scores.dtype).log()
 
 
 def best_of(

@@ -27,6 +27,8 @@ LONGEST = 2**24
 # Of the routes that a plan with a share may take, those that it takes on average: of 64 at a share of 0.0012 and 8192
 # tokens of text, by `python -m bench.quality`. Content decides, so this is an expectation.
 FILLED = 0.38
+# The same where the heads of a group route together.
+FILLED_TOGETHER = 0.46
 
 
 @dataclass(frozen=True)
@@ -37,8 +39,9 @@ class Prices:
         attend: of one multiply-add of an attended pair. route: of a routing pair, its features counted in ``attend``'s
             way. route_pair: of a routing pair whatever its features. mass: of a pair of the sum that a share is of, in
             attended pairs: none where attending has that sum.
-        union: routed pairs that are computed, for each that is attended. chunk_union: chunks of the first of two
-            levels that are walked over, for each that is chosen.
+        union: routed pairs that are computed, for each that is attended. union_together: where the heads of a group
+            route together. chunk_union: chunks of the first of two levels that are walked over, for each chosen.
+        route_head: part of a routing pair's price that each of the heads pays that route together.
         per_key, per_feature: a key and KV head, to cluster and copy it; and each of its features.
         score: a key and KV head, to score it, by method; other: by a user's own scorer. select: of scored keys, to
             find the best and copy them. fixed: the launches. select_fixed: those of scores and selected keys.
@@ -51,6 +54,8 @@ class Prices:
     route_pair: float = 0.0
     mass: float = 1.0
     union: float = 1.0
+    union_together: float = 1.0
+    route_head: float = 1.0
     chunk_union: float = 1.0
     per_key: float = 0.0
     per_feature: float = 0.0
@@ -69,7 +74,8 @@ PRICES = {
     # 4 query heads a KV head. kernel_kmeans, window_peak, random and a user's scorer are torch operations there:
     # what they read and write, or their launches where that is more.
     "cuda": Prices(
-        attend=1.5, route=0.3, route_pair=510.0, union=4.3, chunk_union=1.5, per_feature=840.0, fixed=1.04e10,
+        attend=1.5, route=0.28, route_pair=646.0, route_head=0.28, union=4.3, union_together=2.8, chunk_union=1.5,
+        per_feature=840.0, fixed=1.04e10,
         score={
             "kmeans": 114_000, "kmeans_relative": 120_000, "kmedian": 416_000, "leverage": 1_600_000,
             "peak": 300_000, "query": 103_000, "norm": 26_000, "inverse_norm": 26_000,
@@ -116,12 +122,13 @@ def attended_pairs(plan: Plan, causal: bool) -> sympy.Expr:
 
 def routed_keys(plan: Plan) -> float:
     """Keys that a query is expected to attend through its routes."""
-    return plan.routes * plan.cluster * (FILLED if plan.share else 1.0)
+    filled = FILLED_TOGETHER if plan.group_routes else FILLED
+    return plan.routes * plan.cluster * (filled if plan.share else 1.0)
 
 
 def mass_pairs(plan: Plan, causal: bool) -> sympy.Expr:
     """What the sum that a share is of costs, in attended pairs, a head: logits of window and sinks, without values."""
-    if not plan.share:
+    if not plan.needs_mass:
         return sympy.Integer(0)
     return attended_pairs(plan.near, causal) / 2
 
@@ -175,9 +182,12 @@ def prescored_time(shape: Shape, plan: Plan) -> sympy.Expr:
     if plan.keep:
         scoring = (prices.score.get(plan.method, prices.other) + prices.select) * keys + prices.select_fixed
     attended, routing = attended_pairs(plan, shape.causal), routing_pairs(plan, shape.causal, prices.chunk_union)
-    if prices.union != 1:
-        attended += (prices.union - 1) * _least(N * routed_keys(plan), attended)
+    group = shape.heads // shape.kv_heads if plan.group_routes else 1
+    union = prices.union_together if group > 1 else prices.union
+    if union != 1:
+        attended += (union - 1) * _least(N * routed_keys(plan), attended)
     attended += prices.mass * mass_pairs(plan, shape.causal)
+    routing *= prices.route_head + (1 - prices.route_head) / group
     pairs = _per_pair(shape) * (prices.attend * attended + prices.route * routing)
     return pairs + rows * prices.route_pair * routing + summary + scoring + prices.fixed
 

@@ -164,7 +164,7 @@ def _insert(graph: fx.Graph, decision: Decision, rule: str, values: dict[str, An
         if plan.routes:
             k_len = graph.call_method("size", (key, 2))
             near: list[fx.Node] = []
-            if plan.share:
+            if plan.needs_mass:
                 mass = torch.ops.prescore.mass.default
                 near = [call("mass", mass, query, key, valid, *rows, settings, causal, a.scale, *more)]
             route, means = torch.ops.prescore.route.default, (order, mean, spread, bias)

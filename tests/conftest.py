@@ -35,6 +35,7 @@ PLANS = {
     "two levels": Plan(chunk=32, window=16, sinks=3, routes=3, spread=1.5, coarse=2),
     "residual": Plan(chunk=32, window=16, sinks=3, routes=2, residual=True),
     "share": Plan(chunk=32, window=16, sinks=3, routes=6, spread=1.3, share=0.05),
+    "together": Plan(chunk=32, window=16, sinks=3, routes=6, share=0.08, group_routes=True),
     "wide clusters": Plan(chunk=64, window=0, sinks=5, routes=2, cluster=32),
     "keep": Plan(chunk=32, window=8, sinks=2, keep=4, routes=0),
     "keep and routes": Plan(chunk=32, window=16, sinks=2, keep=5, routes=3),
@@ -93,7 +94,7 @@ def summary_of(site: Operands, plan: Plan) -> Summary:
 
 
 def routes_of(site: Operands, summary: Summary, plan: Plan) -> torch.Tensor:
-    mass = reference.mass(site, summary, plan) if plan.share else None
+    mass = reference.mass(site, summary, plan) if plan.needs_mass else None
     return coarse.route(site.query, summary, plan, site.causal, site.key.shape[2], site.scale, mass=mass)
 
 

@@ -57,6 +57,12 @@ COMBINED = {
     "share, many routes": Variant(plan=Plan(share=0.01, routes=70), padded=True, backward=False),
     "share, kept": Variant(plan=Plan(share=0.01, keep=24), group=2, backward=False),
     "share and residual": Variant(plan=Plan(share=0.01, residual=True), causal=False, padded=True, backward=False),
+    "together on two levels, masked": Variant(
+        plan=Plan(share=0.01, coarse=32, group_routes=True), group=3, logits=aot.IN_DOCUMENTS, backward=False
+    ),
+    "together, many routes": Variant(
+        plan=Plan(routes=70, group_routes=True), group=4, causal=False, dtype=torch.float32, backward=False
+    ),
     "a head dim that is padded": Variant(dim=80, group=2, padded=True),
 }
 """What ``VARIANTS`` has one by one, together."""

@@ -96,7 +96,7 @@ def test_other_plans_are_checked_and_timed(plan: Plan) -> None:
     case = gpu.Case(320, not plan.residual, 16, 2, 2)
     found = gpu.measure(case, plan, gpu.Machine("cpu", torch.float32, 1), False, False)
     assert {"summarize", "route", "attend", "total", "total, backward"} <= found["stages"].keys(), found["failed"]
-    assert ("mass" in found["stages"]) == bool(plan.share) and not any("score" in name for name in found["stages"])
+    assert ("mass" in found["stages"]) == plan.needs_mass and not any("score" in name for name in found["stages"])
 
 
 def test_what_time_does_not_suffice_for_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -99,7 +99,7 @@ def test_routing_tile_by_tile_gives_the_same_bits(
     site = operands(length, causal=causal, padded=padded, dim=24, value_dim=40, dtype=dtype)
     for plan in (PLANS[name], replace(PLANS[name], share=0.02)):
         summary = summary_of(site, plan)
-        mass = cpu.mass(site, summary, plan) if plan.share else None
+        mass = cpu.mass(site, summary, plan) if plan.needs_mass else None
         routes = cpu.route(site.query, summary, plan, causal, length, site.scale, mass)
         assert torch.equal(cpu.route_attend(site, summary, plan), cpu.attend(site, summary, routes, plan))
         assert torch.equal(cpu.route_attend(site, summary, plan, tile=7), cpu.attend(site, summary, routes, plan, 7))

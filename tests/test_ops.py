@@ -53,7 +53,7 @@ def test_routing_and_attending_as_one_has_the_gradients_of_the_three(
     order, mean, spread, bias, index, owner, *rows = (part.detach() for part in parts)
     leaves = [t.requires_grad_() for t in (q, k, v, rows[0], rows[1])]
     rows = [index, owner, *leaves[3:], rows[2]]
-    near = ops.mass(q, k, valid, *rows, *more, "", []) if plan.share else None
+    near = ops.mass(q, k, valid, *rows, *more, "", []) if plan.needs_mass else None
     routes = ops.route(q, order, mean, spread, bias, settings, causal, 150, scale, "", [], near)
     three = ops.attend(q, k, v, valid, order, routes, *rows, *more, "", [])
     one = ops.route_attend(q, k, v, valid, order, mean, spread, bias, *rows, *more)

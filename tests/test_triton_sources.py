@@ -16,7 +16,7 @@ from prescore_compile.kernels.plan import METHODS, Plan
 from prescore_compile.kernels.triton import listing, sources
 from prescore_compile.kernels.triton.maths import lifted
 from prescore_compile.kernels.triton.scores import kernel as scores
-from prescore_compile.passes.defaults import CAUSAL
+from prescore_compile.passes.defaults import CAUSAL, CAUSAL_ON_A_GPU
 
 GOLDEN = Path(__file__).with_name("golden")
 Q, K = sympy.symbols("q k", integer=True, nonnegative=True)
@@ -26,6 +26,7 @@ DOCUMENT = sympy.Function("document")
 def golden() -> dict[str, str]:
     """A handful: the default plan, what it needs beside it, a mask, a backward, and scores."""
     default = listing.spec(CAUSAL, dim=64)
+    together = listing.spec(CAUSAL_ON_A_GPU, dim=128, group=4)
     streaming = listing.spec(PLANS["streaming"], dim=80, value_dim=64, group=3, dtype="float32", causal=False)
     masked = listing.spec(
         Plan(window=None, sinks=0, routes=0),
@@ -50,6 +51,7 @@ def golden() -> dict[str, str]:
         "peak_select": listing.all_sources(by_peak, "")["select"],
         "peak_select_segments": listing.all_sources(by_peak, "")["select_segments"],
         "default_route": listing.all_sources(default, "")["route"],
+        "together_route": listing.all_sources(together, "")["route"],
         "default_union": listing.forward_sources(default)["union"],
         "default_attend": listing.forward_sources(default)["attend"],
         "streaming_attend": listing.forward_sources(streaming)["attend"],

@@ -83,7 +83,7 @@ def test_one_graph_of_scores_and_rows_for_all_lengths(dynamic: bool, monkeypatch
 def test_route(name: str) -> None:
     plan = PLANS[name]
     site = operands(200, dtype=torch.bfloat16)
-    mass = torch.empty(site.query.shape[:3]) if plan.share else None
+    mass = torch.empty(site.query.shape[:3]) if plan.needs_mass else None
     real = (site.query, *summary_of(site, plan)[:4], mass)
     with FakeTensorMode():
         tensors = fakes(real, "cuda")

@@ -46,7 +46,7 @@ class Planned:
         summary = summaries.summarize(key, value, valid, scores, plan, cpu.clusters)
         asked = query[:, :, first:]
         part = site._replace(query=asked)
-        mass = cpu.mass(part, summary, plan) if plan.share else None
+        mass = cpu.mass(part, summary, plan) if plan.needs_mass else None
         routes = cpu.route(asked, summary, plan, causal, key.shape[2], scale, mass) if plan.routes else _none(asked)
         self.count(part, summary, routes)
         return cpu.attend(part, summary, routes, plan)
@@ -67,7 +67,7 @@ def pairs(plan: Plan, length: int, causal: bool, routed: float | None = None) ->
     ``routed``: clusters that a query routes to, on average; None: as many as it may. A share is of a sum over window
     and sinks, whose logits, without values, count as half a pair each.
     """
-    near = 1.5 if plan.share else 1.0
+    near = 1.5 if plan.needs_mass else 1.0
     total = 0.0 if routed is None else routed * plan.cluster * length
     for span in spans(plan, causal, length, length, 1024):
         rows = plan.sinks * (span.finished > 0)
@@ -138,7 +138,9 @@ def own(length: int, target: float) -> Iterator[tuple[str, Plan]]:
 
         return fit(make, target, length)
 
-    yield "routes with a share", SHARED.get(target, SHARED[0.22])
+    shared = SHARED.get(target, SHARED[0.22])
+    yield "routes with a share", shared
+    yield "routes with a share, by group", replace(shared, group_routes=True)
     yield "fixed routes", routed(base if small else FIXED)
     if not small:
         yield "fixed routes, chunk 128, window 128", routed(Plan(routes=0, spread=1.4))

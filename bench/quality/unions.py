@@ -10,23 +10,33 @@ from __future__ import annotations
 
 import argparse
 import os
+from dataclasses import replace
 
 import torch
 from tabulate import tabulate
 from torch import Tensor
 
 from prescore_compile import smollm
+from prescore_compile.kernels import cpu
 from prescore_compile.kernels.coarse import best_chunks, coarse
 from prescore_compile.kernels.plan import Plan
 from prescore_compile.kernels.reference import Operands
 from prescore_compile.kernels.summary import Summary
 from prescore_compile.kernels.triton import listing
-from prescore_compile.passes.defaults import CAUSAL, LONG_ON_A_GPU
+from prescore_compile.passes.defaults import CAUSAL, CAUSAL_ON_A_GPU, LONG_ON_A_GPU
 
+from .language import SKIPPED
 from .lengths import stretch
-from .methods import Planned
-from .model import hidden
+from .methods import Planned, exact
+from .model import compare, hidden
 from .texts import TEXTS
+
+PLANS = {
+    "heads alone": CAUSAL,
+    "heads alone, two levels": replace(CAUSAL, coarse=LONG_ON_A_GPU.coarse),
+    "together": CAUSAL_ON_A_GPU,
+    "together, two levels": LONG_ON_A_GPU,
+}
 
 
 def union(routes: Tensor, group: int, queries: int, chunk: int) -> tuple[int, int]:
@@ -54,29 +64,37 @@ class Counted(Planned):
 
     def __init__(self, plan: Plan) -> None:
         super().__init__(plan)
-        self.walked, self.of_rows = [0, 0], [0, 0]
+        self.walked, self.of_rows, self.asked = [0, 0], [0, 0], 0
 
     def count(self, site: Operands, summary: Summary, routes: Tensor) -> None:
         super().count(site, summary, routes)
-        plan, group, found = self.plan, site.query.shape[1] // site.key.shape[1], [routes]
+        plan, group = self.plan, site.query.shape[1] // site.key.shape[1]
+        spec = listing.spec(plan, dim=site.key.shape[3], group=group)
+        found = [union(routes, group, spec.queries, plan.chunk)]
         if plan.coarse:
             chunks = coarse(summary, plan)
-            found.append(best_chunks(site.query, chunks, plan, site.causal, site.key.shape[2], site.scale))
-        spec = listing.spec(plan, dim=site.key.shape[3], group=group)
-        for level, chosen in enumerate(found):
-            walked, routed = union(chosen, group, spec.queries, plan.chunk)
+            near = cpu.mass(site, summary, plan) if plan.needs_mass else None
+            best = best_chunks(site.query, chunks, plan, site.causal, site.key.shape[2], site.scale, mass=near)
+            # Where heads route together, a tile of ``route`` is of one of them.
+            together = group if plan.group_routes else 1
+            queries = replace(spec, group=group // together).queries
+            found.append(union(best[:, ::together], group // together, queries, plan.chunk))
+        for level, (walked, routed) in enumerate(found):
             self.walked[level] += walked
             self.of_rows[level] += routed
+        self.asked += routes[..., 0].numel()
 
     def ratios(self) -> list[str]:
-        """Of the routes, and of the chunks of the first level."""
-        return [f"{w / r:.2f}" if r else "" for w, r in zip(self.walked, self.of_rows, strict=True)]
+        """Clusters that a row walks over; for each that it routes to; the same of chunks of the first level."""
+        ratios = [f"{w / r:.2f}" if r else "" for w, r in zip(self.walked, self.of_rows, strict=True)]
+        return [f"{self.walked[0] / self.asked:.1f}", *ratios]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 16384])
     parser.add_argument("--texts", nargs="+", default=["news", "glossary"], choices=TEXTS)
+    parser.add_argument("--plans", nargs="+", default=list(PLANS), choices=PLANS)
     arguments = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     rows = []
@@ -85,12 +103,15 @@ def main() -> None:
         stretch(model, length)
         for text in arguments.texts:
             ids = smollm.token_ids(tokenizer, TEXTS[text](), length)
-            for name, plan in (("one level", CAUSAL), ("two levels", LONG_ON_A_GPU)):
-                attend = Counted(plan)
-                hidden(model, ids, attend)
-                rows.append([length, text, name, *attend.ratios()])
+            before = hidden(model, ids, exact)
+            for name in arguments.plans:
+                attend = Counted(PLANS[name])
+                after = hidden(model, ids, attend)
+                found = compare(model, before[SKIPPED:-1], after[SKIPPED:-1], ids[0, SKIPPED + 1 :])
+                rows.append([length, text, name, *attend.ratios(), f"{found.kl:.4f}"])
                 print(rows[-1], flush=True)
-    print(tabulate(rows, ["n", "text", "plan", "clusters", "chunks"], "github", disable_numparse=True))
+    columns = ["n", "text", "plan", "walked", "a route", "a chunk", "KL"]
+    print(tabulate(rows, columns, "github", disable_numparse=True))
 
 
 if __name__ == "__main__":

@@ -41,6 +41,38 @@ inline float log_sum(const int32_t* from, int64_t count, float base) {
   return top + std::log(sum_lanes(total) + std::exp(base - top));
 }
 
+constexpr float MOST_GAIN = 70.0f;  // reference.MOST_GAIN
+
+// The scores of a query's `heads`, whose ranks lie `count` apart, as one, in place of the first's ranks;
+// reference.together, but for the logarithm. `mass`: of each head. Returns how many heads' masses are finite.
+inline float together(int32_t* rank, int64_t count, int64_t heads, const float* mass) {
+  const float infinite = std::numeric_limits<float>::infinity();
+  float heard = 0.0f;
+  for (int64_t h = 0; h < heads; ++h) heard += std::abs(mass[h]) < infinite;
+  for (int64_t c = 0; c < count; c += L) {
+    vec total = {};
+    for (int64_t h = 0; h < heads; ++h) {
+      if (!(mass[h] < infinite)) continue;
+      const ivec r = iload(rank + h * count + c);
+      const vec gain = score_of(r) - (mass[h] > -infinite ? mass[h] : 0.0f);
+      const vec grown = exp2_vec((gain < MOST_GAIN ? gain : splat(MOST_GAIN)) * (float)LOG2_E);  // NaN: the most
+      total += r == LOWEST_RANK ? vec{} : grown;
+    }
+    istore(rank + c, total == 0.0f ? isplat(LOWEST_RANK) : rank_of(total));
+  }
+  return heard;
+}
+
+// Sum of what `count` ranks (whole vectors) stand for, but for the lowest.
+inline float sum_of(const int32_t* from, int64_t count) {
+  vec total = {};
+  for (int64_t c = 0; c < count; c += L) {
+    const ivec r = iload(from + c);
+    total += r == LOWEST_RANK ? vec{} : score_of(r);
+  }
+  return sum_lanes(total);
+}
+
 struct Chooser {
   std::vector<int32_t> best, rank, place;
 

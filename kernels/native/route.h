@@ -23,6 +23,7 @@ struct Route {
   static constexpr int64_t STEP = 4;                  // blocks that stay in cache while the rows pass over them
 
   std::vector<Span> tiles = spans(g);
+  int64_t heads = g.group_routes ? g.heads / g.kv_heads : 1;  // that route together
   int64_t per_chunk = g.chunk / g.cluster, chunks = (g.k_len + g.chunk - 1) / g.chunk;
   int64_t block_size = (2 * g.dim + 1) * BLOCK;
   // Of the KV heads from packed_from on, per block: mean [dim][BLOCK], spread [dim][BLOCK], bias [BLOCK].
@@ -53,10 +54,11 @@ struct Route {
   }
 
   struct Scratch {
-    std::vector<float> query, square;
-    std::vector<int32_t> rank;      // [ROWS][listed blocks * BLOCK]
+    std::vector<int64_t> row;       // rows of the tile that are scored at once
+    std::vector<float> query, square, mass;
+    std::vector<int32_t> rank;      // [row][listed blocks * BLOCK]
     std::vector<int32_t> listed;    // the blocks that are scored, ascending
-    std::vector<int32_t> chosen;    // [ROWS][coarse]: chunks, ascending, then -1
+    std::vector<int32_t> chosen;    // [row][coarse]: chunks, ascending, then -1
     std::vector<uint8_t> wanted;    // chunks that any row chose
     Chooser chooser;
   };
@@ -97,39 +99,53 @@ struct Route {
 
   void score(Scratch& s, const float* from, int64_t rows) const {
     const int64_t count = s.listed.size();
-    s.rank.resize(ROWS * count * BLOCK);
+    s.rank.resize(rows * count * BLOCK);
     for (int64_t at = 0; at < count; at += STEP)
       by_groups<GROUP>(rows, Score{*this, s, from, at, std::min(at + STEP, count)});
   }
 
   // What a query's ranks must be above: the least share of its softmax, if one is asked for.
   int32_t bar_of(const int32_t* rank, int64_t count, const float* mass) const {
-    if (!mass) return LOWEST_RANK;
+    if (!(g.log_share > NEG_INF)) return LOWEST_RANK;
     const float least = log_sum(rank, count, *mass) + (float)g.log_share;
     return least > NEG_INF ? rank_of(splat(least))[0] - 1 : LOWEST_RANK;  // NaN hides nothing
+  }
+
+  // The same of heads together; `heard` of them count.
+  int32_t bar_together(const int32_t* rank, int64_t count, float heard) const {
+    if (!(g.log_share > NEG_INF)) return LOWEST_RANK;
+    return rank_of(splat((sum_of(rank, count) + heard) * (float)std::exp(g.log_share)))[0] - 1;
   }
 
   // The routes of a tile's rows; `mass`: of each row, or null.
   void run_tile(Scratch& s, const Span& span, int64_t b, int64_t kv, const Entries<const float>& mass,
                 const Entries<int32_t>& routes) const {
-    const int64_t rows = (span.end - span.begin) * (g.heads / g.kv_heads);
-    s.query.resize(ROWS * g.dim);
-    s.square.resize(ROWS * g.dim);
-    for (int64_t first = 0; first < rows; first += ROWS)
-      run_rows(s, span, b, kv, first, std::min(ROWS, rows - first), mass, routes);
+    const int64_t length = span.end - span.begin, rows = length * (g.heads / g.kv_heads);
+    const int64_t step = std::max<int64_t>(ROWS / heads, 1) * heads;
+    for (int64_t first = 0; first < rows; first += step) {
+      s.row.clear();
+      // Rows of the tile, one head's after another's, or one query's where its heads route together.
+      for (int64_t i = first; i < std::min(first + step, rows); ++i)
+        s.row.push_back(heads == 1 ? i : i % heads * length + i / heads);
+      run_rows(s, span, b, kv, mass, routes);
+    }
   }
 
-  void run_rows(Scratch& s, const Span& span, int64_t b, int64_t kv, int64_t first, int64_t rows,
-                const Entries<const float>& mass, const Entries<int32_t>& routes) const {
+  void run_rows(Scratch& s, const Span& span, int64_t b, int64_t kv, const Entries<const float>& mass,
+                const Entries<int32_t>& routes) const {
     const int64_t group = g.heads / g.kv_heads, head = b * g.kv_heads + kv - packed_from;
-    const int64_t length = span.end - span.begin;
+    const int64_t length = span.end - span.begin, rows = s.row.size();
+    s.query.resize(rows * g.dim);
+    s.square.resize(rows * g.dim);
+    s.mass.resize(rows);
     for (int64_t r = 0; r < rows; ++r) {
       float* q = &s.query[r * g.dim];
-      read(query, b, kv * group + (first + r) / length, span.begin + (first + r) % length, g.dim, q);
+      read(query, b, kv * group + s.row[r] / length, span.begin + s.row[r] % length, g.dim, q);
       for (int64_t d = 0; d < g.dim; ++d) {
         q[d] *= (float)g.scale;
         s.square[r * g.dim + d] = q[d] * q[d];
       }
+      if (mass.data) s.mass[r] = *mass(s.row[r]);
     }
     // Chunks outside the window: below `low` and from `after` on.
     const int64_t low = span.low / g.chunk, after = g.causal ? chunks : (span.high + g.chunk - 1) / g.chunk;
@@ -140,16 +156,19 @@ struct Route {
       if (!g.coarse || any_wanted(s, block, end)) s.listed.push_back(block);
     score(s, &clusters[head * blocks_of(chunks * per_chunk) * block_size], rows);
     const int64_t width = (int64_t)s.listed.size() * BLOCK;
-    for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t r = 0; r < rows; r += heads) {
       int32_t* rank = s.rank.data() + r * width;
+      const float heard = heads > 1 ? prescore::together(rank, width, heads, &s.mass[r]) : 0.0f;
       if (g.coarse)
         hide_others(s, rank, r);
       else
         hide(rank, low * per_chunk, std::min(after * per_chunk, width));
-      int32_t* out = routes(first + r);
-      s.chooser.choose(rank, width, g.routes, out, bar_of(rank, width, mass.data ? mass(first + r) : nullptr));
+      const int32_t bar = heads > 1 ? bar_together(rank, width, heard) : bar_of(rank, width, &s.mass[r]);
+      int32_t* out = routes(s.row[r]);
+      s.chooser.choose(rank, width, g.routes, out, bar);
       if (g.coarse)
         for (int64_t i = 0; i < g.routes && out[i] >= 0; ++i) out[i] = s.listed[out[i] / BLOCK] * BLOCK + out[i] % BLOCK;
+      for (int64_t h = 1; h < heads; ++h) std::copy_n(out, g.routes, routes(s.row[r + h]));
     }
   }
 
@@ -163,10 +182,11 @@ struct Route {
     for (size_t block = 0; block < s.listed.size(); ++block) s.listed[block] = block;
     score(s, from, rows);
     const int64_t width = (int64_t)s.listed.size() * BLOCK;
-    s.chosen.resize(ROWS * g.coarse);
+    s.chosen.resize(rows * g.coarse);
     s.wanted.assign(chunks, 0);
-    for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t r = 0; r < rows; r += heads) {
       int32_t *rank = s.rank.data() + r * width, *chosen = &s.chosen[r * g.coarse];
+      if (heads > 1) prescore::together(rank, width, heads, &s.mass[r]);
       hide(rank, low, std::min(after, width));
       s.chooser.choose(rank, width, g.coarse, chosen, LOWEST_RANK);
       for (int64_t i = 0; i < g.coarse && chosen[i] >= 0; ++i) s.wanted[chosen[i]] = 1;

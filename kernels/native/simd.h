@@ -90,7 +90,7 @@ inline vec root(vec x) {
 #endif
 }
 
-// 2^x for x <= 20 or so; a NaN stays a NaN, what is below 2^-126 becomes that. The polynomial is
+// 2^x for x <= 127; a NaN stays a NaN, what is below 2^-126 becomes that. The polynomial is
 // that of Cephes' exp2f, about 2 ulp.
 inline vec exp2_vec(vec x) {
   x = x < splat(-126.0f) ? splat(-126.0f) : x;

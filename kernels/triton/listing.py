@@ -106,7 +106,7 @@ def all_sources(forward: Spec, site: str) -> dict[str, str]:
     if rows.fits(plan) and (plan.sinks or plan.keep):
         copied = SummarySpec(dim=forward.dim, value_dim=forward.value_dim, plan=forward.plan, valid=forward.valid)
         found["rows"] = rows.rows_source(copied)
-    if plan.share:
+    if plan.needs_mass:
         found["mass"] = attend_source(mass_spec(forward))
     if plan.routes and plan.window is not None:
         found["route"] = route_source(route_spec_of(forward), plan.chunk // plan.cluster, False)

@@ -25,7 +25,6 @@ rows chose, and each row counts its own; see ``kernels.coarse``.
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import replace
@@ -40,6 +39,7 @@ from .cache import launch, load
 from .loops import mask_parameters, mask_values, names, precision, tile
 from .network import EXCHANGE, falling, rank, rising
 from .render import arguments, fill, source
+from .route_scores import blocks, together
 from .spec import DTYPES, NOTHING, Lifted, Spec, Tile, power_of_two
 from .union import union
 
@@ -60,6 +60,7 @@ def route(
     QUERIES: tl.constexpr = $queries
     ROWS: tl.constexpr = $rows
     COLUMNS: tl.constexpr = $columns
+    HEADS: tl.constexpr = $together  #? together
     CHUNK: tl.constexpr = $chunk
     WINDOW: tl.constexpr = $window
     PER_CHUNK: tl.constexpr = $per_chunk
@@ -67,27 +68,22 @@ def route(
     low = tl.maximum(query_at - WINDOW, 0) // CHUNK * CHUNK  #? sides
     high = ((query_at + WINDOW) // CHUNK + 1) * CHUNK  #? sides
     feature = tl.arange(0, DIM_TILE)
-    query_tile = tl.load(
-        query + batch * query_b + (head * query_h + query_at.to(tl.int64) * query_n)[:, None] + feature[None, :],
-        mask=live[:, None] & (feature < DIM)[None, :],
-        other=0.0,
-    )
-    square_tile = query_tile * query_tile  #? exact
-    square_tile = (query_tile.to(tl.float32) * query_tile.to(tl.float32)).to(tl.bfloat16)  #? not exact
+    $read_queries
     b = batch  #? lifted
-    h = head[:, None]  #? lifted
+    h = head[:, None]  #? lifted and not together
     q = tl.minimum(tl.maximum(query_at, 0), q_len - 1)[:, None]  #? lifted
     own_mean = mean + pair * clusters * DIM
     own_spread = spread + pair * clusters * DIM
     own_bias = bias + pair * clusters
-    row = (batch * kv_heads * GROUP + head) * q_len + query_at
-    own_routes = routes + row * route_count
-    near = tl.load(mass + row, mask=live, other=float("-inf"))  #? share
+    row = (batch * kv_heads * GROUP + head) * q_len + query_at  #? not together
+    row = pair * HEADS * q_len + query_at  # of the first of the heads that route together  #? together
+    near = tl.load(mass + row, mask=live, other=float("-inf"))  #? share and not together
     stop = tl.maximum(block, 0) * PER_CHUNK  #? causal and not listed
     stop = clusters  #? not causal and not listed
     list_at = (pair * tiles + tile) * list_size  #? listed
     stop = tl.load(listed_count + pair * tiles + tile) * PER_CHUNK  #? listed
 
+    sign = tl.where(scale < 0.0, -1.0, 1.0)
     $start
     $choose
 """
@@ -100,46 +96,18 @@ slot = number // PER_CHUNK  #? listed
 at = tl.load(listed + list_at + slot, mask=there, other=0) * PER_CHUNK + number % PER_CHUNK  #? listed
 where = at.to(tl.int64)[:, None] * DIM + feature[None, :]
 inside = there[:, None] & (feature < DIM)[None, :]
-mean_tile = tl.load(own_mean + where, mask=inside, other=0.0).to(query_tile.dtype)
-spread_tile = tl.load(own_spread + where, mask=inside, other=0.0).to(square_tile.dtype)
+mean_tile = tl.load(own_mean + where, mask=inside, other=0.0).to(tl.$dtype)
+spread_tile = tl.load(own_spread + where, mask=inside, other=0.0).to(tl.$square_type)
 own = tl.load(own_bias + at, mask=there, other=float("-inf"))
-score = tl.dot(query_tile$wide_type, tl.trans(mean_tile)$wide_type$precision) * scale
-within = tl.dot(square_tile$wide_type, tl.trans(spread_tile)$wide_type$precision)
-score += tl.sqrt(within) * tl.abs(scale)
-score += own[None, :]
 c = (tl.minimum(at, clusters - 1) // PER_CHUNK)[None, :]  #? lifted
 k_low = c * CHUNK  #? lifted
 k_high = tl.minimum(k_low + CHUNK, k_len) - 1  #? lifted
-score += $bias  #? bias
-score = tl.where(score != score, float("inf"), score)
-eligible = (own > float("-inf")) | (own != own)
+$score_of
 $chosen
-score = tl.where(eligible[None, :], score, float("-inf"))
-score = tl.where($allowed, score, float("-inf"))  #? allowed
 score = tl.where(chosen, score, float("-inf"))  #? listed
 first_key = at // PER_CHUNK * CHUNK  #? sides
 outside = (first_key[None, :] < low[:, None]) | (first_key[None, :] >= high[:, None])  #? sides
 score = tl.where(outside, score, float("-inf"))  #? sides
-"""
-
-START = """
-# The exponentials of the scores, and of what the query attends anyway: their sum, over that of the largest.
-most = near
-total = tl.where(near > float("-inf"), 1.0, 0.0)
-"""
-
-SUM = """
-larger = tl.maximum(most, tl.max(score, 1))
-level = tl.where(larger == float("-inf"), 0.0, larger)
-total = total * tl.exp(most - level) + tl.sum(tl.exp(score - level[:, None]), 1)
-most = larger
-"""
-
-BAR = """
-# The least score of a cluster that is expected to have $share of the softmax; NaN hides nothing.
-none = (near != near) | (total == 0.0)
-bar = tl.where(most == float("inf"), most, most + tl.log(tl.where(none, 1.0, total)) + $log_share)
-bar = tl.where(none, float("-inf"), bar)
 """
 
 BY_SORTING = """
@@ -182,7 +150,8 @@ rise = tl.reshape(tl.where(taken, number, 2147483647), [ROWS] + [2] * $log)
 $rising
 cluster = tl.reshape(rise, [ROWS, COLUMNS])
 cluster = tl.where(cluster == 2147483647, -1, cluster)
-tl.store(own_routes[:, None] + rank, cluster, mask=(rank < route_count) & live[:, None])
+$own_routes
+$store_sorted
 """
 
 BY_BISECTION = """
@@ -211,6 +180,7 @@ equal_count = tl.where(bar > threshold, route_count, equal_count)  #? share
 threshold = tl.maximum(threshold, bar)  #? share
 
 # Write what is above the threshold, and the first of its equals.
+$own_routes
 seen_above = tl.zeros([ROWS], tl.int32)
 seen_equal = tl.zeros([ROWS], tl.int32)
 for begin in range(0, stop, COLUMNS):
@@ -223,7 +193,7 @@ for begin in range(0, stop, COLUMNS):
     to = seen_above[:, None] + (before & 65535) + tl.minimum(equals, equal_count[:, None])
     taken = above | (equal & (equals < equal_count[:, None]))
     column = tl.broadcast_to(at[None, :], [ROWS, COLUMNS])
-    tl.store(own_routes[:, None] + to, column, mask=taken & (to < route_count) & live[:, None])
+    $store_taken
     counts = tl.sum(both, 1)
     seen_above += counts & 65535
     seen_equal += counts >> 16
@@ -231,7 +201,28 @@ written = seen_above + tl.minimum(seen_equal, equal_count)
 for begin in range(0, route_count, COLUMNS):
     to = begin + tl.arange(0, COLUMNS)
     rest = (to[None, :] >= written[:, None]) & (to < route_count)[None, :] & live[:, None]
-    tl.store(own_routes[:, None] + to[None, :], tl.full([ROWS, COLUMNS], -1, tl.int32), mask=rest)
+    $store_rest
+"""
+
+
+# Where it is used: before the walk, it would take registers from that.
+OWN_ROUTES = """
+own_routes = routes + row * route_count  #? not compact
+own_routes = routes + (pair * q_len + query_at) * route_count  #? compact
+"""
+
+STORES = {
+    "store_sorted": "tl.store(own_routes[:, None] + rank, cluster, mask=(rank < route_count) & live[:, None])",
+    "store_taken": "tl.store(own_routes[:, None] + to, column, mask=taken & (to < route_count) & live[:, None])",
+    "store_rest": "tl.store(own_routes[:, None] + to[None, :], tl.full([ROWS, COLUMNS], -1, tl.int32), mask=rest)",
+}
+
+EACH_HEAD = """
+first_routes = own_routes
+for one in tl.static_range(HEADS):
+    $text
+    own_routes += q_len * route_count
+own_routes = first_routes
 """
 
 
@@ -269,49 +260,54 @@ def order_of_bits(wide: int) -> tuple[int, ...]:
     return tuple(sorted(bits, key=lambda bit: bit in (1, 2)))
 
 
-def route_source(spec: Spec, per_chunk: int, listed: bool) -> str:
-    """Source of ``route``: over ``per_chunk`` representatives a chunk, all or those of listed chunks."""
-    plan = spec.settings
+def route_source(spec: Spec, per_chunk: int, listed: bool, compact: bool = False) -> str:
+    """Source of ``route``: over ``per_chunk`` representatives a chunk, all or those of listed chunks.
+
+    ``compact``: what heads that route together find is written once, not for each of them.
+    """
+    plan, rows = spec.settings, tiled(spec)
     wide = columns(plan)
-    own = [
-        "query",
-        "mean",
-        "spread",
-        "bias",
-        *["mass"] * bool(plan.share),
-        "routes",
-        *["listed", "listed_rows", "listed_count"] * listed,
-    ]
+    own = ["query", "mean", "spread", "bias", *["mass"] * plan.needs_mass, "routes"]
+    own += ["listed", "listed_rows", "listed_count"] * listed
     own += ["query_b", "query_h", "query_n", "kv_heads", "q_len", "k_len", *["first_block"] * spec.aligned]
     own += ["clusters", "route_count", *["list_size"] * listed, "tiles", "scale"]
     loads, strides = mask_parameters(spec)
     own += loads + strides
-    parts = names(spec) | dict(
+    parts = names(rows) | dict(
         arguments=arguments(own),
-        tile=tile(spec),
+        tile=tile(rows),
         columns=wide,
         log=wide.bit_length() - 1,
         per_chunk=per_chunk,
         listed=listed,
+        together=together(spec),
+        compact=compact,
         sides=not spec.causal and plan.window != 0,
         share=plan.share,
-        log_share=math.log(plan.share) if plan.share else 0.0,
-        start=START if plan.share else "",
-        sum=SUM if plan.share else "",
         exact=spec.dtype == "float32",
+        dtype=spec.dtype,
+        square_type="float32" if spec.dtype == "float32" else "bfloat16",
         precision=precision(spec),
         wide_type=widened(spec.dtype),
-        chosen=_chosen(spec) if listed else "",
+        chosen=_chosen(rows) if listed else "",
     )
+    parts |= blocks(spec, parts)
     parts["score"] = fill(SCORE, parts)
     sort = plan.routes <= SORTED
     bits = order_of_bits(wide)
     parts |= dict(rising=rising("rise", bits, len(bits) - 2), falling=falling("best", bits), rank=rank("place", bits))
     parts |= dict(word="tl.int64", least=-(2**63)) if parts["exact"] else dict(word="tl.int32", least=-(2**31))
-    parts["bar"] = fill(BAR, parts) if plan.share else ""
+    each = together(spec) and not compact
+    parts |= {name: fill(EACH_HEAD, {"text": text}) if each else text for name, text in STORES.items()}
+    parts["own_routes"] = fill(OWN_ROUTES, parts)
     parts["choose"] = fill(BY_SORTING if sort else BY_BISECTION, parts)
     about = {"plan": spec.plan, "stage": "route, " + ("of listed chunks" if listed else "all of a level")}
     return source("route", about, (EXCHANGE if sort else "") + fill(KERNEL, parts))
+
+
+def tiled(spec: Spec) -> Spec:
+    """What says which rows are in a tile: where heads route together, a row is a query."""
+    return replace(spec, group=1) if together(spec) else spec
 
 
 def route(
@@ -333,12 +329,12 @@ def route(
     more = (lifted, tensors or {}, mass)
     if not plan.coarse or plan.window is None:
         return _walk(query, summary, plan, causal, k_len, scale, plan.chunk // plan.cluster, {}, *more)
-    first = Plan(**plan.settings() | {"routes": plan.coarse, "coarse": 0, "share": 0.0})
-    found = _walk(query, coarse(summary, plan), first, causal, k_len, scale, 1, {}, *more)
-    spec = spec_of(query, summary.mean.shape[1], first, causal, target())
-    heads = summary.mean.shape[1]
-    lists = union(spec, found, query.shape[2], k_len, heads, summary.mean.shape[2] // (plan.chunk // plan.cluster))
-    return _walk(query, summary, plan, causal, k_len, scale, plan.chunk // plan.cluster, lists, *more)
+    heads, per_chunk = summary.mean.shape[1], plan.chunk // plan.cluster
+    first = plan.first_level
+    spec = spec_of(query, heads, first, causal, target())
+    found = _walk(query, coarse(summary, plan), first, causal, k_len, scale, 1, {}, *more, compact=bool(together(spec)))
+    lists = union(tiled(spec), found, query.shape[2], k_len, heads, summary.mean.shape[2] // per_chunk)
+    return _walk(query, summary, plan, causal, k_len, scale, per_chunk, lists, *more)
 
 
 def target() -> str:
@@ -363,15 +359,16 @@ def _walk(
     lifted: Lifted,
     tensors: Mapping[str, torch.Tensor],
     mass: torch.Tensor | None,
+    compact: bool = False,
 ) -> torch.Tensor:
     batch, heads, q_len, _ = query.shape
     kv_heads, clusters = summary.mean.shape[1:3]
     count = torch.sym_min(plan.routes, clusters)
-    routes = query.new_empty((batch, heads, q_len, count), dtype=torch.int32)
+    routes = query.new_empty((batch, kv_heads if compact else heads, q_len, count), dtype=torch.int32)
     if plan.window is None:  # the window holds every key
         return routes.fill_(-1)
     spec = replace(spec_of(query, kv_heads, plan, causal, target()), lifted=lifted)
-    tiles = spec.tiles(q_len, k_len)
+    tiles = tiled(spec).tiles(q_len, k_len)
     if query.stride(3) != 1:
         query = query.contiguous()
     values = dict(
@@ -380,7 +377,7 @@ def _walk(
         q_len=q_len, k_len=k_len, first_block=spec.first_block(q_len, k_len) if spec.aligned else 0,
         clusters=clusters, route_count=count, tiles=tiles, scale=scale,
     )  # fmt: skip
-    text = route_source(spec, per_chunk, bool(lists))
+    text = route_source(spec, per_chunk, bool(lists), compact)
     grid = (batch * kv_heads * tiles,)
     values |= mask_values(spec, tensors)
     launch(load(text, "route"), grid, values | lists, warps=spec.tile.warps, stages=spec.tile.stages)

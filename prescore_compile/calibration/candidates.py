@@ -22,7 +22,7 @@ def ladder(length: int, causal: bool, base: Plan) -> list[Plan]:
     Causal: routed clusters beside a window, and a window alone (StreamingLLM). Bidirectional: routed clusters with
     centroids for the others, routed clusters beside a window, and selected keys with centroids for the others.
     """
-    base = replace(base, keep=0, centroids=0, routes=0, share=0.0, window=0, residual=False)
+    base = replace(base.near, coarse=base.coarse, window=0)
     found = [plan for share in DENSITIES for plan in _plans(share, length, causal, base)]
     densities = {plan: cost.at(cost.density(plan, causal), length) for plan in dict.fromkeys(found)}
     return [plan for plan, density in sorted(densities.items(), key=lambda item: item[1]) if density < 0.75]

@@ -1,7 +1,8 @@
 # d_segments: written by prescore_compile.kernels.triton; do not edit.
 # stage: attend backward, gradients of the rows: selected keys and centroids
 # plan: method=peak chunk=32 window=8 sinks=2 keep=4 threshold=0.0 centroids=3 cluster=16
-#   clustering=pca_tree routes=0 spread=1.0 share=0.0 residual=False coarse=0 seed=0
+#   clustering=pca_tree routes=0 spread=1.0 share=0.0 group_routes=False residual=False coarse=0
+#   seed=0
 # site: head_dim 64, value_dim 64, 1 query heads a KV head, bfloat16, hip
 # mask: causal
 

@@ -1,7 +1,8 @@
 # d_routes: written by prescore_compile.kernels.triton; do not edit.
 # stage: attend backward, gradients of the routed keys and values
 # plan: method=peak chunk=256 window=0 sinks=16 keep=0 threshold=0.0 centroids=0 cluster=16
-#   clustering=pca_tree routes=64 spread=1.0 share=0.0012 residual=False coarse=0 seed=0
+#   clustering=pca_tree routes=64 spread=1.0 share=0.0012 group_routes=False residual=False coarse=0
+#   seed=0
 # site: head_dim 64, value_dim 64, 1 query heads a KV head, bfloat16, cuda
 # mask: causal
 

@@ -1,6 +1,7 @@
 # route: written by prescore_compile.kernels.triton; do not edit.
 # plan: method=peak chunk=256 window=0 sinks=16 keep=0 threshold=0.0 centroids=0 cluster=16
-#   clustering=pca_tree routes=64 spread=1.0 share=0.0012 residual=False coarse=0 seed=0
+#   clustering=pca_tree routes=64 spread=1.0 share=0.0012 group_routes=False residual=False coarse=0
+#   seed=0
 # stage: route, all of a level
 
 import triton
@@ -58,8 +59,9 @@ def route(
     head = kv_head * GROUP + member % GROUP
     live = (member < wanted * GROUP) & (query_at >= 0) & (query_at < q_len)
     feature = tl.arange(0, DIM_TILE)
+    first = query + batch * query_b + (head * query_h + query_at.to(tl.int64) * query_n)[:, None]
     query_tile = tl.load(
-        query + batch * query_b + (head * query_h + query_at.to(tl.int64) * query_n)[:, None] + feature[None, :],
+        first + feature[None, :],
         mask=live[:, None] & (feature < DIM)[None, :],
         other=0.0,
     )
@@ -68,10 +70,10 @@ def route(
     own_spread = spread + pair * clusters * DIM
     own_bias = bias + pair * clusters
     row = (batch * kv_heads * GROUP + head) * q_len + query_at
-    own_routes = routes + row * route_count
     near = tl.load(mass + row, mask=live, other=float("-inf"))
     stop = tl.maximum(block, 0) * PER_CHUNK
 
+    sign = tl.where(scale < 0.0, -1.0, 1.0)
     # The exponentials of the scores, and of what the query attends anyway: their sum, over that of the largest.
     most = near
     total = tl.where(near > float("-inf"), 1.0, 0.0)
@@ -87,12 +89,11 @@ def route(
         at = number
         where = at.to(tl.int64)[:, None] * DIM + feature[None, :]
         inside = there[:, None] & (feature < DIM)[None, :]
-        mean_tile = tl.load(own_mean + where, mask=inside, other=0.0).to(query_tile.dtype)
-        spread_tile = tl.load(own_spread + where, mask=inside, other=0.0).to(square_tile.dtype)
+        mean_tile = tl.load(own_mean + where, mask=inside, other=0.0).to(tl.bfloat16)
+        spread_tile = tl.load(own_spread + where, mask=inside, other=0.0).to(tl.bfloat16)
         own = tl.load(own_bias + at, mask=there, other=float("-inf"))
-        score = tl.dot(query_tile, tl.trans(mean_tile)) * scale
-        within = tl.dot(square_tile, tl.trans(spread_tile))
-        score += tl.sqrt(within) * tl.abs(scale)
+        score = tl.sqrt(tl.dot(square_tile, tl.trans(spread_tile))) * sign
+        score = tl.dot(query_tile, tl.trans(mean_tile), score) * scale
         score += own[None, :]
         score = tl.where(score != score, float("inf"), score)
         eligible = (own > float("-inf")) | (own != own)
@@ -178,4 +179,5 @@ def route(
     rise = exchange(rise, 6, 0, 1)
     cluster = tl.reshape(rise, [ROWS, COLUMNS])
     cluster = tl.where(cluster == 2147483647, -1, cluster)
+    own_routes = routes + row * route_count
     tl.store(own_routes[:, None] + rank, cluster, mask=(rank < route_count) & live[:, None])

@@ -1,6 +1,7 @@
 # score: written by prescore_compile.kernels.triton; do not edit.
 # plan: method=kmedian chunk=128 window=128 sinks=16 keep=16 threshold=0.0 centroids=0 cluster=16
-#   clustering=pca_tree routes=0 spread=1.0 share=0.0 residual=False coarse=0 seed=0
+#   clustering=pca_tree routes=0 spread=1.0 share=0.0 group_routes=False residual=False coarse=0
+#   seed=0
 # stage: score, kmedian of a chunk's keys
 
 import triton

@@ -1,7 +1,8 @@
 # attend: written by prescore_compile.kernels.triton; do not edit.
 # stage: attend
 # plan: method=peak chunk=128 window=None sinks=0 keep=0 threshold=0.0 centroids=0 cluster=16
-#   clustering=pca_tree routes=0 spread=1.0 share=0.0 residual=False coarse=0 seed=0
+#   clustering=pca_tree routes=0 spread=1.0 share=0.0 group_routes=False residual=False coarse=0
+#   seed=0
 # site: head_dim 128, value_dim 128, 1 query heads a KV head, float16, cuda
 # mask: bidirectional, valid keys, (tl.load(mask_document + (q) * mask_document_0) ==
 #   tl.load(mask_document + (k) * mask_document_0))

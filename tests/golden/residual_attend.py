@@ -1,7 +1,8 @@
 # attend: written by prescore_compile.kernels.triton; do not edit.
 # stage: attend
 # plan: method=peak chunk=128 window=0 sinks=1 keep=0 threshold=0.0 centroids=0 cluster=32
-#   clustering=pca_tree routes=12 spread=1.0 share=0.0 residual=True coarse=0 seed=0
+#   clustering=pca_tree routes=12 spread=1.0 share=0.0 group_routes=False residual=True coarse=0
+#   seed=0
 # site: head_dim 64, value_dim 64, 2 query heads a KV head, bfloat16, cuda
 # mask: bidirectional
 

@@ -1,6 +1,7 @@
 # centroids: written by prescore_compile.kernels.triton; do not edit.
 # plan: method=peak chunk=128 window=0 sinks=1 keep=0 threshold=0.0 centroids=0 cluster=32
-#   clustering=pca_tree routes=12 spread=1.0 share=0.0 residual=True coarse=0 seed=0
+#   clustering=pca_tree routes=12 spread=1.0 share=0.0 group_routes=False residual=True coarse=0
+#   seed=0
 # stage: attend, the centroids of clusters
 
 import triton

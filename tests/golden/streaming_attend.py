@@ -1,7 +1,8 @@
 # attend: written by prescore_compile.kernels.triton; do not edit.
 # stage: attend
 # plan: method=peak chunk=16 window=40 sinks=4 keep=0 threshold=0.0 centroids=0 cluster=16
-#   clustering=pca_tree routes=0 spread=1.0 share=0.0 residual=False coarse=0 seed=0
+#   clustering=pca_tree routes=0 spread=1.0 share=0.0 group_routes=False residual=False coarse=0
+#   seed=0
 # site: head_dim 80, value_dim 64, 3 query heads a KV head, float32, cuda
 # mask: bidirectional
 

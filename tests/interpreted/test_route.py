@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +23,7 @@ ROUTED = {name: plan for name, plan in PLANS.items() if plan.routes and not plan
 def check(site: Operands, summary: Summary, plan: Plan) -> torch.Tensor:
     """The same routes, but where rounding decides between scores that are nearly equal."""
     length = site.key.shape[2]
-    mass = reference.mass(site, summary, plan) if plan.share else None
+    mass = reference.mass(site, summary, plan) if plan.needs_mass else None
     got = route(site.query, summary, plan, site.causal, length, site.scale, mass=mass)
     want = routes_of(site, summary, plan)
     assert got.shape == want.shape and got.dtype == want.dtype
@@ -101,6 +103,25 @@ def test_share(settings: dict[str, int]) -> None:
     got = route(site.query, tainted, plan, True, 300, site.scale, mass=near)
     assert torch.equal(got, coarse.route(site.query, tainted, plan, True, 300, site.scale, mass=near))
     assert (got[:, :, 64:] == 3).any(3).all()
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("settings", [{"share": 0.0}, {"coarse": 3}, {"coarse": 3, "share": 0.0}, {"routes": 70}])
+def test_heads_that_route_together(settings: dict[str, Any], causal: bool) -> None:
+    """Also where a key is NaN, and where a head's mass says nothing."""
+    plan = replace(PLANS["together"], **{"share": 0.08, "window": 0} | settings)
+    site = operands(260, batch=1, heads=6, kv_heads=2, causal=causal)
+    site.key[0, 1, 70] = math.nan
+    summary = summary_of(site, plan)
+    near = reference.mass(site._replace(key=site.key.nan_to_num(0)), summary, plan)
+    near[:, 1, 100], near[:, 2, 110], near[:, 3, 120], near[:, :, 130] = math.inf, -math.inf, math.nan, math.nan
+    got = route(site.query, summary, plan, causal, 260, site.scale, mass=near)
+    assert torch.equal(got, coarse.route(site.query, summary, plan, causal, 260, site.scale, mass=near))
+    assert torch.equal(got[:, 0], got[:, 2]) and (got[:, 0] != got[:, 3]).any()
+    tainted = summary.bias[0, 1].isnan().nonzero()[0, 0]
+    assert (got[:, 3, 128:130] == tainted).any(2).all() and (got[:, :, 130] == -1).all()
+    alone = coarse.route(site.query, summary, replace(plan, group_routes=False), causal, 260, site.scale, mass=near)
+    assert (alone != got).any()
 
 
 @pytest.mark.parametrize("causal", [False, True])

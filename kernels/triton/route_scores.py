@@ -1,0 +1,125 @@
+"""What a cluster's score for a query is in the source of ``route``, of one query head or of all of a KV head.
+
+Of one head it is the expected best logit (``reference.routing_scores``), and a share's bar is kept as a logarithm. Of
+heads that route together (``reference.together``) it is what the cluster adds to the softmax's sum of each, in that of
+its window and sinks, summed: a number of float32 without a logarithm, as each is at most e^70. The queries of a
+head are read again in each step, so that a tile is 64 queries whatever the group; the network that finds the best is
+then paid for once, not for each head.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from ..reference import MOST_GAIN
+from .render import fill
+from .spec import Spec
+
+# Of a tile of one head, the places fit 32 bits: they take half the registers.
+READ_QUERIES = """
+first = query + batch * query_b + of_one * query_h + first_query.to(tl.int64) * query_n  #? together
+first = query + batch * query_b + (head * query_h + query_at.to(tl.int64) * query_n)[:, None]  #? not together
+query_tile = tl.load(
+    first + ((member * query_n)[:, None] + feature[None, :]),  #? together
+    first + feature[None, :],  #? not together
+    mask=live[:, None] & (feature < DIM)[None, :],
+    other=0.0,
+)
+square_tile = query_tile * query_tile  #? exact
+square_tile = (query_tile.to(tl.float32) * query_tile.to(tl.float32)).to(tl.bfloat16)  #? not exact
+"""
+
+EXPECTED = """
+score = tl.sqrt(tl.dot(square_tile$wide_type, tl.trans(spread_tile)$wide_type$precision)) * sign
+score = tl.dot(query_tile$wide_type, tl.trans(mean_tile)$wide_type, score$precision) * scale
+score += own[None, :]
+score += $bias  #? bias
+"""
+
+OF_A_HEAD = """
+$expected
+score = tl.where(score != score, float("inf"), score)
+eligible = (own > float("-inf")) | (own != own)
+score = tl.where(eligible[None, :], score, float("-inf"))
+score = tl.where($allowed, score, float("-inf"))  #? allowed
+"""
+
+# What cannot be chosen adds nothing; NaN adds the most.
+OF_HEADS = """
+gain = tl.zeros([ROWS, COLUMNS], tl.float32)
+for one in range(HEADS):
+    of_one = kv_head * HEADS + one
+    h = of_one  #? lifted
+    $read_queries
+    near = tl.load(mass + row + one * q_len, mask=live, other=float("inf"))
+    $expected
+    score = tl.where($allowed, score, float("-inf"))  #? allowed
+    score -= tl.where(near == float("-inf"), 0.0, near)[:, None]
+    score = tl.where(score < $most_gain, score, $most_gain)
+    gain += tl.where((near < float("inf"))[:, None], tl.exp(score), 0.0)
+score = tl.where(gain > 0.0, gain, float("-inf"))
+"""
+
+START_OF_A_HEAD = """
+# The exponentials of the scores, and of what the query attends anyway: their sum, over that of the largest.
+most = near
+total = tl.where(near > float("-inf"), 1.0, 0.0)
+"""
+
+SUM_OF_A_HEAD = """
+larger = tl.maximum(most, tl.max(score, 1))
+level = tl.where(larger == float("-inf"), 0.0, larger)
+total = total * tl.exp(most - level) + tl.sum(tl.exp(score - level[:, None]), 1)
+most = larger
+"""
+
+BAR_OF_A_HEAD = """
+# The least score of a cluster that is expected to have $share of the softmax; NaN hides nothing.
+none = (near != near) | (total == 0.0)
+bar = tl.where(most == float("inf"), most, most + tl.log(tl.where(none, 1.0, total)) + $log_share)
+bar = tl.where(none, float("-inf"), bar)
+"""
+
+START_OF_HEADS = """
+# The sum of the scores, and of what the queries attend anyway, which is 1 in each head.
+total = tl.zeros([ROWS], tl.float32)
+for one in range(HEADS):
+    near = tl.load(mass + row + one * q_len, mask=live, other=float("inf"))
+    total += tl.where(tl.abs(near) < float("inf"), 1.0, 0.0)
+"""
+
+SUM_OF_HEADS = "total += tl.sum(tl.maximum(score, 0.0), 1)"
+
+BAR_OF_HEADS = """
+# The least score of a cluster that is expected to have $share of the heads' softmaxes, in the mean.
+bar = total * $share
+"""
+
+
+def together(spec: Spec) -> int:
+    """How many query heads route together; 0: each for itself."""
+    return spec.group if spec.settings.group_routes and spec.group > 1 else 0
+
+
+def blocks(spec: Spec, parts: dict[str, Any]) -> dict[str, str]:
+    """The blocks ``read_queries``, ``score_of``, and with a share ``start``, ``sum`` and ``bar``; ``parts``: names."""
+    share = spec.settings.share
+    heads = bool(together(spec))
+    parts = parts | dict(
+        most_gain=MOST_GAIN,
+        share=share,
+        log_share=math.log(share) if share else 0.0,
+    )
+    read_queries = fill(READ_QUERIES, parts)
+    parts |= dict(read_queries=read_queries, expected=fill(EXPECTED, parts))
+    start, total, bar = (
+        (START_OF_HEADS, SUM_OF_HEADS, BAR_OF_HEADS) if heads else (START_OF_A_HEAD, SUM_OF_A_HEAD, BAR_OF_A_HEAD)
+    )
+    return dict(
+        read_queries="" if heads else read_queries,
+        score_of=fill(OF_HEADS if heads else OF_A_HEAD, parts),
+        start=start if share else "",
+        sum=total if share else "",
+        bar=fill(bar, parts) if share else "",
+    )
