@@ -273,7 +273,13 @@ def route(
     tensors: Sequence[Tensor],
     mass: Tensor | None = None,
 ) -> Tensor:
-    """Routes ``[B, H, Nq, min(routes, clusters)]`` int32; see ``kernels.reference.route`` and ``kernels.coarse``."""
+    """Routes ``[B, H, Nq, min(routes, clusters)]`` int32; see ``kernels.reference.route`` and ``kernels.coarse``.
+
+    Raises:
+        ValueError: no ``mass``, and the plan has a share or routes heads together.
+    """
+    if mass is None and Plan.parse(plan).needs_mass:
+        raise ValueError("mass: got None; allowed: what prescore::mass gives, where a plan has a share or group_routes")
     if not _generated(query):
         return route_eager(query, order, mean, spread, bias, plan, causal, k_len, scale, logits, tensors, mass)
     from .triton import route as generated

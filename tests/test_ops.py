@@ -28,7 +28,8 @@ def test_opcheck(name: str) -> None:
     parts = [part.detach() for part in ops.summarize(k, v, valid, scores, settings)]
     routes = None
     if plan.routes:
-        route_args = (q.detach(), *parts[:4], settings, causal, 150, scale, "", [])
+        near = ops.mass(q, k, valid, *parts[4:], settings, causal, scale, "", []).detach() if plan.needs_mass else None
+        route_args = (q.detach(), *parts[:4], settings, causal, 150, scale, "", [], near)
         torch.library.opcheck(ops.route, route_args)
         routes = ops.route(*route_args)
     rows = [parts[6].requires_grad_(), parts[7].requires_grad_(), parts[8]]
@@ -63,8 +64,20 @@ def test_routing_and_attending_as_one_has_the_gradients_of_the_three(
         assert torch.equal(got, want)
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("name", PLANS)
+def test_a_share_needs_a_mass() -> None:
+    site = operands(100)
+    for name in ("share", "together"):
+        plan = PLANS[name]
+        clusters = ops.summarize(site.key, site.value, None, None, plan.text)[:4]
+        with pytest.raises(ValueError, match="mass: got None"):
+            ops.route(site.query, *clusters, plan.text, True, 100, site.scale, "", [])
+
+
+# Between them every operator; compiling one forward and backward takes some 20 s.
+@pytest.mark.parametrize(
+    ("name", "dynamic"),
+    [("together", False), ("share", True), ("keep and routes", True), ("residual", False), ("centroids", True)],
+)
 def test_inductor_forward_and_backward(name: str, dynamic: bool) -> None:
     plan = PLANS[name]
 
