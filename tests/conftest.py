@@ -29,6 +29,14 @@ from prescore_compile.kernels.summary import Summary
 collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreted"]
 collect_ignore += [] if os.environ.get("PRESCORE_NAMED") == "1" else ["named"]
 
+# Minutes each: begun with, so that no process is left alone with one of them at the end.
+LONG = ("test_census.py", "test_triton.py", "test_triton_codegen.py", "test_generated.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONG)
+
+
 # Small, and between them every source: window, sinks, selected keys, centroids, routes.
 PLANS = {
     "routes": Plan(chunk=32, window=16, sinks=3, routes=3),

@@ -105,9 +105,11 @@ def test_share(settings: dict[str, int]) -> None:
     assert (got[:, :, 64:] == 3).any(3).all()
 
 
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("settings", [{"share": 0.0}, {"coarse": 3}, {"coarse": 3, "share": 0.0}, {"routes": 70}])
-def test_heads_that_route_together(settings: dict[str, Any], causal: bool) -> None:
+@pytest.mark.parametrize(
+    ("causal", "settings"),
+    [(False, {"share": 0.0}), (True, {"coarse": 3}), (False, {"coarse": 3, "share": 0.0}), (True, {"routes": 70})],
+)
+def test_heads_that_route_together(causal: bool, settings: dict[str, Any]) -> None:
     """Also where a key is NaN, and where a head's mass says nothing."""
     plan = replace(PLANS["together"], **{"share": 0.08, "window": 0} | settings)
     site = operands(260, batch=1, heads=6, kv_heads=2, causal=causal)
