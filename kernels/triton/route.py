@@ -11,13 +11,15 @@ as they need, and the score's fraction has what is left of 23: 10 with 8192 clus
 7 (bfloat16) or 10 (float16). Scores that a word does not tell apart are ties. float32 has words of 64 bits and loses
 nothing.
 
-On sm_90 a lane spends 55 instructions on a pair of row and representative with D = 64 and 59 with D = 128, 34 of
-them in the network (counted in the binary), and 165 in float32; the products are 4 D flops of tensor cores a
-pair. More routes than ``SORTED`` take a threshold by bisection over the bits of a float instead, and write what is
-above it: 34 walks in all.
+On sm_90 a lane spends 59 instructions on a pair of row and representative with D = 64 and 63 with D = 128, with a
+share 68 and 72 (64 routes; counted in the binary), more than half of them in the network; the products are 4 D flops of
+tensor cores a pair. More routes than ``SORTED`` take a threshold by bisection over the bits of a float instead, and
+write what is above it: 34 walks in all.
 
 A ``share`` is a bar that what was kept must reach: the walk also sums the exponentials of all scores, as it goes. A
 score in the same word as the bar reaches it.
+
+Heads that route together share a row; see ``route_scores``.
 
 With ``listed`` chunks (two levels) a tile walks only over the clusters of the chunks that any of its
 rows chose, and each row counts its own; see ``kernels.coarse``.
