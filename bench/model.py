@@ -121,7 +121,7 @@ class Site:
     @property
     def together(self) -> int:
         """Query heads that route together."""
-        return self.shape.heads // self.shape.kv_heads if self.plan.group_routes else 1
+        return self.plan.together(self.shape.heads // self.shape.kv_heads)
 
     @property
     def union(self) -> float:

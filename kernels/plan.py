@@ -174,6 +174,10 @@ class Plan:
         """Whether routing needs each query's sum over window and sinks, which shares of the softmax are of."""
         return bool(self.share) or self.group_routes
 
+    def together(self, group: int) -> int:
+        """Of the ``group`` query heads of a KV head, how many route together."""
+        return group if self.group_routes else 1
+
     @property
     def reads_queries(self) -> bool:
         """Whether the method scores keys by the queries at their own positions."""

@@ -125,7 +125,7 @@ def choose(
     Of the ``eligible``, broadcastable to ``scores`` ``[B, H, T, clusters]``; ``mass`` ``[B, H, T]`` where the plan
     needs it.
     """
-    group = scores.shape[1] // summary.mean.shape[1] if plan.group_routes else 1
+    group = plan.together(scores.shape[1] // summary.mean.shape[1])
     if group > 1:
         assert mass is not None
         scores, mass = together(scores, mass, group)

@@ -182,7 +182,7 @@ def prescored_time(shape: Shape, plan: Plan) -> sympy.Expr:
     if plan.keep:
         scoring = (prices.score.get(plan.method, prices.other) + prices.select) * keys + prices.select_fixed
     attended, routing = attended_pairs(plan, shape.causal), routing_pairs(plan, shape.causal, prices.chunk_union)
-    group = shape.heads // shape.kv_heads if plan.group_routes else 1
+    group = plan.together(shape.heads // shape.kv_heads)
     union = prices.union_together if group > 1 else prices.union
     if union != 1:
         attended += (union - 1) * _least(N * routed_keys(plan), attended)

@@ -68,7 +68,8 @@ def test_a_site_without_settings_gets_the_default_of_its_kind() -> None:
     assert config.plan_for(True, "cuda", 8192) == defaults.CAUSAL_ON_A_GPU
     assert config.plan_for(True, "cuda", defaults.TWO_LEVELS_FROM) == defaults.LONG_ON_A_GPU
     assert config.plan_for(False, "cuda", 8192) == defaults.TWO_SIDED_ON_A_GPU
-    assert config.plan_for(False, "cuda", 8192, pairs=True) == defaults.CAUSAL_ON_A_GPU, "for pairs"
+    pairs = config.plan_for(False, "cuda", 8192, pairs=True)
+    assert pairs == defaults.CAUSAL_ON_A_GPU, "a centroid stands for several keys"
 
 
 def test_what_is_given_replaces_that_setting_of_each_default() -> None:

@@ -48,10 +48,10 @@ class Planned:
         part = site._replace(query=asked)
         mass = cpu.mass(part, summary, plan) if plan.needs_mass else None
         routes = cpu.route(asked, summary, plan, causal, key.shape[2], scale, mass) if plan.routes else _none(asked)
-        self.count(part, summary, routes)
+        self.count(part, summary, routes, mass)
         return cpu.attend(part, summary, routes, plan)
 
-    def count(self, site: Operands, summary: Summary, routes: torch.Tensor) -> None:
+    def count(self, site: Operands, summary: Summary, routes: torch.Tensor, mass: torch.Tensor | None) -> None:
         """What is kept of a call's routes."""
         self.queries += routes[..., :1].numel()
         self.routed += int((routes >= 0).sum())

@@ -17,7 +17,6 @@ from tabulate import tabulate
 from torch import Tensor
 
 from prescore_compile import smollm
-from prescore_compile.kernels import cpu
 from prescore_compile.kernels.coarse import best_chunks, coarse
 from prescore_compile.kernels.plan import Plan
 from prescore_compile.kernels.reference import Operands
@@ -66,17 +65,16 @@ class Counted(Planned):
         super().__init__(plan)
         self.walked, self.of_rows, self.asked = [0, 0], [0, 0], 0
 
-    def count(self, site: Operands, summary: Summary, routes: Tensor) -> None:
-        super().count(site, summary, routes)
+    def count(self, site: Operands, summary: Summary, routes: Tensor, mass: Tensor | None) -> None:
+        super().count(site, summary, routes, mass)
         plan, group = self.plan, site.query.shape[1] // site.key.shape[1]
         spec = listing.spec(plan, dim=site.key.shape[3], group=group)
         found = [union(routes, group, spec.queries, plan.chunk)]
         if plan.coarse:
             chunks = coarse(summary, plan)
-            near = cpu.mass(site, summary, plan) if plan.needs_mass else None
-            best = best_chunks(site.query, chunks, plan, site.causal, site.key.shape[2], site.scale, mass=near)
+            best = best_chunks(site.query, chunks, plan, site.causal, site.key.shape[2], site.scale, mass=mass)
             # Where heads route together, a tile of ``route`` is of one of them.
-            together = group if plan.group_routes else 1
+            together = plan.together(group)
             queries = replace(spec, group=group // together).queries
             found.append(union(best[:, ::together], group // together, queries, plan.chunk))
         for level, (walked, routed) in enumerate(found):

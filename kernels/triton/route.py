@@ -326,7 +326,7 @@ def route(
     """``reference.route``, or ``coarse.route`` where the plan has two levels.
 
     ``lifted`` says which chunks a query can reach and what is added there (``logits.Logits.reach``), ``tensors``
-    what it reads; ``mass`` is needed with a ``share``.
+    what it reads; ``mass`` where the plan needs it.
     """
     more = (lifted, tensors or {}, mass)
     if not plan.coarse or plan.window is None:

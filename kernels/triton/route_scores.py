@@ -99,18 +99,15 @@ bar = total * $share
 
 def together(spec: Spec) -> int:
     """How many query heads route together; 0: each for itself."""
-    return spec.group if spec.settings.group_routes and spec.group > 1 else 0
+    heads = spec.settings.together(spec.group)
+    return heads if heads > 1 else 0
 
 
 def blocks(spec: Spec, parts: dict[str, Any]) -> dict[str, str]:
     """The blocks ``read_queries``, ``score_of``, and with a share ``start``, ``sum`` and ``bar``; ``parts``: names."""
     share = spec.settings.share
     heads = bool(together(spec))
-    parts = parts | dict(
-        most_gain=MOST_GAIN,
-        share=share,
-        log_share=math.log(share) if share else 0.0,
-    )
+    parts = parts | dict(most_gain=MOST_GAIN, log_share=math.log(share) if share else 0.0)
     read_queries = fill(READ_QUERIES, parts)
     parts |= dict(read_queries=read_queries, expected=fill(EXPECTED, parts))
     start, total, bar = (
