@@ -36,14 +36,25 @@ from prescore_compile.kernels.ops import _empty_summary
 from prescore_compile.kernels.plan import Plan
 from prescore_compile.kernels.reference import Operands
 from prescore_compile.kernels.summary import Summary
-from prescore_compile.kernels.triton import attend, attend_backward, clusters, mass, residual, route, rows, union
+from prescore_compile.kernels.triton import (
+    attend,
+    attend_backward,
+    clusters,
+    mass,
+    residual,
+    route,
+    rows,
+    rows_backward,
+    segments,
+    union,
+)
 from prescore_compile.kernels.triton.scores import kernel as scores
 from prescore_compile.kernels.triton.scores import select
 from prescore_compile.kernels.triton.spec import DTYPES
 from prescore_compile.passes.defaults import CAUSAL, CAUSAL_ON_A_GPU, LONG_ON_A_GPU, TWO_SIDED_ON_A_GPU
 
 RESULTS = Path(__file__).parent / "results" / "triton-aot.json"
-MODULES = (attend, attend_backward, clusters, residual, route, rows, scores, select, union)
+MODULES = (attend, attend_backward, clusters, residual, route, rows, rows_backward, scores, segments, select, union)
 
 SHARED = {"sm_80": 166912, "sm_90": 232448, "gfx942": 65536}
 """Bytes of shared memory that one program may have."""
@@ -106,6 +117,8 @@ VARIANTS = {
     "keep 64": Variant(plan=Plan(keep=32, routes=0)),
     "keep and routes 64": Variant(plan=Plan(keep=32), group=4, backward=False),
     "centroids 64": Variant(plan=Plan(keep=24, centroids=8, routes=0, window=0), causal=False),
+    "centroids 128": Variant(plan=Plan(keep=24, centroids=8, routes=0), dim=128, group=4, padded=True),
+    "centroids, float32 64": Variant(plan=Plan(centroids=32, routes=0), dtype=torch.float32, backward=False),
     "two levels 128": Variant(plan=Plan(coarse=32), dim=128, group=4, backward=False),
     "residual 64": Variant(plan=TWO_SIDED_ON_A_GPU, causal=False, default=True),
     "residual 128": Variant(plan=TWO_SIDED_ON_A_GPU, causal=False, dim=128, group=4, default=True),
@@ -184,7 +197,7 @@ def _run(variant: Variant, found: list[Launch]) -> None:
     if variant.scores:
         return
     summary = Summary(*_empty_summary(key, site.value, plan.text))
-    if variant.queries > 1 and rows.fits(plan):
+    if variant.queries > 1 and rows.fits(plan, variant.dim, variant.dim):
         rows.rows(key, site.value, valid, chosen, plan)
     logits = variant.logits
     read = {name: tensor(2, length, dtype=torch.int64) for name in logits.tensors}
@@ -203,6 +216,8 @@ def _run(variant: Variant, found: list[Launch]) -> None:
     out, sums = attend.attend(site, summary, routes, plan, logits.lifted, **more)
     if variant.backward:
         attend_backward.attend_backward(out, out, sums, site, summary, routes, plan, logits.lifted, **more)
+        if plan.sinks or plan.rows_per_segment:
+            rows_backward.rows_backward(summary.row_key, *summary[4:6], summary.row_bias, length, plan)
 
 
 def source_of(launch: Launch) -> Any:
@@ -301,6 +316,7 @@ def broken(name: str, target: str, kernels: dict[str, dict[str, int]]) -> list[s
 
 
 WITHOUT_PRODUCTS = ("cluster", "mark", "union", "centroids", "merge", "rows", "select", "select_segments")
+WITHOUT_PRODUCTS += ("segment_moments", "segment_rows", "rows_backward")
 """Kernels whose source has no product of matrices."""
 
 

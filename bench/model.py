@@ -70,6 +70,8 @@ SELECT_LANES = 1460
 """Instructions of a lane for one key: to select it in its chunk, and a segment's program without its steps."""
 SEGMENT_LANES = 1770
 """The same of one step of a segment's program, for each key that it reads; counted too."""
+CENTROID_LANES = (6070, 10_500)
+"""The same of one key, for up to 16 centroids of one of its segments: moments and two Lloyd iterations."""
 NUMBER_BYTES = 2
 
 
@@ -160,15 +162,18 @@ def select(site: Site) -> Work:
     plan = site.plan
     if not plan.keep:
         return Work()
-    segments = math.log2(max(site.length / plan.chunk, 2)) / 2  # that a chunk is in
-    lanes = SELECT_LANES + segments * plan.keep / plan.chunk * SEGMENT_LANES
+    lanes = SELECT_LANES + _segments(site) * plan.keep / plan.chunk * SEGMENT_LANES
     return Work(lanes=site.keys * lanes * SCORE_STALLS, traffic=site.keys * 4, launches=2)
 
 
 def summarize(site: Site) -> Work:
-    """Clusters of each chunk: a read of keys and values, and the power iterations of each level; copies of rows."""
+    """Clusters of each chunk: a read of keys and values, and the power iterations of each level; rows and centroids."""
     plan, dim = site.plan, site.shape.head_dim
     copied = site.keys * plan.keep / plan.chunk * 2 * NUMBER_BYTES * _features(site)
+    if plan.centroids:  # of plans without routes; keys and values are read three times for each segment
+        read, lanes = 3 * NUMBER_BYTES * _features(site), CENTROID_LANES[int(dim > 64)] * SCORE_STALLS
+        visits = site.keys * _segments(site)
+        return Work(lanes=visits * lanes, traffic=copied + visits * read, launches=5)
     if not plan.routes:
         return Work(traffic=copied, launches=1)
     levels = (plan.chunk // plan.cluster).bit_length() - 1
@@ -234,6 +239,11 @@ def parts(measured: Mapping[str, float], predicted: Mapping[str, float], factor:
     """The stages whose measured time is more than ``factor`` times the predicted one, or less than its inverse."""
     ratios = {name: measured[name] / predicted[name] for name in predicted if name in measured and predicted[name]}
     return {name: ratio for name, ratio in ratios.items() if not 1 / factor <= ratio <= factor}
+
+
+def _segments(site: Site) -> float:
+    """Segments that a chunk is in."""
+    return math.log2(max(site.length / site.plan.chunk, 2)) / 2
 
 
 def _features(site: Site) -> int:

@@ -90,14 +90,15 @@ def summarize(
     from .triton import rows as copied
     from .triton.scores import select
 
-    if settings.routes and not generated.fits(settings, key.shape[3], value.shape[3]):
+    sizes = (key.shape[3], value.shape[3])
+    if settings.routes and not generated.fits(settings, *sizes):
         return summarize_eager(key, value, valid, scores, plan)
     order, mean, spread, bias = _empty_summary(key, value, plan)[:4]
     if settings.routes:
         member = None if valid is None else generated.members(valid, settings.sinks)
         order, mean, spread, bias = generated.clusters(key, value, member, settings)
     best = select.select(scores, valid, settings) if scores is not None and select.fits(settings) else None
-    if not copied.fits(settings):
+    if not copied.fits(settings, *sizes):
         place, of_place = (None, scores) if best is None else best
         return (order, mean, spread, bias, *rows(key, value, valid, place, of_place, plan))
     chosen = None if best is None else select.select_segments(*best, settings)
@@ -165,32 +166,46 @@ def _empty_summary(key: Tensor, value: Tensor, plan: str) -> tuple[Tensor, ...]:
 
 
 def _summarize_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(output[4], output[5])
-    ctx.length = inputs[0].shape[2]
-    ctx.dtypes = inputs[0].dtype, inputs[1].dtype
+    ctx.save_for_backward(output[4], output[5], output[8])
+    ctx.length, ctx.plan = inputs[0].shape[2], inputs[4]
     ctx.mark_non_differentiable(*output[:6], output[8])
 
 
 def _summarize_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    index, owner = ctx.saved_tensors
-    found = []
-    for grad, dtype in zip(grads[6:8], ctx.dtypes, strict=True):
-        found.append(None if grad is None else rows_backward(grad, index, owner, ctx.length).to(dtype))
+    found = [None if g is None else rows_backward(g, *ctx.saved_tensors, ctx.length, ctx.plan) for g in grads[6:8]]
     return found[0], found[1], None, None, None
 
 
 summarize.register_autograd(_summarize_backward, setup_context=_summarize_setup)
 
 
-@torch.library.custom_op("prescore::rows_backward", mutates_args=())
-def rows_backward(grad: Tensor, index: Tensor, owner: Tensor, length: int) -> Tensor:
-    """Gradient of the rows in the keys or values they stand for: ``[B, Hkv, length, D]`` float32."""
-    return summaries.scatter_rows(grad, index, owner, length)
+@torch.library.triton_op("prescore::rows_backward", mutates_args=())
+def rows_backward(grad: Tensor, index: Tensor, owner: Tensor, bias: Tensor, length: int, plan: str) -> Tensor:
+    """Gradient of the rows in the keys or values they stand for: ``[B, Hkv, length, D]`` of the rows' dtype.
+
+    ``index``, ``owner`` and ``bias`` are the row_index, row_owner and row_bias of ``summarize``.
+    """
+    if not _generated(grad):
+        return rows_backward_eager(grad, index, owner, length)
+    from .triton import rows_backward as generated
+
+    return generated.rows_backward(grad, index, owner, bias, length, Plan.parse(plan))
+
+
+@torch.library.custom_op("prescore::rows_backward_eager", mutates_args=())
+def rows_backward_eager(grad: Tensor, index: Tensor, owner: Tensor, length: int) -> Tensor:
+    """``rows_backward`` by the reference."""
+    return summaries.scatter_rows(grad, index, owner, length).to(grad.dtype)
 
 
 @rows_backward.register_fake
+def _(grad, index, owner, bias, length, plan):  # type: ignore[no-untyped-def]
+    return grad.new_empty((*grad.shape[:2], length, grad.shape[3]))
+
+
+@rows_backward_eager.register_fake
 def _(grad, index, owner, length):  # type: ignore[no-untyped-def]
-    return grad.new_empty((*grad.shape[:2], length, grad.shape[3]), dtype=_wide(grad.dtype))
+    return grad.new_empty((*grad.shape[:2], length, grad.shape[3]))
 
 
 @torch.library.triton_op("prescore::mass", mutates_args=())
@@ -623,7 +638,3 @@ def _compiled(query: Tensor) -> bool:
 def _generated(query: Tensor) -> bool:
     """Whether the generated kernels run: on a GPU that they are written for."""
     return query.dtype in cpu.DTYPES and not device.why_not(query.device)
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)

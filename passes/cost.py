@@ -23,6 +23,8 @@ SCORE_PER_KEY = {
     "leverage": 45_000, "peak": 220_000, "window_peak": 290_000, "random": 10_000, "norm": 11_000,
     "inverse_norm": 10_000, "query": 73_000,
 }  # fmt: skip
+# The same for the centroids of a segment, of each that a key lies in: torch operations.
+CENTROIDS_PER_KEY = 120_000
 LONGEST = 2**24
 # Of the routes that a plan with a share may take, those that it takes on average: of 64 at a share of 0.0012 and 8192
 # tokens of text, by `python -m bench.quality`. Content decides, so this is an expectation.
@@ -43,6 +45,7 @@ class Prices:
             route together. chunk_union: chunks of the first of two levels that are walked over, for each chosen.
         route_head: part of a routing pair's price that each of the heads pays that route together.
         per_key, per_feature: a key and KV head, to cluster and copy it; and each of its features.
+        centroids: a key and KV head, for the centroids of one segment that it lies in.
         score: a key and KV head, to score it, by method; other: by a user's own scorer. select: of scored keys, to
             find the best and copy them. fixed: the launches. select_fixed: those of scores and selected keys.
     """
@@ -59,6 +62,7 @@ class Prices:
     chunk_union: float = 1.0
     per_key: float = 0.0
     per_feature: float = 0.0
+    centroids: float = 0.0
     select: float = 0.0
     fixed: float = 0.0
     select_fixed: float = 0.0
@@ -67,15 +71,15 @@ class Prices:
 PRICES = {
     # What a user's scorer costs nobody knows: as kmedian, the dearest that reads keys alone.
     "cpu": Prices(
-        attend=ATTEND_PRICE, route=ROUTE_PRICE, mass=0.0, per_key=SUMMARY_PER_KEY, score=SCORE_PER_KEY,
-        other=SCORE_PER_KEY["kmedian"],
+        attend=ATTEND_PRICE, route=ROUTE_PRICE, mass=0.0, per_key=SUMMARY_PER_KEY, centroids=CENTROIDS_PER_KEY,
+        score=SCORE_PER_KEY, other=SCORE_PER_KEY["kmedian"],
     ),
     # Modelled, not measured: an H100 in bfloat16 as `bench/model.py` has it, for AMD's GPUs too. Scores: 128 features,
     # 4 query heads a KV head. kernel_kmeans, window_peak, random and a user's scorer are torch operations there:
     # what they read and write, or their launches where that is more.
     "cuda": Prices(
         attend=1.5, route=0.28, route_pair=646.0, route_head=0.28, union=4.3, union_together=2.8, chunk_union=1.5,
-        per_feature=840.0, fixed=1.04e10,
+        per_feature=840.0, centroids=210_000, fixed=1.04e10,
         score={
             "kmeans": 114_000, "kmeans_relative": 120_000, "kmedian": 416_000, "leverage": 1_600_000,
             "peak": 300_000, "query": 103_000, "norm": 26_000, "inverse_norm": 26_000,
@@ -109,9 +113,7 @@ def attended_pairs(plan: Plan, causal: bool) -> sympy.Expr:
     if plan.window is None:
         return exact_pairs(causal)
     window, routed = _window(plan, causal), routed_keys(plan)
-    # A query has about half the bits of its number of finished chunks as segments.
-    segments = sympy.log(_most(N / plan.chunk, 1), 2) / 2 if causal else 1
-    rows: sympy.Expr = plan.sinks + segments * plan.rows_per_segment
+    rows: sympy.Expr = plan.sinks + (_segments(plan) if causal else 1) * plan.rows_per_segment
     residual = exact_pairs(causal) / plan.cluster if plan.residual else 0
     total = N * (window + routed)
     if causal:  # the first queries have fewer keys before them
@@ -131,6 +133,11 @@ def mass_pairs(plan: Plan, causal: bool) -> sympy.Expr:
     if not plan.needs_mass:
         return sympy.Integer(0)
     return attended_pairs(plan.near, causal) / 2
+
+
+def _segments(plan: Plan) -> sympy.Expr:
+    """Segments that a query attends, and that a key lies in: about half the bits of the number of chunks."""
+    return sympy.log(_most(N / plan.chunk, 1), 2) / 2
 
 
 def _window(plan: Plan, causal: bool) -> float:
@@ -178,6 +185,8 @@ def prescored_time(shape: Shape, plan: Plan) -> sympy.Expr:
     prices = PRICES[shape.device]
     keys, rows = shape.batch * shape.kv_heads * N, shape.batch * shape.heads
     summary = (prices.per_key + prices.per_feature * shape.head_dim) * keys if plan.routes else 0
+    if plan.centroids:
+        summary += prices.centroids * keys * _segments(plan)
     scoring = 0
     if plan.keep:
         scoring = (prices.score.get(plan.method, prices.other) + prices.select) * keys + prices.select_fixed

@@ -61,6 +61,8 @@ def golden() -> dict[str, str]:
         "residual_centroids": listing.forward_sources(residual)["centroids"],
         "residual_d_residual": listing.backward_sources(listing.backward_spec(residual))["d_residual"],
         "centroids_d_segments": listing.backward_sources(selected)["d_segments"],
+        "centroids_rows_backward": listing.backward_sources(selected)["rows_backward"],
+        "centroids_segment_assign": listing.all_sources(selected, "")["segment_assign_1"],
     }
 
 
@@ -99,7 +101,8 @@ def test_what_a_plan_does_not_use_is_not_in_its_source() -> None:
 def test_sources_say_where_they_come_from() -> None:
     plan = PLANS["keep and routes"]
     found = sources(plan, site="model.layers.3.self_attn", dim=64, group=2)
-    assert list(found)[-6:] == ["attend", "d_query", "d_window", "d_routes", "d_sinks", "d_segments"]
+    of_attend = ["attend", "d_query", "d_window", "d_routes", "d_sinks", "d_segments"]
+    assert list(found)[-7:] == [*of_attend, "rows_backward"]
     for name, text in found.items():
         head = text.split("import triton")[0]
         assert text.startswith(f"# {name}: written by prescore_compile")

@@ -7,13 +7,14 @@ from dataclasses import replace
 import torch
 
 from ..plan import Plan
-from . import loops, options, residual, rows
+from . import loops, options, residual, rows, segments
 from .attend import attend_source, merge_source
 from .attend_backward import d_query_source, residual_source, routes_source, rows_source, window_source
 from .clusters import ClusterSpec, cluster_source, fits
 from .mass import FEATURES
 from .route import route_source
 from .route import spec_of as route_spec
+from .rows_backward import rows_backward_source
 from .scores import kernel as scores
 from .scores import select
 from .spec import DTYPES, NOTHING, Lifted, Spec, SummarySpec
@@ -87,6 +88,8 @@ def backward_sources(backward: Spec) -> dict[str, str]:
         found["d_sinks"] = rows_source(backward, True)
     if loops.has_rows(backward) and plan.rows_per_segment:
         found["d_segments"] = rows_source(backward, False)
+    if loops.has_rows(backward):
+        found["rows_backward"] = rows_backward_source(plan, backward.dim)
     return found
 
 
@@ -103,9 +106,15 @@ def all_sources(forward: Spec, site: str) -> dict[str, str]:
         found["select"] = select.select_source(select.SelectSpec(plan=forward.plan, valid=forward.valid))
         if select.segments_fit(plan):
             found["select_segments"] = select.segments_source(plan)
-    if rows.fits(plan) and (plan.sinks or plan.keep):
+    if rows.fits(plan, forward.dim, forward.value_dim):
         copied = SummarySpec(dim=forward.dim, value_dim=forward.value_dim, plan=forward.plan, valid=forward.valid)
-        found["rows"] = rows.rows_source(copied)
+        if plan.sinks or plan.keep:
+            found["rows"] = rows.rows_source(copied)
+        if plan.centroids:
+            own = segments.spec_of(copied, forward.dtype, forward.target)
+            moments, *steps, last = segments.segments_sources(own)
+            assign = {f"segment_assign_{step}": text for step, text in enumerate(steps)}
+            found |= {"segment_moments": moments, **assign, "segment_rows": last}
     if plan.needs_mass:
         found["mass"] = attend_source(mass_spec(forward))
     if plan.routes and plan.window is not None:

@@ -1,7 +1,7 @@
 """Rows on a GPU: the copies of sinks and selected keys that queries read beside each other, and their biases.
 
 One program ``ROWS`` rows of one KV head. Padding may come first, so the sinks are found by a walk over
-``valid`` that stops at the last of them. Centroids among the rows are ``summary.gather_rows``'s.
+``valid`` that stops at the last of them. Centroids among the rows are ``segments``'s.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import torch
 
 from ..layout import chunk_count
 from ..plan import Plan
+from . import segments
 from .cache import launch, load
 from .render import arguments, fill, source
 from .scores.select import segments_fit
@@ -29,14 +30,18 @@ def rows(
     program = tl.program_id(0)
     pair = (program // blocks).to(tl.int64)  # of batch and KV head
     row = program % blocks * $rows + tl.arange(0, $rows)
-    row_count = $sinks + selected
+    row_count = $sinks + of_segments
     key_head = key + pair // kv_heads * key_b + pair % kv_heads * key_h
     value_head = value + pair // kv_heads * value_b + pair % kv_heads * value_h
     index = tl.where((row < $sinks) & (row < k_len), row, -1)  #? not valid
     $first_valid
     among = row - $sinks  #? keep
-    inside = (among >= 0) & (among < selected)  #? keep
-    index = tl.where(inside, tl.load(chosen + pair * selected + among, mask=inside, other=-1), index)  #? keep
+    inside = (among >= 0) & (among < of_segments)  #? keep
+    copied = (row < $sinks) | ((row - $sinks) % $per < $keep)  #? centroids
+    inside &= copied  #? keep and centroids
+    among += pair * of_segments  #? keep and not centroids
+    among = (pair * (of_segments // $per) + among // $per) * $keep + among % $per  #? keep and centroids
+    index = tl.where(inside, tl.load(chosen + among, mask=inside, other=-1), index)  #? keep
 
     here = index >= 0
     feature = tl.arange(0, $dim_tile)
@@ -48,6 +53,7 @@ def rows(
     values = tl.load(value_head + at * value_n + value_feature[None, :], mask=some, other=0.0)
     to = pair * row_count + row
     written = row < row_count
+    written &= copied  #? centroids
     tl.store(row_index + to, index, mask=written)
     tl.store(row_bias + to, tl.where(here, 0.0, float("-inf")), mask=written)
     some = written[:, None] & (feature < DIM)[None, :]
@@ -73,16 +79,16 @@ while (filled < wanted) & (begin < k_len):
 """
 
 
-def fits(plan: Plan) -> bool:
-    """Whether rows are copies of keys alone, and which keys is known on chip."""
-    return not plan.centroids and (not plan.keep or segments_fit(plan))
+def fits(plan: Plan, dim: int, value_dim: int) -> bool:
+    """Whether the keys that rows copy are found on chip, and so are centroids."""
+    return (not plan.keep or segments_fit(plan)) and (not plan.centroids or segments.fits(plan, dim, value_dim))
 
 
 def rows_source(spec: SummarySpec) -> str:
     """Source of ``rows``."""
     plan = spec.settings
     names = ["key", "value", "valid", "chosen", "row_index", "row_key", "row_value", "row_bias"]
-    names += ["key_b", "key_h", "key_n", "value_b", "value_h", "value_n", "kv_heads", "k_len", "selected", "blocks"]
+    names += ["key_b", "key_h", "key_n", "value_b", "value_h", "value_n", "kv_heads", "k_len", "of_segments", "blocks"]
     parts: dict[str, object] = dict(
         arguments=arguments(names),
         dim=spec.dim,
@@ -91,6 +97,8 @@ def rows_source(spec: SummarySpec) -> str:
         value_tile=power_of_two(spec.value_dim),
         sinks=plan.sinks,
         keep=plan.keep,
+        per=plan.rows_per_segment,
+        centroids=plan.centroids,
         valid=spec.valid,
         rows=ROWS,
         step=STEP,
@@ -102,28 +110,32 @@ def rows_source(spec: SummarySpec) -> str:
 def rows(
     key: torch.Tensor, value: torch.Tensor, valid: torch.Tensor | None, chosen: torch.Tensor | None, plan: Plan
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The last five fields of ``Summary`` of a plan without centroids.
+    """The last five fields of ``Summary``.
 
     ``chosen`` ``[B, Hkv, C, keep]`` int32: the selected keys of each segment, -1: none; None where ``keep`` is 0.
     """
     batch, heads, k_len, dim = key.shape
-    selected = chunk_count(k_len, plan.chunk) * plan.keep
-    shape = (batch, heads, plan.sinks + selected)
-    owner = key.new_empty((0, batch, heads, k_len), dtype=torch.int32)
-    row_index = key.new_empty(shape, dtype=torch.int32)
-    row_key = key.new_empty((*shape, dim))
-    row_value = value.new_empty((*shape, value.shape[3]))
-    row_bias = key.new_empty(shape, dtype=torch.float32)
+    of_segments = chunk_count(k_len, plan.chunk) * plan.rows_per_segment
+    shape = (batch, heads, plan.sinks + of_segments)
+    key, value = (t if t.stride(3) == 1 else t.contiguous() for t in (key, value))
+    found = dict(
+        row_index=key.new_empty(shape, dtype=torch.int32),
+        row_key=key.new_empty((*shape, dim)),
+        row_value=value.new_empty((*shape, value.shape[3])),
+        row_bias=key.new_empty(shape, dtype=torch.float32),
+    )
     if plan.sinks or plan.keep:
-        key, value = (t if t.stride(3) == 1 else t.contiguous() for t in (key, value))
         blocks = cdiv(shape[2], ROWS)
         values = dict(
             key=key, value=value, valid=None if valid is None else valid.contiguous(), chosen=chosen,
-            row_index=row_index, row_key=row_key, row_value=row_value, row_bias=row_bias,
             key_b=key.stride(0), key_h=key.stride(1), key_n=key.stride(2),
             value_b=value.stride(0), value_h=value.stride(1), value_n=value.stride(2),
-            kv_heads=heads, k_len=k_len, selected=selected, blocks=blocks,
+            kv_heads=heads, k_len=k_len, of_segments=of_segments, blocks=blocks,
         )  # fmt: skip
         spec = SummarySpec(dim=dim, value_dim=value.shape[3], plan=plan.text, valid=valid is not None)
-        launch(load(rows_source(spec), "rows"), (batch * heads * blocks,), values, warps=4, stages=1)
-    return row_index, owner, row_key, row_value, row_bias
+        launch(load(rows_source(spec), "rows"), (batch * heads * blocks,), values | found, warps=4, stages=1)
+    if plan.centroids:
+        owner = segments.segment_centroids(key, value, valid, chosen, found, plan)
+    else:
+        owner = key.new_empty((0, batch, heads, k_len), dtype=torch.int32)
+    return found["row_index"], owner, found["row_key"], found["row_value"], found["row_bias"]

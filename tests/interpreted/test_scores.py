@@ -337,4 +337,3 @@ def test_what_does_not_fit() -> None:
     assert kernel.fits(plan_of("leverage", chunk=256), 128, "float32")
     assert not select.fits(plan_of("norm", keep=0)) and not select.fits(plan_of("norm", chunk=512))
     assert not select.segments_fit(plan_of("norm", chunk=128, keep=65)) and select.segments_fit(plan_of("norm"))
-    assert not select.segments_fit(plan_of("norm", centroids=1))

@@ -119,8 +119,8 @@ def fits(plan: Plan) -> bool:
 
 
 def segments_fit(plan: Plan) -> bool:
-    """Whether the keys of segments are selected on chip: they are then all that their rows hold."""
-    return fits(plan) and plan.keep <= MOST_OF_A_SEGMENT and not plan.centroids
+    """Whether the keys of segments are selected on chip."""
+    return fits(plan) and plan.keep <= MOST_OF_A_SEGMENT
 
 
 def select_source(spec: SelectSpec) -> str:
