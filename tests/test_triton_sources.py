@@ -62,7 +62,7 @@ def golden() -> dict[str, str]:
         "residual_d_residual": listing.backward_sources(listing.backward_spec(residual))["d_residual"],
         "centroids_d_segments": listing.backward_sources(selected)["d_segments"],
         "centroids_rows_backward": listing.backward_sources(selected)["rows_backward"],
-        "centroids_segment_assign": listing.all_sources(selected, "")["segment_assign_1"],
+        "centroids_segment_assign_1": listing.all_sources(selected, "")["segment_assign_1"],
     }
 
 

@@ -13,6 +13,13 @@ from prescore_compile.kernels.plan import METHODS, Plan
 from prescore_compile.kernels.triton.scores import kernel as scores
 
 SELECTED = {"select": {"best", "best_score"}, "select_segments": {"chosen"}}
+SUMS = {"number_out", "key_sum_out", "value_sum_out"}
+SEGMENTS = {
+    "segment_moments": {"moments"},
+    "segment_assign_0": SUMS,
+    "segment_assign_1": SUMS | {"row_owner"},
+    "segment_rows": {"row_index", "row_key", "row_value", "row_bias"},
+}
 ROWS = {"rows": {"row_index", "row_key", "row_value", "row_bias"}}
 
 
@@ -42,7 +49,7 @@ def test_rows_without_clusters(name: str, padded: bool) -> None:
         tensors = fakes((*site[1:4], torch.empty(2, 2, 200)), "cuda")
         graph = graph_of(lambda *t: ops.summarize(*t, plan.text), *tensors)
         got = ops.summarize(*tensors, plan.text)
-    assert kernels(graph) == {"select": {"best", "best_score"}} | ({} if plan.centroids else SELECTED | ROWS)
+    assert kernels(graph) == SELECTED | ROWS | (SEGMENTS if plan.centroids else {})
     for g, w in zip(got, summary_of(site, plan), strict=True):
         assert (g.shape, g.dtype, g.device.type) == (w.shape, w.dtype, "cuda")
 

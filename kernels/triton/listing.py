@@ -111,10 +111,7 @@ def all_sources(forward: Spec, site: str) -> dict[str, str]:
         if plan.sinks or plan.keep:
             found["rows"] = rows.rows_source(copied)
         if plan.centroids:
-            own = segments.spec_of(copied, forward.dtype, forward.target)
-            moments, *steps, last = segments.segments_sources(own)
-            assign = {f"segment_assign_{step}": text for step, text in enumerate(steps)}
-            found |= {"segment_moments": moments, **assign, "segment_rows": last}
+            found |= segments.segments_sources(segments.spec_of(copied, forward.dtype, forward.target))
     if plan.needs_mass:
         found["mass"] = attend_source(mass_spec(forward))
     if plan.routes and plan.window is not None:

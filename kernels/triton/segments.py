@@ -3,7 +3,7 @@
 A segment is one program's, or as many as it has parts of ``PART`` keys; one launch has the parts of all sizes:
 
   - ``segment_moments`` sums up a part's keys and values, by which values come to weigh as much as keys;
-  - ``segment_assign``, once for each Lloyd iteration, gives each key of a part to a centre and sums them up;
+  - ``segment_assign_0`` and its like, a Lloyd iteration each, give a part's keys to centres and sum them up;
   - ``segment_rows`` makes a segment's rows of the last sums.
 
 Sums of parts are added up, in order, by each program that needs those of a whole segment: no atomics. A point is
@@ -39,6 +39,8 @@ PART = 2048
 WARPS = 8
 MOST = 8192
 """The most centroids times features, of keys and values together, that lanes hold."""
+ASSIGNED = tuple(f"segment_assign_{step}" for step in range(RESIDUAL_ITERATIONS))
+"""The kernels of Lloyd iterations."""
 
 PART_OF = """
     # A part of a segment of 2^level chunks, which is named by its last one. The first programs have one of the segments
@@ -104,7 +106,7 @@ def segment_moments(
 """
 
 ASSIGN = """
-def segment_assign(
+def segment_assign_$step_number(
     $arguments
 ):
     DIM: tl.constexpr = $dim
@@ -277,8 +279,8 @@ def spec_of(sizes: SummarySpec, dtype: str, target: str) -> SegmentSpec:
     return SegmentSpec(**asdict(sizes), dtype=dtype, target=target)
 
 
-def segments_sources(spec: SegmentSpec) -> list[str]:
-    """Sources of ``segment_moments``, of ``segment_assign`` for each iteration, and of ``segment_rows``."""
+def segments_sources(spec: SegmentSpec) -> dict[str, str]:
+    """Sources by the name of the kernel, in the order of their launches."""
     plan = spec.settings
     wide = spec.dtype == "float32"
     parts: dict[str, Any] = dict(
@@ -310,17 +312,14 @@ def segments_sources(spec: SegmentSpec) -> list[str]:
     given += ["value_b", "value_h", "value_n", "pairs", "kv_heads", "k_len", "chunks", "parts", "row_count"]
     parts["arguments"] = arguments(given)
 
-    def written(name: str, kernel: str, functions: str = "", **more: object) -> str:
-        about = {"plan": spec.plan, "stage": "summarize, the centroids of segments"}
-        return source(name, about, functions + fill(kernel, parts | more))
-
-    functions = (products.product(spec.dtype, spec.target), *[products.picked(spec.target)] * wide)
-    steps = [dict(again=step > 0, final=step == RESIDUAL_ITERATIONS - 1) for step in range(RESIDUAL_ITERATIONS)]
-    return [
-        written("segment_moments", MOMENTS),
-        *[written("segment_assign", ASSIGN, products.before(*functions), **step) for step in steps],
-        written("segment_rows", ROWS),
-    ]
+    kernels = {"segment_moments": fill(MOMENTS, parts)}
+    functions = products.before(products.product(spec.dtype, spec.target), *[products.picked(spec.target)] * wide)
+    for number, name in enumerate(ASSIGNED):
+        own = {"step_number": number, "again": number > 0, "final": name == ASSIGNED[-1]}
+        kernels[name] = functions + fill(ASSIGN, parts | own)
+    kernels["segment_rows"] = fill(ROWS, parts)
+    about = {"plan": spec.plan, "stage": "summarize, the centroids of segments"}
+    return {name: source(name, about, text) for name, text in kernels.items()}
 
 
 def segment_centroids(
@@ -355,14 +354,15 @@ def segment_centroids(
         pairs=pairs, kv_heads=heads, k_len=k_len, chunks=chunks, parts=parts, row_count=rows["row_index"].shape[2],
     )  # fmt: skip
     sizes = SummarySpec(dim=dim, value_dim=value_dim, plan=plan.text, valid=valid is not None)
-    moments, *steps, last = segments_sources(spec_of(sizes, DTYPES[key.dtype], target()))
-    launch(load(moments, "segment_moments"), (pairs * parts,), values, warps=WARPS, stages=1)
-    for step in steps:
+    sources = segments_sources(spec_of(sizes, DTYPES[key.dtype], target()))
+    kernels = {name: load(text, name) for name, text in sources.items()}
+    launch(kernels["segment_moments"], (pairs * parts,), values, warps=WARPS, stages=1)
+    for name in ASSIGNED:
         count = plan.centroids
         found = dict(number_out=sums(count), key_sum_out=sums(count, dim), value_sum_out=sums(count, value_dim))
-        launch(load(step, "segment_assign"), (pairs * parts,), values | found, warps=WARPS, stages=1)
-        values |= {f"part_{name.removesuffix('_out')}": tensor for name, tensor in found.items()}
-    launch(load(last, "segment_rows"), (pairs * chunks,), values, warps=WARPS, stages=1)
+        launch(kernels[name], (pairs * parts,), values | found, warps=WARPS, stages=1)
+        values |= {f"part_{given.removesuffix('_out')}": tensor for given, tensor in found.items()}
+    launch(kernels["segment_rows"], (pairs * chunks,), values, warps=WARPS, stages=1)
     return owner
 
 

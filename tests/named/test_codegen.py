@@ -160,12 +160,14 @@ def check(code: str, graph: GraphLowering) -> None:
 
 FORWARD = ["rows", "attend", "route", "mark", "union", "attend"]
 """With a share: the first adds up window and sinks."""
+SEGMENTS = ["segment_moments", "segment_assign_0", "segment_assign_1", "segment_rows"]
 LISTS = ["mark", "union"]
+ROWS = ["rows_backward", "rows_backward"]
 CASES: dict[str, tuple[dict[str, Any], dict[str, bool], list[list[str]]]] = {
     "default": ({}, {}, [["cluster", *FORWARD]]),
     "default, trained, dynamic": (
         {}, dict(train=True, dynamic=True),
-        [["cluster", *FORWARD], [*LISTS, "d_query", "d_sinks", "d_window", "d_routes"]],
+        [["cluster", *FORWARD], [*LISTS, "d_query", "d_sinks", "d_window", *ROWS, "d_routes"]],
     ),
     "share, padded, dynamic": (
         {"share": 0.001, "residual": False}, dict(padded=True, causal=False, dynamic=True),
@@ -174,12 +176,18 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, bool], list[list[str]]]] = {
     "scored, trained": (
         {"method": "peak", "keep": 16}, dict(train=True),
         [["score", "cluster", "select", "select_segments", *FORWARD],
-         [*LISTS, "d_query", "d_window", "d_sinks", "d_segments", "d_routes"]],
+         [*LISTS, "d_query", "d_window", "d_sinks", "d_segments", *ROWS, "d_routes"]],
     ),
     "residual, padded, trained": (
         {}, dict(train=True, padded=True, causal=False),
         [["cluster", "rows", "route", *LISTS, "centroids", "attend"],
-         [*LISTS, "centroids", "d_query", "d_residual", "d_routes", "d_sinks"]],
+         [*LISTS, "centroids", "d_query", "d_residual", "d_routes", "d_sinks", *ROWS]],
+    ),
+    "centroids, padded, trained, dynamic": (
+        {"method": "norm", "keep": 16, "centroids": 4, "routes": 0, "residual": False},
+        dict(train=True, padded=True, causal=False, dynamic=True),
+        [["score", "select", "select_segments", "rows", *SEGMENTS, "attend"],
+         ["d_sinks", "d_segments", *ROWS, "d_query"]],
     ),
 }  # fmt: skip
 

@@ -1,4 +1,4 @@
-# segment_assign: written by prescore_compile.kernels.triton; do not edit.
+# segment_assign_1: written by prescore_compile.kernels.triton; do not edit.
 # plan: method=peak chunk=32 window=8 sinks=2 keep=4 threshold=0.0 centroids=3 cluster=16
 #   clustering=pca_tree routes=0 spread=1.0 share=0.0 group_routes=False residual=False coarse=0
 #   seed=0
@@ -20,7 +20,7 @@ def product(narrow, wide):
 
 
 @triton.jit
-def segment_assign(
+def segment_assign_1(
     key, value, before, chosen, moments, part_number, part_key_sum, part_value_sum, number_out,
     key_sum_out, value_sum_out, row_owner, key_b, key_h, key_n, value_b, value_h, value_n, pairs,
     kv_heads, k_len, chunks, parts,
