@@ -198,6 +198,16 @@ class Ways:
         site = self.site
         return ops.score(site.query, site.key, None, self.scored(method).text, site.causal, site.scale)
 
+    @functools.cached_property
+    def norms(self) -> torch.Tensor:
+        """Scores by which the keys of ``centroids`` are selected."""
+        return ops.score(*self.site[:2], None, selected(self.plan).text, self.site.causal, self.site.scale)
+
+    def centroids(self, site: Operands | None = None) -> Summary:
+        """A summary of selected keys and centroids, as plans without routes have it."""
+        key, value = (site or self.site)[1:3]
+        return Summary(*ops.summarize(key, value, None, self.norms, selected(self.plan).text))
+
     @property
     def rows(self) -> tuple[torch.Tensor, ...]:
         s = self.summary
@@ -314,6 +324,14 @@ def measure(case: Case, plan: Plan, machine: Machine, flex: bool, scored: bool =
     for method in SCORED if scored else ():
         work = functools.partial(ways.score, method)
         way(f"score {method}", work, functools.partial(check_scores, ways, method))
+    if scored:
+        way("centroids", ways.centroids, functools.partial(check_centroids, ways))
+        if "centroids" in times:
+            way(
+                "centroids, backward",
+                lambda: centroids_backward(ways),
+                functools.partial(check_centroids_backward, ways),
+            )
     if flex and not machine.over():
         with told(failed, "flex"):
             way("flex", ways.flex(), lambda got: 0.0)
@@ -326,6 +344,41 @@ def check_scores(ways: Ways, method: str, scores: torch.Tensor) -> float:
     query, key = (tensor[:, :, : plan.chunk].float() for tensor in (site.query, site.key))
     want = summaries.score(query, key, None, plan, site.causal, site.scale)
     return error(scores[:, :, : plan.chunk], want)
+
+
+def selected(plan: Plan) -> Plan:
+    """The plan beside a site's that has selected keys and centroids, and no routes."""
+    return Plan(method="norm", keep=8, centroids=8, chunk=plan.chunk, routes=0)
+
+
+def check_centroids(ways: Ways, got: Summary) -> float:
+    """Largest error of the rows of the first chunks, of which no other key is part; their owners too."""
+    plan = selected(ways.plan)
+    length = min(4 * plan.chunk, ways.case.n)
+    key, value = (tensor[:, :, :length] for tensor in ways.site[1:3])
+    want = summaries.summarize(key, value, None, ways.norms[:, :, :length], plan)
+    rows = want.row_index.shape[2]
+    if not torch.equal(got.row_index[:, :, :rows], want.row_index):
+        return math.inf
+    # Two keys may be as near to one centre as to another.
+    if (got.row_owner[:3, ..., :length] != want.row_owner[:3]).float().mean() > 1e-3:
+        return math.inf
+    return max(error(g[:, :, :rows], w.float()) for g, w in zip(got[6:8], want[6:8], strict=True))
+
+
+def centroids_backward(ways: Ways) -> tuple[Summary, tuple[torch.Tensor, ...]]:
+    """Such a summary, and the gradients of its rows' sum in keys and values."""
+    leaves = [t.detach().requires_grad_() for t in ways.site[1:3]]
+    found = ways.centroids(ways.site._replace(key=leaves[0], value=leaves[1]))
+    return found, torch.autograd.grad(found[6:8], leaves, [torch.ones_like(t) for t in found[6:8]])
+
+
+def check_centroids_backward(ways: Ways, got: tuple[Summary, tuple[torch.Tensor, ...]]) -> float:
+    """Largest error of the gradients, for the rows that were found."""
+    found, grads = got
+    ones = torch.ones_like(found.row_key, dtype=torch.float32)
+    want = summaries.scatter_rows(ones, found.row_index, found.row_owner, ways.case.n)
+    return max(error(grad[..., : want.shape[3]], want) for grad in grads)
 
 
 def reference_clusters(ways: Ways) -> float:
@@ -379,6 +432,11 @@ def row(case: Case, plan: Plan, machine: Machine, times: dict[str, float], faile
             continue
         kept = model.Site(shape, case.n, Plan(method=method, keep=min(32, plan.chunk), chunk=plan.chunk, routes=0))
         found["predicted"][f"score {method}"] = model.score(kept).seconds(machine.model)
+    if "centroids" in times:
+        kept = model.Site(shape, case.n, selected(plan))
+        found["predicted"]["centroids"] = sum(
+            work(kept).seconds(machine.model) for work in (model.select, model.summarize)
+        )
     if best is not None:
         found["stages"] = times | {"exact": backends[best]}
         found |= {"best": best, "exact_tflops": exact_flops / backends[best] / 1e12}

@@ -80,7 +80,7 @@ def run(
     out.with_suffix(".svg").write_text(plot(rows))
     print(f"wrote {out} and {out.with_suffix('.svg').name}")
     ours = ["case", "stages", "summarize", "mass", "route", "attend", "total", "total, backward"]
-    ours += [f"score {method}" for method in gpu.SCORED]
+    ours += [*(f"score {method}" for method in gpu.SCORED), "centroids", "centroids, backward"]
     told = [(name, why) for row in rows for name, why in row["failed"].items() if why != gpu.OVER]
     return int(any(name in ours or "wrong result" in why for name, why in told))
 
@@ -139,7 +139,8 @@ def plot(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         if (row["causal"], row["dim"], row["group"]) == shape:
             for name, seconds in row["stages"].items():  # a case whose time ran out has some of them
-                if name != "exact" and not name.endswith("backward") and not name.startswith("score "):
+                beside = name in ("exact", "centroids") or name.startswith("score ")
+                if not beside and not name.endswith("backward"):
                     series.setdefault(name, []).append((row["n"], 1e3 * seconds))
     title = f"Attention, {'causal' if shape[0] else 'two-sided'}, D = {shape[1]}, groups of {shape[2]}"
     return svg.lines(title, "keys", "milliseconds", series)

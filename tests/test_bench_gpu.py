@@ -40,7 +40,7 @@ def test_dry_run(tmp_path: Path) -> None:
     assert [case["causal"] for case in cases] == [True, False]
     for case in cases:
         stages = {"summarize", "route", "attend", "total", "total, backward", "sdpa math", "sdpa math, backward"}
-        stages |= {f"score {method}" for method in gpu.SCORED}
+        stages |= {f"score {method}" for method in gpu.SCORED} | {"centroids", "centroids, backward"}
         assert stages <= set(case["stages"]), case["failed"]
         assert {"sdpa efficient", "sdpa cudnn"} <= set(case["failed"]), "a CPU has neither"
         assert case["faster"] > 0 and case["attend_tflops"] > 0 and case["predicted"]["total"] > 0
@@ -65,6 +65,21 @@ def test_wrong_scores_get_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
     found = gpu.measure(gpu.Case(256, True, 16, 2, 2), Plan(routes=2), gpu.Machine("cpu", torch.float32, 1), False)
     assert "wrong result" in found["failed"]["score peak"] and "score peak" not in found["stages"]
     assert {"score kmeans", "score kmedian", "score leverage"} <= found["stages"].keys() & found["predicted"].keys()
+
+
+@pytest.mark.parametrize("wrong", ["row_value", "row_index", "row_owner"])
+def test_wrong_centroids_get_no_time(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = gpu.Ways.centroids
+
+    def bent(ways: gpu.Ways, *given: Any) -> Any:
+        found = right(ways, *given)
+        return found._replace(**{wrong: getattr(found, wrong) + 1})
+
+    case, machine = gpu.Case(256, True, 16, 2, 2), gpu.Machine("cpu", torch.float32, 1)
+    assert {"centroids", "centroids, backward"} <= gpu.measure(case, Plan(routes=2), machine, False)["stages"].keys()
+    monkeypatch.setattr(gpu.Ways, "centroids", bent)
+    found = gpu.measure(case, Plan(routes=2), machine, False)
+    assert "wrong result" in found["failed"]["centroids"] and "centroids, backward" not in found["stages"]
 
 
 def test_what_a_case_raises_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
