@@ -108,6 +108,8 @@ VARIANTS = {
     "256": Variant(dim=256, backward=False),
     "masked and capped 128": Variant(dim=128, group=4, logits=IN_DOCUMENTS),
     "few queries 128": Variant(dim=128, queries=1, backward=False),
+    "float32 128": Variant(dtype=torch.float32, dim=128, group=4, backward=False),
+    "256, group of 4": Variant(dim=256, group=4, backward=False),
     "fixed 64": Variant(plan=ROUTED, default=True),
     "fixed 128": Variant(plan=ROUTED, dim=128, group=4, default=True),
     "fixed, two-sided 64": Variant(plan=ROUTED, causal=False, padded=True),

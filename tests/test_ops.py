@@ -26,6 +26,7 @@ def test_opcheck(name: str) -> None:
     tests: Any = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(ops.summarize, (k, v, valid, scores, settings), test_utils=tests)
     parts = [part.detach() for part in ops.summarize(k, v, valid, scores, settings)]
+    torch.library.opcheck(ops.rows_backward, (torch.randn_like(parts[6]), *parts[4:6], parts[8], 150, settings))
     routes = None
     if plan.routes:
         near = ops.mass(q, k, valid, *parts[4:], settings, causal, scale, "", []).detach() if plan.needs_mass else None

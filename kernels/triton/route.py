@@ -41,7 +41,7 @@ from .cache import launch, load
 from .loops import mask_parameters, mask_values, names, precision, tile
 from .network import EXCHANGE, falling, rank, rising
 from .render import arguments, fill, source
-from .route_scores import blocks, together
+from .route_scores import blocks, in_parts, together
 from .spec import DTYPES, NOTHING, Lifted, Spec, Tile, power_of_two
 from .union import union
 
@@ -69,7 +69,7 @@ def route(
     $tile
     low = tl.maximum(query_at - WINDOW, 0) // CHUNK * CHUNK  #? sides
     high = ((query_at + WINDOW) // CHUNK + 1) * CHUNK  #? sides
-    feature = tl.arange(0, DIM_TILE)
+    feature = tl.arange(0, DIM_TILE)  #? not in_parts
     $read_queries
     b = batch  #? lifted
     h = head[:, None]  #? lifted and not together
@@ -96,10 +96,7 @@ there = number < stop
 at = number  #? not listed
 slot = number // PER_CHUNK  #? listed
 at = tl.load(listed + list_at + slot, mask=there, other=0) * PER_CHUNK + number % PER_CHUNK  #? listed
-where = at.to(tl.int64)[:, None] * DIM + feature[None, :]
-inside = there[:, None] & (feature < DIM)[None, :]
-mean_tile = tl.load(own_mean + where, mask=inside, other=0.0).to(tl.$dtype)
-spread_tile = tl.load(own_spread + where, mask=inside, other=0.0).to(tl.$square_type)
+$read_representatives
 own = tl.load(own_bias + at, mask=there, other=float("-inf"))
 c = (tl.minimum(at, clusters - 1) // PER_CHUNK)[None, :]  #? lifted
 k_low = c * CHUNK  #? lifted
@@ -232,6 +229,8 @@ def spec_of(query: torch.Tensor, heads: int, plan: Plan, causal: bool, target: s
     """What the kernel for these queries ``[B, H, Nq, D]`` depends on."""
     # What two stages of representatives need of the shared memory: 64 KiB on AMD's GPUs, 163 and 227 on NVIDIA's.
     narrow = query.shape[3] * columns(plan) > (128 if target == "hip" else 256) * COLUMNS
+    # What would spill with 64 rows on NVIDIA's: factors of three TF32 passes, or of more than 128 features.
+    crowded = target == "cuda" and (query.dtype == torch.float32 or query.shape[3] > 128)
     return Spec(
         plan=plan.text,
         dtype=DTYPES[query.dtype],
@@ -243,9 +242,9 @@ def spec_of(query: torch.Tensor, heads: int, plan: Plan, causal: bool, target: s
         valid=False,
         routes=True,
         tile=Tile(
-            rows=ROWS,
+            rows=ROWS // 2 if crowded else ROWS,
             keys=columns(plan),
-            warps=2 * WARPS if narrow and target == "cuda" else WARPS,
+            warps=2 * WARPS if crowded else WARPS,
             stages=1 if narrow else STAGES,
         ),
     )
@@ -287,6 +286,7 @@ def route_source(spec: Spec, per_chunk: int, listed: bool, compact: bool = False
         sides=not spec.causal and plan.window != 0,
         share=plan.share,
         exact=spec.dtype == "float32",
+        in_parts=in_parts(spec),
         dtype=spec.dtype,
         square_type="float32" if spec.dtype == "float32" else "bfloat16",
         precision=precision(spec),

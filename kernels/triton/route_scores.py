@@ -16,6 +16,9 @@ from ..reference import MOST_GAIN
 from .render import fill
 from .spec import Spec
 
+FEATURES = 32
+"""Of a part of them, in float32."""
+
 # Of a tile of one head, the places fit 32 bits: they take half the registers.
 READ_QUERIES = """
 first = query + batch * query_b + of_one * query_h + first_query.to(tl.int64) * query_n  #? together
@@ -30,9 +33,31 @@ square_tile = query_tile * query_tile  #? exact
 square_tile = (query_tile.to(tl.float32) * query_tile.to(tl.float32)).to(tl.bfloat16)  #? not exact
 """
 
+READ_REPRESENTATIVES = """
+where = at.to(tl.int64)[:, None] * DIM + feature[None, :]
+inside = there[:, None] & (feature < DIM)[None, :]
+mean_tile = tl.load(own_mean + where, mask=inside, other=0.0).to(tl.$dtype)
+spread_tile = tl.load(own_spread + where, mask=inside, other=0.0).to(tl.$square_type)
+"""
+
 EXPECTED = """
 score = tl.sqrt(tl.dot(square_tile$wide_type, tl.trans(spread_tile)$wide_type$precision)) * sign
 score = tl.dot(query_tile$wide_type, tl.trans(mean_tile)$wide_type, score$precision) * scale
+score += own[None, :]
+score += $bias  #? bias
+"""
+
+# As the factors of three TF32 passes, representatives of more features would not fit in shared memory.
+EXPECTED_IN_PARTS = """
+score = tl.zeros([ROWS, COLUMNS], tl.float32)
+deviation = tl.zeros([ROWS, COLUMNS], tl.float32)
+for begin_feature in range(0, DIM_TILE, $features):
+    feature = begin_feature + tl.arange(0, $features)
+    $read_queries
+    $read_representatives
+    deviation = tl.dot(square_tile, tl.trans(spread_tile), deviation$precision)
+    score = tl.dot(query_tile, tl.trans(mean_tile), score$precision)
+score = (tl.sqrt(deviation) * sign + score) * scale
 score += own[None, :]
 score += $bias  #? bias
 """
@@ -51,7 +76,7 @@ gain = tl.zeros([ROWS, COLUMNS], tl.float32)
 for one in range(HEADS):
     of_one = kv_head * HEADS + one
     h = of_one  #? lifted
-    $read_queries
+    $read_queries  #? not in_parts
     near = tl.load(mass + row + one * q_len, mask=live, other=float("inf"))
     $expected
     score = tl.where($allowed, score, float("-inf"))  #? allowed
@@ -103,18 +128,28 @@ def together(spec: Spec) -> int:
     return heads if heads > 1 else 0
 
 
+def in_parts(spec: Spec) -> bool:
+    """Whether a score is a sum over parts of the features."""
+    return spec.dtype == "float32" and spec.dim > FEATURES
+
+
 def blocks(spec: Spec, parts: dict[str, Any]) -> dict[str, str]:
-    """The blocks ``read_queries``, ``score_of``, and with a share ``start``, ``sum`` and ``bar``; ``parts``: names."""
+    """Blocks ``read_queries``, ``read_representatives``, ``score_of``, and with a share ``start``, ``sum`` and ``bar``.
+
+    ``parts``: the names of the template.
+    """
     share = spec.settings.share
     heads = bool(together(spec))
-    parts = parts | dict(most_gain=MOST_GAIN, log_share=math.log(share) if share else 0.0)
-    read_queries = fill(READ_QUERIES, parts)
-    parts |= dict(read_queries=read_queries, expected=fill(EXPECTED, parts))
+    parts = parts | dict(most_gain=MOST_GAIN, log_share=math.log(share) if share else 0.0, features=FEATURES)
+    queries, representatives = fill(READ_QUERIES, parts), fill(READ_REPRESENTATIVES, parts)
+    parts |= dict(read_queries=queries, read_representatives=representatives)
+    parts |= dict(expected=fill(EXPECTED_IN_PARTS if in_parts(spec) else EXPECTED, parts))
     start, total, bar = (
         (START_OF_HEADS, SUM_OF_HEADS, BAR_OF_HEADS) if heads else (START_OF_A_HEAD, SUM_OF_A_HEAD, BAR_OF_A_HEAD)
     )
     return dict(
-        read_queries="" if heads else read_queries,
+        read_queries="" if heads or in_parts(spec) else queries,
+        read_representatives="" if in_parts(spec) else representatives,
         score_of=fill(OF_HEADS if heads else OF_A_HEAD, parts),
         start=start if share else "",
         sum=total if share else "",

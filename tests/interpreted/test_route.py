@@ -77,6 +77,13 @@ def test_routes_are_the_references(name: str, length: int, heads: int, kv_heads:
     check(site, summary_of(site, ROUTED[name]), ROUTED[name])
 
 
+@pytest.mark.parametrize("name", ["share", "together", "two levels"])
+def test_features_in_parts(name: str) -> None:
+    """In float32, some at a time; the last part is not full."""
+    site = operands(97, dim=72, value_dim=16, heads=4, kv_heads=2, batch=1)
+    check(site, summary_of(site, PLANS[name]), PLANS[name])
+
+
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize(("length", "window"), [(1, 0), (97, 0), (150, 16)])
 def test_mass(length: int, window: int, causal: bool) -> None:
