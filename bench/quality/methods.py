@@ -13,7 +13,7 @@ from prescore_compile.kernels.layout import segments, spans
 from prescore_compile.kernels.plan import Plan
 from prescore_compile.kernels.reference import Operands
 from prescore_compile.kernels.summary import Summary
-from prescore_compile.passes.defaults import CAUSAL
+from prescore_compile.passes.defaults import CAUSAL, CAUSAL_ON_A_GPU
 
 from . import rivals
 from .rivals import Attend
@@ -140,7 +140,7 @@ def own(length: int, target: float) -> Iterator[tuple[str, Plan]]:
 
     shared = SHARED.get(target, SHARED[0.22])
     yield "routes with a share", shared
-    yield "routes with a share, by group", replace(shared, group_routes=True)
+    yield "routes with a share, by group", CAUSAL_ON_A_GPU if shared == CAUSAL else replace(shared, group_routes=True)
     yield "fixed routes", routed(base if small else FIXED)
     if not small:
         yield "fixed routes, chunk 128, window 128", routed(Plan(routes=0, spread=1.4))

@@ -1,6 +1,6 @@
 # route: written by prescore_compile.kernels.triton; do not edit.
 # plan: method=peak chunk=256 window=0 sinks=16 keep=0 threshold=0.0 centroids=0 cluster=16
-#   clustering=pca_tree routes=64 spread=1.0 share=0.0012 group_routes=True residual=False coarse=0
+#   clustering=pca_tree routes=64 spread=1.0 share=0.0014 group_routes=True residual=False coarse=0
 #   seed=0
 # stage: route, all of a level
 
@@ -147,8 +147,8 @@ def route(
     rank = ((((place) >> 0) & 1) << 0 | (((place) >> 3) & 1) << 1 | (((place) >> 4) & 1) << 2 | (((place) >> 5) & 1) << 3 | (((place) >> 1) & 1) << 4 | (((place) >> 2) & 1) << 5)[None, :]
     number = ~best & below
     taken = (rank < route_count) & (best > (below | -2139095041))  # that of -inf
-    # The least score of a cluster that is expected to have 0.0012 of the heads' softmaxes, in the mean.
-    bar = total * 0.0012
+    # The least score of a cluster that is expected to have 0.0014 of the heads' softmaxes, in the mean.
+    bar = total * 0.0014
     bits = bar.to(tl.int32, bitcast=True)
     bits = (bits & 2147483647) ^ (bits >> 31)
     taken &= best >= (bits & ~below)[:, None]
