@@ -282,8 +282,8 @@ def clusters(
 
 
 def members(valid: torch.Tensor, sinks: int) -> torch.Tensor:
-    """The valid keys that are no sinks: ``[B, Nk]`` bool."""
-    return valid & (valid.cumsum(1) > sinks)
+    """The valid keys that are no sinks: ``[B, Nk]`` bool, contiguous, as kernels read it."""
+    return (valid & (valid.cumsum(1) > sinks)).contiguous()
 
 
 def any_clusters(

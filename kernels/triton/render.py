@@ -67,7 +67,7 @@ def arguments(names: list[str]) -> str:
 def _used(name: str, kernel: str) -> str:
     head = re.search(rf"def {name}\(([\w\s,]*)\):\n", kernel)
     assert head is not None, f"{name} is not defined"
-    body = set(re.findall(r"\w+", kernel[head.end() :]))
+    body = set(re.findall(r"\w+", re.sub("#.*", "", kernel[head.end() :])))
     kept = arguments([given for given in re.findall(r"\w+", head[1]) if given in body])
     parameters = textwrap.indent(kept, " " * 4)
     return f"{kernel[: head.start()]}def {name}(\n{parameters}\n):\n{kernel[head.end() :]}"

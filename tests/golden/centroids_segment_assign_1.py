@@ -21,9 +21,9 @@ def product(narrow, wide):
 
 @triton.jit
 def segment_assign_1(
-    key, value, before, chosen, moments, part_number, part_key_sum, part_value_sum, number_out,
-    key_sum_out, value_sum_out, row_owner, key_b, key_h, key_n, value_b, value_h, value_n, pairs,
-    kv_heads, k_len, chunks, parts,
+    key, value, chosen, moments, part_number, part_key_sum, part_value_sum, number_out, key_sum_out,
+    value_sum_out, row_owner, key_b, key_h, key_n, value_b, value_h, value_n, pairs, kv_heads,
+    k_len, chunks, parts,
 ):
     DIM: tl.constexpr = 64
     VALUE_DIM: tl.constexpr = 64

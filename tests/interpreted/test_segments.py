@@ -14,7 +14,7 @@ from prescore_compile.kernels import summary as summaries
 from prescore_compile.kernels.plan import Plan
 from prescore_compile.kernels.reference import Operands
 from prescore_compile.kernels.summary import Summary
-from prescore_compile.kernels.triton import rows, rows_backward, segments
+from prescore_compile.kernels.triton import clusters, rows, rows_backward, segments
 from prescore_compile.kernels.triton.scores import select
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -96,6 +96,15 @@ def test_keys_that_lie_apart_in_memory() -> None:
     check(*both(site._replace(key=key, value=value.mT.contiguous().mT), None, PLAN))
 
 
+def test_a_mask_that_lies_otherwise_in_memory() -> None:
+    """Keys, clusters and centroids are those of the same mask in rows."""
+    valid = (torch.rand(60, 2) < 0.6).T
+    check(*both(site_of(length=60), valid, PLAN))
+    site, plan = site_of(length=60), Plan(chunk=32, window=0, sinks=2, routes=2)
+    got, want = (clusters.any_clusters(site.key, site.value, mask, plan)[0] for mask in (valid, valid.contiguous()))
+    assert torch.equal(got, want)
+
+
 def test_no_valid_key() -> None:
     valid = torch.zeros(2, LENGTH, dtype=torch.bool)
     valid[0, 40:44] = True
@@ -104,15 +113,16 @@ def test_no_valid_key() -> None:
     assert (got[4][1] == -math.inf).all() and not got[2][1].any(), "rows of nothing are empty"
 
 
-@pytest.mark.parametrize("name", ["key", "value"])
-def test_what_is_not_finite_stays_so(name: str) -> None:
+@pytest.mark.parametrize(("name", "number"), [("key", math.nan), ("value", math.nan), ("key", -math.inf)])
+def test_what_is_not_finite_stays_so(name: str, number: float) -> None:
     """A key that no segment keeps: its centroids are not finite, and no other is touched."""
     site = site_of()
-    getattr(site, name)[1, 0, 70, 5] = math.nan
+    getattr(site, name)[1, 0, 70, 5] = number
     want, got = both(site, None, replace(PLAN, keep=0))
     assert torch.equal(got[1], want.row_owner)
-    torch.testing.assert_close(got[2], want.row_key, atol=1e-6, rtol=1e-6, equal_nan=True)
-    torch.testing.assert_close(got[3], want.row_value, atol=1e-6, rtol=1e-6, equal_nan=True)
+    for g, w in zip(got[2:4], want[6:8], strict=True):
+        assert torch.equal(g.isfinite(), w.isfinite())
+        torch.testing.assert_close(g[w.isfinite()], w[w.isfinite()], atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
