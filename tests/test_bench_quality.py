@@ -14,6 +14,7 @@ from bench.quality import encoder, lengths, methods, page, rivals
 from bench.quality.language import tasks
 from bench.quality.model import compare, context, hidden, tail
 from bench.quality.store import Store
+from bench.quality.texts import _stdlib
 from prescore_compile.kernels.plan import Plan
 from prescore_compile.kernels.reference import Operands
 
@@ -163,6 +164,7 @@ def test_planted_facts_and_copies_can_be_found_in_their_context(draw: int) -> No
         assert all(part in context_text for part in parts)
 
 
+@pytest.mark.skipif(not (_stdlib() / "idlelib" / "NEWS.txt").is_file(), reason="this Python comes without IDLE's news")
 def test_draws_are_other_instances_and_have_cells_of_their_own(tmp_path: Path) -> None:
     found = [tasks(Letters(), 8192, ["code", "news"], draw) for draw in (0, 1)]
     for task, recall in found[0].items():
