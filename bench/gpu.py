@@ -321,10 +321,10 @@ def measure(case: Case, plan: Plan, machine: Machine, flex: bool, scored: bool =
     for name, forward in backends.items():
         if f"sdpa {name}" in times:
             way_back(f"sdpa {name}, backward", forward, large)
-    for method in SCORED if scored else ():
-        work = functools.partial(ways.score, method)
-        way(f"score {method}", work, functools.partial(check_scores, ways, method))
     if scored:
+        for method in SCORED:
+            work = functools.partial(ways.score, method)
+            way(f"score {method}", work, functools.partial(check_scores, ways, method))
         way("centroids", ways.centroids, functools.partial(check_centroids, ways))
         if "centroids" in times:
             way(
