@@ -13,7 +13,7 @@ if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
     atexit.register(shutil.rmtree, os.environ["TORCHINDUCTOR_CACHE_DIR"], ignore_errors=True)
 
 import math
-import os
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -58,6 +58,18 @@ EVERYTHING = {
     "residual": Plan(chunk=32, window=8, sinks=4, routes=10**6, residual=True),
     "rows": Plan(chunk=128, window=8, sinks=4, routes=0, keep=128),  # up to 256 keys
 }
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _watched() -> Iterator[None]:
+    """Interpreted kernels do nothing that a GPU would not stand."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        yield
+        return
+    from sanitizer import watching
+
+    with watching():
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -15,9 +15,12 @@ import os
 import tempfile
 import types
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from ..cpu import cache_dir
 
@@ -41,15 +44,24 @@ def load(text: str, name: str) -> Any:
 def launch(kernel: Any, grid: tuple[Any, ...], values: Mapping[str, Any], *, warps: int, stages: int) -> None:
     """Launch with those of ``values`` that the kernel has parameters for.
 
-    Where a graph is traced, the launch becomes a node of it (``torch.library.wrap_triton``).
+    Where a graph is traced, the launch becomes a node of it (``torch.library.wrap_triton``). Otherwise it is on the
+    tensors' device, which need not be the current one: a model's layers may lie on several GPUs.
     """
     given = {name: values[name] for name in kernel.arg_names}
-    if _interpreted(kernel):
-        kernel[grid](**given)
-        return
-    from torch.library import wrap_triton
+    with _device_of(given.values()):
+        if _interpreted(kernel):
+            kernel[grid](**given)
+            return
+        from torch.library import wrap_triton
 
-    wrap_triton(kernel)[grid](**given, num_warps=warps, num_stages=stages)
+        wrap_triton(kernel)[grid](**given, num_warps=warps, num_stages=stages)
+
+
+def _device_of(values: Iterable[Any]) -> AbstractContextManager[Any]:
+    """The first tensor's GPU becomes the current one: Triton launches on that."""
+    if not torch.cuda.is_initialized():  # also where tensors are fake, on a machine without a GPU
+        return nullcontext()
+    return torch.cuda.device_of(next(value for value in values if isinstance(value, torch.Tensor)))
 
 
 def _interpreted(kernel: Any) -> bool:

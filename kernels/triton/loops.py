@@ -399,8 +399,9 @@ def window(spec: Spec, update: str, taint: bool) -> str:
         ends = """
         start = low  #? aligned
         start = 0  #? not aligned
-        whole = start + tl.maximum(first_position + 1 - start, 0) // KEYS * KEYS
         stop = tl.minimum(first_position + wanted, k_len)
+        # A tile past the sequence's end begins after its last key.
+        whole = start + tl.maximum(tl.minimum(first_position + 1, stop) - start, 0) // KEYS * KEYS
         """
         pairs = (
             "seen[None, :] & (at[None, :] <= position[:, None])" if spec.valid else "at[None, :] <= position[:, None]"

@@ -65,8 +65,9 @@ def attend(
     summed = tl.zeros([ROWS, VALUE_TILE], tl.float32)
 
     start = low
-    whole = start + tl.maximum(first_position + 1 - start, 0) // KEYS * KEYS
     stop = tl.minimum(first_position + wanted, k_len)
+    # A tile past the sequence's end begins after its last key.
+    whole = start + tl.maximum(tl.minimum(first_position + 1, stop) - start, 0) // KEYS * KEYS
     # Window: the keys that all queries of the tile see.
     for begin in range(start, whole, 64):
         at = begin + tl.arange(0, KEYS)

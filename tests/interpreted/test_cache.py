@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import warnings
 from collections.abc import Iterator
@@ -86,3 +87,28 @@ def test_a_folder_that_cannot_be_used_is_told_once(trouble: str, monkeypatch: An
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert torch.equal(run(cache.load(text(thrice=True), "times")), torch.arange(10.0) * 3)
+
+
+def test_a_launch_is_on_the_device_of_its_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[object] = []
+
+    @contextlib.contextmanager
+    def device_of(tensor: torch.Tensor) -> Iterator[None]:
+        events.append(tensor)
+        yield
+        events.append("left")
+
+    class Kernel:
+        arg_names = ("length", "out")
+
+        def __getitem__(self, grid: object) -> Any:
+            return lambda **given: events.append("launched")
+
+    out = torch.empty(1)
+    given = {"length": 1, "out": out, "not read": torch.empty(2)}
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    cache.launch(Kernel(), (1,), given, warps=1, stages=1)
+    assert events == ["launched"]  # no GPU, no device
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    cache.launch(Kernel(), (1,), given, warps=1, stages=1)
+    assert events[1] is out and events[2:] == ["launched", "left"]

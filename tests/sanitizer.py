@@ -1,0 +1,139 @@
+"""What Triton's interpreter lets pass and a GPU does not: memory outside of tensors, races, lanes without a value.
+
+The interpreter runs programs one after the other on a process's memory, so that a kernel may read past a tensor, or
+what another program wrote, and give the right result. ``watching`` looks at each load and store of a launch, as
+NVIDIA's compute-sanitizer does on a device (its tools memcheck and racecheck):
+
+- an address that is in none of the launch's tensors;
+- an element written by two programs, or written by one and read by another: programs run in any order, at once;
+- an element read by the program that wrote it: the threads that do so may not be the same, and nothing waits;
+- an element written twice, with two values, by one store;
+- a masked load without ``other``: its masked lanes, 0 in the interpreter and undefined on a GPU, become NaN, or an
+  integer far out of place.
+
+And ``tl.maximum`` and ``tl.minimum`` of a number and NaN are the number, as on a GPU; the interpreter gives NaN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from triton.runtime import interpreter
+
+MANY = -1
+"""Read by more than one program."""
+
+
+class Fault(Exception):
+    """What a kernel did that a GPU would not stand."""
+
+
+class Launch:
+    """Who wrote and who read each element of a launch's tensors."""
+
+    def __init__(self, name: str, tensors: Sequence[torch.Tensor]) -> None:
+        spans: list[list[int]] = []
+        for first, last in sorted(_span(tensor) for tensor in tensors if tensor.numel()):
+            if spans and first <= spans[-1][1]:
+                spans[-1][1] = max(spans[-1][1], last)
+            else:
+                spans.append([first, last])
+        self.name, self.program = name, 0
+        self.first = np.array([first for first, _ in spans], dtype=np.int64)
+        self.last = np.array([last for _, last in spans], dtype=np.int64)
+        sizes = self.last - self.first
+        self.offset = np.concatenate([[0], np.cumsum(sizes)])
+        self.writer = np.zeros(self.offset[-1], dtype=np.int32)
+        self.reader = np.zeros(self.offset[-1], dtype=np.int32)
+
+    def load(self, addresses: np.ndarray, size: int) -> None:
+        """Elements of ``size`` bytes are read."""
+        places = self._places(addresses, size, "read")
+        writer = self.writer[places]
+        self._check("read by a program and written by another", (writer != 0) & (writer != self.program))
+        self._check("read by the program that wrote it", writer == self.program)
+        reader = self.reader[places]
+        self.reader[places] = np.where((reader == 0) | (reader == self.program), self.program, MANY)
+
+    def store(self, addresses: np.ndarray, values: np.ndarray) -> None:
+        """Elements are written."""
+        places = self._places(addresses, values.itemsize, "written")
+        for what, who in (("written", self.writer[places]), ("read", self.reader[places])):
+            self._check(f"written by a program and {what} by another", (who != 0) & (who != self.program))
+        self.writer[places] = self.program
+        order = np.argsort(places, kind="stable")
+        twice = np.diff(places[order]) == 0
+        bits = values.reshape(-1)[order].view(f"u{values.itemsize}")
+        self._check("written twice by one store", twice & (bits[1:] != bits[:-1]))
+
+    def _places(self, addresses: np.ndarray, size: int, what: str) -> np.ndarray:
+        span = np.searchsorted(self.first, addresses, side="right") - 1
+        inside = (span >= 0) & (addresses + size <= np.append(self.last, 0)[span])
+        self._check(f"{what} outside of every tensor", ~inside)
+        return self.offset[span] + addresses - self.first[span]
+
+    def _check(self, what: str, wrong: np.ndarray) -> None:
+        if wrong.any():
+            raise Fault(f"{self.name}, program {self.program - 1}: {int(wrong.sum())} of {wrong.size} elements {what}")
+
+
+@contextmanager
+def watching() -> Iterator[None]:
+    """Launches inside are looked at; a fault is raised inside the kernel, as Triton's ``InterpreterError``."""
+    builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
+    begin, program = executor._init_args_hst, builder.set_grid_idx
+    load, store = builder.create_masked_load, builder.create_masked_store
+    launch = Launch("", [])
+
+    def begun(self: Any, arguments: Any, named: Any) -> Any:
+        nonlocal launch
+        found = begin(self, arguments, named)
+        launch = Launch(self.fn.__name__, [a for a in [*found[0], *found[1].values()] if isinstance(a, torch.Tensor)])
+        return found
+
+    def next_program(self: Any, *place: int) -> None:
+        launch.program += 1
+        program(self, *place)
+
+    def loaded(self: Any, pointers: Any, mask: Any, other: Any, *how: Any) -> Any:
+        addresses, active = _accessed(pointers, mask)
+        kind = interpreter._get_np_dtype(pointers.get_element_ty())
+        launch.load(addresses[active], np.dtype(kind).itemsize)
+        found = load(self, pointers, mask, other, *how)
+        if other is None and not active.all():
+            byte = 0xFF if pointers.get_element_ty().is_floating() else 0x5A
+            found.data[~active] = np.full(np.dtype(kind).itemsize, byte, np.uint8).view(kind)
+        return found
+
+    def stored(self: Any, pointers: Any, value: Any, mask: Any, *how: Any) -> Any:
+        addresses, active = _accessed(pointers, mask)
+        launch.store(addresses[active], np.broadcast_to(value.data, addresses.shape)[active])
+        return store(self, pointers, value, mask, *how)
+
+    with ExitStack() as patches:
+        patches.enter_context(mock.patch.object(executor, "_init_args_hst", begun))
+        for name, new in {
+            "set_grid_idx": next_program,
+            "create_masked_load": loaded,
+            "create_masked_store": stored,
+            "create_maxnumf": lambda self, one, other: self.binary_op(one, other, np.fmax),
+            "create_minnumf": lambda self, one, other: self.binary_op(one, other, np.fmin),
+        }.items():
+            patches.enter_context(mock.patch.object(builder, name, new))
+        yield
+
+
+def _accessed(pointers: Any, mask: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Addresses, and of which of them a load or a store is."""
+    return pointers.data.astype(np.int64), np.broadcast_to(mask.data.astype(bool), pointers.data.shape)
+
+
+def _span(tensor: torch.Tensor) -> tuple[int, int]:
+    """The first byte of a tensor's elements and the one after the last."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
