@@ -162,7 +162,7 @@ def select(site: Site) -> Work:
     plan = site.plan
     if not plan.keep:
         return Work()
-    lanes = SELECT_LANES + _segments(site) * plan.keep / plan.chunk * SEGMENT_LANES
+    lanes = SELECT_LANES + cost.at(cost.segments(plan), site.length) * plan.keep / plan.chunk * SEGMENT_LANES
     return Work(lanes=site.keys * lanes * SCORE_STALLS, traffic=site.keys * 4, launches=2)
 
 
@@ -172,7 +172,7 @@ def summarize(site: Site) -> Work:
     copied = site.keys * plan.keep / plan.chunk * 2 * NUMBER_BYTES * _features(site)
     if plan.centroids:  # of plans without routes; keys and values are read three times for each segment
         read, lanes = 3 * NUMBER_BYTES * _features(site), CENTROID_LANES[int(dim > 64)] * SCORE_STALLS
-        visits = site.keys * _segments(site)
+        visits = site.keys * cost.at(cost.segments(plan), site.length)
         return Work(lanes=visits * lanes, traffic=copied + visits * read, launches=5)
     if not plan.routes:
         return Work(traffic=copied, launches=1)
@@ -239,11 +239,6 @@ def parts(measured: Mapping[str, float], predicted: Mapping[str, float], factor:
     """The stages whose measured time is more than ``factor`` times the predicted one, or less than its inverse."""
     ratios = {name: measured[name] / predicted[name] for name in predicted if name in measured and predicted[name]}
     return {name: ratio for name, ratio in ratios.items() if not 1 / factor <= ratio <= factor}
-
-
-def _segments(site: Site) -> float:
-    """Segments that a chunk is in."""
-    return math.log2(max(site.length / site.plan.chunk, 2)) / 2
 
 
 def _features(site: Site) -> int:

@@ -48,7 +48,8 @@ def score(query: Tensor, key: Tensor, valid: Tensor | None, plan: str, causal: b
         return score_eager(query, key, valid, plan, causal, scale)
     from .triton.scores import kernel as generated
 
-    if not generated.fits(settings, key.shape[3], str(key.dtype).removeprefix("torch.")):
+    dtype = str(key.dtype).removeprefix("torch.")
+    if not generated.fits(settings, key.shape[3], dtype, device.is_small(key.device)):
         return score_eager(query, key, valid, plan, causal, scale)
     return generated.scores(query, key, valid, settings, causal, scale)
 

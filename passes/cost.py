@@ -113,7 +113,7 @@ def attended_pairs(plan: Plan, causal: bool) -> sympy.Expr:
     if plan.window is None:
         return exact_pairs(causal)
     window, routed = _window(plan, causal), routed_keys(plan)
-    rows: sympy.Expr = plan.sinks + (_segments(plan) if causal else 1) * plan.rows_per_segment
+    rows: sympy.Expr = plan.sinks + (segments(plan) if causal else 1) * plan.rows_per_segment
     residual = exact_pairs(causal) / plan.cluster if plan.residual else 0
     total = N * (window + routed)
     if causal:  # the first queries have fewer keys before them
@@ -135,7 +135,7 @@ def mass_pairs(plan: Plan, causal: bool) -> sympy.Expr:
     return attended_pairs(plan.near, causal) / 2
 
 
-def _segments(plan: Plan) -> sympy.Expr:
+def segments(plan: Plan) -> sympy.Expr:
     """Segments that a query attends, and that a key lies in: about half the bits of the number of chunks."""
     return sympy.log(_most(N / plan.chunk, 1), 2) / 2
 
@@ -186,7 +186,7 @@ def prescored_time(shape: Shape, plan: Plan) -> sympy.Expr:
     keys, rows = shape.batch * shape.kv_heads * N, shape.batch * shape.heads
     summary = (prices.per_key + prices.per_feature * shape.head_dim) * keys if plan.routes else 0
     if plan.centroids:
-        summary += prices.centroids * keys * _segments(plan)
+        summary += prices.centroids * keys * segments(plan)
     scoring = 0
     if plan.keep:
         scoring = (prices.score.get(plan.method, prices.other) + prices.select) * keys + prices.select_fixed

@@ -24,7 +24,7 @@ REASONS = {
     "unsupported_dtype": "Query, key and value must all be float32, bfloat16 or float16.",
     "function_transform": "Inside torch.func (grad, vmap, ...), with which the operators' gradients do not compose.",
     "unsupported_device": "There are kernels for CPUs and, through Triton, for NVIDIA GPUs of compute capability 8.0 "
-    "or newer and AMD GPUs.",
+    "or newer and AMD's Instinct GPUs.",
     "no_compiler": "The CPU kernels need a C++ compiler: install g++ or clang++, or set CXX.",
     "unsupported_heads": "Query heads are not a multiple of key/value heads, or keys and values differ in heads.",
     "unsupported_head_dim": "Heads of more than 256 features.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from typing import Any
@@ -33,10 +34,11 @@ def compare(name: str, target: str, only: str | None = None) -> None:
     """Within bounds; and the kept figures, where the same Triton made them."""
     with aot.fresh_cache():
         found = aot.report(aot.VARIANTS[name], target, only)
-    assert found and not aot.broken(name, target, found)
+    assert not aot.broken(name, target, found)
     if kept()["about"]["triton"] == triton.__version__ and name in kept()["figures"]:
-        figures = {kernel: kept()["figures"][name][kernel][target] for kernel in found}
-        assert found == figures, "python -m bench.aot writes them again"
+        figures = {kernel: of[target] for kernel, of in kept()["figures"][name].items() if target in of}
+        assert found == {kernel: figures[kernel] for kernel in found}, "python -m bench.aot writes them again"
+        assert only or found.keys() == figures.keys()
 
 
 @pytest.mark.parametrize(("name", "target", "kernel"), FAST)
@@ -80,8 +82,9 @@ def test_tritons_front_end_takes(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", aot.SHARED)
-@pytest.mark.parametrize("name", aot.VARIANTS)
+@pytest.mark.parametrize(
+    ("name", "target"), [pair for pair in itertools.product(aot.VARIANTS, aot.SHARED) if aot.has_figures(*pair)]
+)
 def test_every_kernel(name: str, target: str) -> None:
     compare(name, target)
 
@@ -91,15 +94,17 @@ def test_the_kept_figures_are_within_bounds() -> None:
     assert {"default 64"} <= figures.keys() <= aot.VARIANTS.keys()
     for name, kernels in figures.items():
         for target in aot.SHARED:
-            assert not aot.broken(name, target, {kernel: of[target] for kernel, of in kernels.items()})
+            here = {kernel: of[target] for kernel, of in kernels.items() if target in of}
+            assert bool(here) == aot.has_figures(name, target)
+            assert not aot.broken(name, target, here)
 
 
 @pytest.mark.parametrize("name", ["default 64", "masked and capped 128", "keep 64", "leverage 128", "share 64"])
 def test_the_launches_are_those_that_were_kept(name: str) -> None:
     """Without compiling anything: a kernel that is new has no figures yet."""
-    for target in aot.SHARED:
+    for target in [target for target in aot.SHARED if aot.has_figures(name, target)]:
         launched = {launch.name for launch in aot.launches(aot.VARIANTS[name], target)}
-        assert launched == kept()["figures"][name].keys()
+        assert launched == {kernel for kernel, of in kept()["figures"][name].items() if target in of}
 
 
 def test_a_product_that_is_not_on_tensor_cores_is_told() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -163,6 +164,36 @@ def test_a_gpu_that_is_too_old_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert device.why_not(torch.device("cuda")) == "cuda of compute capability 7.5, below 8.0"
     assert device.why_not(torch.device("meta")) == "meta"
+
+
+@pytest.mark.parametrize(("name", "told"), [("gfx942:sramecc+:xnack-", ""), ("gfx90a", ""), ("gfx1100", "gfx1100")])
+def test_amds_gpus(name: str, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(gcnArchName=name))
+    why = device.why_not(torch.device("cuda"))
+    assert told in why and bool(why) == bool(told)
+    assert not device.is_small(torch.device("cuda"))
+
+
+@pytest.mark.parametrize(("shared", "small"), [(101_376, True), (166_912, False), (232_448, False)])
+def test_a_gpu_with_less_shared_memory(shared: int, small: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not device.is_small(torch.device("cuda")) and not device.is_small(torch.device("cpu"))
+    found = SimpleNamespace(shared_memory_per_block_optin=shared)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
+    assert device.is_small(torch.device("cuda")) == small
+
+
+@pytest.mark.parametrize("small", [False, True])
+def test_what_it_scores(small: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "is_small", lambda device: small)
+    for method, on_chip in {"peak": True, "leverage": not small}.items():
+        plan = Plan(keep=16, method=method)
+        with FakeTensorMode():
+            q = torch.empty(1, 2, 512, 128, device="cuda", dtype=torch.bfloat16)
+            graph = graph_of(lambda q, k, p=plan: ops.score(q, k, None, p.text, True, 0.1), q, q)
+        assert list(kernels(graph)) == ["score"] * on_chip
 
 
 def test_on_a_cpu_the_compiled_kernel_stays() -> None:

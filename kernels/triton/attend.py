@@ -14,6 +14,7 @@ import torch
 from ..plan import Plan
 from ..reference import Operands
 from ..summary import Summary
+from . import device as devices
 from . import loops, options, residual
 from .cache import launch, load
 from .render import fill, source
@@ -133,8 +134,8 @@ def attend(
     else:
         values["log_sums"] = sums
     values |= dict(out=parts) | strides("out", parts.select(0, 0) if spec.splits > 1 else parts)
-    tile = spec.tile
-    launch(load(attend_source(spec), "attend"), (grid, spec.splits), values, warps=tile.warps, stages=tile.stages)
+    stages = stages_of(spec, out.device)
+    launch(load(attend_source(spec), "attend"), (grid, spec.splits), values, warps=spec.tile.warps, stages=stages)
     if spec.splits > 1:
         size = batch * heads * q_len
         merged = dict(part=parts, part_sums=part_sums, out=out, log_sums=sums, heads=heads, q_len=q_len, size=size)
@@ -161,6 +162,12 @@ def attend_source(spec: Spec) -> str:
         out_mask=loops._all("live[:, None]", value_mask),
     )
     return source("attend", about(spec, "attend"), fill(ATTEND, parts))
+
+
+def stages_of(spec: Spec, device: torch.device) -> int:
+    """Of a launch: with a loop over selected keys or centroids, two do not fit where shared memory is less."""
+    more = spec.settings.rows_per_segment or spec.settings.residual
+    return 1 if more and devices.is_small(device) else spec.tile.stages
 
 
 def merge_source(spec: Spec) -> str:

@@ -20,7 +20,7 @@ from ..plan import Plan
 from ..reference import Operands
 from ..summary import Summary
 from . import loops, options, residual
-from .attend import about, operands, spec_of, strides
+from .attend import about, operands, spec_of, stages_of, strides
 from .cache import launch, load
 from .render import fill, source
 from .spec import NOTHING, Lifted, Spec, cdiv
@@ -298,9 +298,10 @@ def attend_backward(
     values |= dict(grad=grad, log_sums=log_sums, inners=inners, pairs=batch * kv_heads)
     values |= strides("grad", grad) | strides("d_query", d_query)
     tile = spec.tile
+    stages = stages_of(spec, query.device)
 
     def run(text: str, name: str, grid: tuple[Any, ...], **own: Any) -> None:
-        launch(load(text, name), grid, values | own, warps=tile.warps, stages=tile.stages)
+        launch(load(text, name), grid, values | own, warps=tile.warps, stages=stages)
 
     run(d_query_source(spec), "d_query", (programs,), d_query=d_query)
     own = dict(d_key=d_key, d_value=d_value)

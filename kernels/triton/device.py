@@ -9,6 +9,13 @@ import torch
 
 LEAST = (8, 0)
 """Compute capability of the oldest NVIDIA GPU that kernels are written for (Ampere)."""
+INSTINCT = ("gfx908", "gfx90a", "gfx94", "gfx95")
+"""AMD's GPUs that kernels are written for (MI100 to MI350); with half the lanes a wave, others' registers spill."""
+SHARED = 163_840
+"""Bytes of shared memory a program that kernels may take: NVIDIA's of compute capability 8.0, 9.0 and 10.0 have them.
+
+AMD's have 64 KiB, but keep in registers what NVIDIA's multiply out of shared memory.
+"""
 
 
 def why_not(device: torch.device) -> str:
@@ -20,11 +27,22 @@ def why_not(device: torch.device) -> str:
         return device.type
     if not _installed():
         return f"{device.type}, where Triton is not installed"
-    if torch.version.hip is None and torch.cuda.is_available():
-        have = torch.cuda.get_device_capability(device)
-        if have < LEAST:
-            return f"{device.type} of compute capability {have[0]}.{have[1]}, below {LEAST[0]}.{LEAST[1]}"
+    if not torch.cuda.is_available():
+        return ""
+    if torch.version.hip is not None:
+        name = torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+        return "" if name.startswith(INSTINCT) else f"{device.type} of architecture {name}, which is none of Instinct's"
+    have = torch.cuda.get_device_capability(device)
+    if have < LEAST:
+        return f"{device.type} of compute capability {have[0]}.{have[1]}, below {LEAST[0]}.{LEAST[1]}"
     return ""
+
+
+def is_small(device: torch.device) -> bool:
+    """Whether a program has less shared memory than ``SHARED``: 99 KiB on NVIDIA's of capability 8.6, 8.9 and 12."""
+    if device.type != "cuda" or torch.version.hip is not None or not torch.cuda.is_available():
+        return False
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin < SHARED
 
 
 @functools.cache

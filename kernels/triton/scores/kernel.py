@@ -94,20 +94,26 @@ class ScoreSpec:
         return 4 if rows * width <= 8192 else 8 if rows * width <= (8192 if crowded else 16384) else 16
 
 
-def fits(plan: Plan, dim: int, dtype: str) -> bool:
-    """Whether a chunk is scored on chip: a method that has a kernel, and a chunk that fits."""
+def fits(plan: Plan, dim: int, dtype: str, small: bool = False) -> bool:
+    """Whether a chunk is scored on chip: a method that has a kernel, and a chunk that fits.
+
+    ``small``: on a device with less shared memory than others (``device.is_small``).
+    """
     if plan.method not in METHODS or plan.chunk > CHUNK or dim > MOST_FEATURES:
         return False
-    return plan.chunk * tile_of(dim) <= most_numbers(plan.method, dtype, dim)
+    return plan.chunk * tile_of(dim) <= most_numbers(plan.method, dtype, dim, small)
 
 
-def most_numbers(method: str, dtype: str, dim: int) -> int:
-    """The most keys times features of a chunk: what the shared memory of every target takes, as compiled."""
+def most_numbers(method: str, dtype: str, dim: int, small: bool) -> int:
+    """The most keys times features of a chunk: what the shared memory takes, as compiled."""
+    wide = dim > 128
     if method == "leverage":  # a chunk comes in steps
-        return CHUNK * leverage.FEATURES if dim <= leverage.FEATURES else 0
+        return CHUNK * leverage.FEATURES if dim <= leverage.FEATURES // (1 + small) else 0
     if method in CENTRES:
-        return (32768 if dtype == "bfloat16" else 16384) // (1 if dim <= 128 else 2)
-    return 16384 if dtype == "float32" and method in READ_QUERIES else 32768
+        return (32768 if dtype == "bfloat16" else 16384) >> (wide + (small and dtype == "float16"))
+    if method in READ_QUERIES:
+        return (16384 if dtype == "float32" else 32768) >> (small and (wide or dtype == "float32"))
+    return 32768
 
 
 def score_source(spec: ScoreSpec) -> str:
