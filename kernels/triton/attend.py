@@ -214,7 +214,7 @@ def spec_of(site: Operands, routes: torch.Tensor, plan: Plan, lifted: Lifted = N
         routes=bool(plan.routes),
         lifted=lifted,
         softcap=softcap,
-        tile=options.forward(target, dtype, dim, value_dim, plan.cluster if plan.routes else 0),
+        tile=options.forward(target, dtype, dim, value_dim, bool(plan.routes)),
     )
     batch, _, q_len, _ = query.shape
     # A size that is symbolic is never "few": one graph serves all lengths.

@@ -205,10 +205,11 @@ tl.store(d_value + to[:, None] * VALUE_DIM + value_feature[None, :], d_value_til
 """
 
 ROUTES_OWNER = """
-clusters = places // KEYS
-pair = (tl.program_id(0) // clusters).to(tl.int64)  # of batch and KV head
-cluster = tl.program_id(0) % clusters
-at = tl.load(order + pair * places + cluster * KEYS + tl.arange(0, KEYS))
+clusters = places // $cluster
+blocks = places // KEYS
+pair = (tl.program_id(0) // blocks).to(tl.int64)  # of batch and KV head
+cluster = tl.program_id(0) % blocks * KEYS // $cluster
+at = tl.load(order + pair * places + tl.program_id(0) % blocks * KEYS + tl.arange(0, KEYS))
 """
 
 ROUTES_KEYS = """
@@ -289,8 +290,7 @@ def attend_backward(
     if 0 in (batch, heads, q_len, k_len, value.shape[3]):
         return d_query.zero_(), d_key.zero_(), d_value.zero_(), d_row_key, d_row_value
     spec = replace(spec_of(site, routes, plan, lifted, float(more.pop("softcap", 0.0))), splits=1)
-    cluster = plan.cluster if spec.routes else 0
-    spec = replace(spec, tile=options.backward(spec.target, spec.dtype, spec.dim, spec.value_dim, cluster))
+    spec = replace(spec, tile=options.backward(spec.target, spec.dtype, spec.dim, spec.value_dim))
     if grad.stride(3) != 1:
         grad = grad.contiguous()
     values, programs = operands(spec, site, summary, routes, more)
@@ -314,17 +314,18 @@ def attend_backward(
     if loops.residual(spec):
         own |= _residual(spec, run, summary)
     if spec.routes:
-        index = inverse(routes, kv_heads, summary.order.shape[2] // plan.cluster)
-        run(
-            routes_source(spec),
-            "d_routes",
-            (batch * kv_heads * (summary.order.shape[2] // plan.cluster),),
-            **own,
-            **index,
-        )
+        places = summary.order.shape[2]
+        index = inverse(routes, kv_heads, places // plan.cluster)
+        grid = (batch * kv_heads * (places // _keys_of_a_cluster(spec)),)
+        run(routes_source(spec), "d_routes", grid, **own, **index)
     if loops.has_rows(spec):
         d_row_key, d_row_value = _rows(spec, run, summary, k_len)
     return d_query, d_key, d_value, d_row_key, d_row_value
+
+
+def _keys_of_a_cluster(spec: Spec) -> int:
+    """Keys of a program of ``d_routes``."""
+    return min(spec.tile.keys, spec.settings.cluster)
 
 
 def _residual(spec: Spec, run: Any, summary: Summary) -> dict[str, torch.Tensor]:
@@ -489,8 +490,10 @@ def residual_source(spec: Spec) -> str:
 
 
 def routes_source(spec: Spec) -> str:
-    """Source of ``d_routes``: adds what each cluster's own queries give its keys."""
-    spec = replace(spec, tile=replace(spec.tile, keys=spec.settings.cluster))
+    """Source of ``d_routes``: adds what each cluster's own queries give its keys, or as many of them as a tile has."""
+    keys = _keys_of_a_cluster(spec)
+    in_parts = keys < spec.settings.cluster
+    spec = replace(spec, tile=replace(spec.tile, keys=keys))
     pairs, choose = "seen[None, :]", ""
     if loops.copies(spec):
         finished = "finished[:, None]" if spec.causal else "finished"
@@ -508,7 +511,9 @@ def routes_source(spec: Spec) -> str:
         score=loops.score(spec, "at"),
         mask=loops.mask(spec, pairs, choose),
         store=ADD_ROUTES,
-        to_members=residual.TO_MEMBERS if loops.residual(spec) else "",
+        to_members=fill(residual.TO_MEMBERS, loops.names(spec) | {"in_parts": in_parts})
+        if loops.residual(spec)
+        else "",
     )
 
 

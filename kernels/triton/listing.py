@@ -50,14 +50,13 @@ def spec(
         lifted=lifted,
         softcap=softcap,
         splits=splits,
-        tile=options.forward(target, dtype, dim, value_dim, plan.cluster if plan.routes else 0),
+        tile=options.forward(target, dtype, dim, value_dim, bool(plan.routes)),
     )
 
 
 def backward_spec(forward: Spec) -> Spec:
     """The spec of the backward kernels of a forward kernel."""
-    cluster = forward.settings.cluster if forward.routes else 0
-    tile = options.backward(forward.target, forward.dtype, forward.dim, forward.value_dim, cluster)
+    tile = options.backward(forward.target, forward.dtype, forward.dim, forward.value_dim)
     return replace(forward, splits=1, tile=tile)
 
 
@@ -125,7 +124,7 @@ def all_sources(forward: Spec, site: str) -> dict[str, str]:
 def mass_spec(forward: Spec) -> Spec:
     """The spec of the attend kernel that gives the sum over window and sinks; see ``mass``."""
     features = min(FEATURES, forward.dim)
-    tile = options.forward(forward.target, forward.dtype, forward.dim, features, 0)
+    tile = options.forward(forward.target, forward.dtype, forward.dim, features, False)
     near = forward.settings.near.text
     return replace(forward, plan=near, value_dim=features, routes=False, splits=1, tile=tile)
 

@@ -40,7 +40,6 @@ def names(spec: Spec) -> dict[str, Any]:
         sinks=plan.sinks,
         keep=plan.keep,
         segment_rows=plan.rows_per_segment,
-        pack=spec.tile.keys // plan.cluster,
         words=spec.words,
         causal=spec.causal,
         aligned=spec.aligned,
@@ -286,13 +285,16 @@ ROUTES = """
 # Routes: the clusters that any query of the tile attends; each query attends its own.
 list_at = (pair * tiles + tile) * list_size
 count = tl.load(listed_count + pair * tiles + tile)
+count *= $parts  #? in_parts
 for begin in range($first, count, $routes_step):
-    slot = begin + tl.arange(0, KEYS) // $cluster
-    there = slot < count
+    slot = begin + tl.arange(0, KEYS) // $cluster  #? not in_parts
+    there = slot < count  #? not in_parts
+    slot = begin // $parts + tl.zeros([KEYS], tl.int32)  #? in_parts
+    there = slot >= 0  #? in_parts
     cluster = tl.load(listed + list_at + slot, mask=there, other=0)
-    at = tl.load(
-        order + pair * places + cluster * $cluster + tl.arange(0, KEYS) % $cluster, mask=there, other=-1
-    )
+    place = tl.arange(0, KEYS) % $cluster  #? not in_parts
+    place = begin % $parts * KEYS + tl.arange(0, KEYS)  #? in_parts
+    at = tl.load(order + pair * places + cluster * $cluster + place, mask=there, other=-1)
     seen = at >= 0
     # A key that was selected in the segment that covers it stands in a row.  #? copies
     level = (tl.maximum(at, 0) // CHUNK) ^ finished  #? copies
@@ -473,10 +475,13 @@ def routes(spec: Spec, update: str, taint: bool) -> str:
     pairs = "chosen & seen[None, :]"
     taint = taint and bool(spec.lifted.allowed)
     body = step(spec, update, source="key", index="at", seen="seen", pairs=pairs, choose=choose, taint=taint)
-    pack = spec.tile.keys // spec.settings.cluster
+    # A step has several clusters, or a part of one.
+    pack, in_parts = max(spec.tile.keys // spec.settings.cluster, 1), spec.settings.cluster // spec.tile.keys
     parts = names(spec) | {
         "first": f"split * {pack}" if spec.splits > 1 else "0",
         "routes_step": pack * spec.splits,
+        "parts": in_parts,
+        "in_parts": in_parts > 1,
         "highest": highest_bit("level") if copies(spec) else "",
         "words": lines,
         "body": body,

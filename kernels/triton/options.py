@@ -41,31 +41,22 @@ BACKWARD = {
 }
 
 
-def forward(target: str, dtype: str, dim: int, value_dim: int, cluster: int) -> Tile:
-    """Of ``attend``; ``cluster`` keys are routed together, 0: there are no routes.
-
-    With routes a tile has 64 rows at most: its list of clusters grows with its rows.
-    """
-    tile = _of(FORWARD, target, dtype, dim, value_dim, cluster)
-    wider = target == "cuda" and dtype != "float32" and max(dim, value_dim) <= 128 and not cluster
+def forward(target: str, dtype: str, dim: int, value_dim: int, routes: bool) -> Tile:
+    """Of ``attend``; with routes a tile has 64 rows at most: its list of clusters grows with its rows."""
+    tile = _of(FORWARD, target, dtype, dim, value_dim)
+    wider = target == "cuda" and dtype != "float32" and max(dim, value_dim) <= 128 and not routes
     return replace(tile, rows=128) if wider else tile
 
 
-def backward(target: str, dtype: str, dim: int, value_dim: int, cluster: int) -> Tile:
+def backward(target: str, dtype: str, dim: int, value_dim: int) -> Tile:
     """Of the kernels of ``attend_backward``."""
-    return _of(BACKWARD, target, dtype, dim, value_dim, cluster)
+    return _of(BACKWARD, target, dtype, dim, value_dim)
 
 
 def _of(
-    table: dict[tuple[str, bool, int], tuple[int, int, int, int]],
-    target: str,
-    dtype: str,
-    dim: int,
-    value_dim: int,
-    cluster: int,
+    table: dict[tuple[str, bool, int], tuple[int, int, int, int]], target: str, dtype: str, dim: int, value_dim: int
 ) -> Tile:
     check(target, dtype, dim, value_dim)
     most = max(64, power_of_two(max(dim, value_dim)))
     rows, keys, warps, stages = table[target, dtype == "float32", most]
-    # A step reads whole clusters.
-    return Tile(rows=rows, keys=max(keys, cluster), warps=warps, stages=stages)
+    return Tile(rows=rows, keys=keys, warps=warps, stages=stages)

@@ -150,7 +150,9 @@ tl.store(d_value + to[:, None] * VALUE_DIM + value_feature[None, :], d_value_til
 
 TO_MEMBERS = """
 # What the cluster's centroid is given goes to its members in equal parts.
-share = 1.0 / tl.maximum(tl.sum(seen.to(tl.float32), 0), 1.0)
+members = seen  #? not in_parts
+members = tl.load(order + pair * places + cluster * $cluster + tl.arange(0, $cluster)) >= 0  #? in_parts
+share = 1.0 / tl.maximum(tl.sum(members.to(tl.float32), 0), 1.0)
 row_at = pair * clusters + cluster
 own_key = tl.load(d_rest_key + row_at * DIM + feature, mask=feature < DIM, other=0.0)
 own_value = tl.load(d_rest_value + row_at * VALUE_DIM + value_feature, mask=value_feature < VALUE_DIM, other=0.0)

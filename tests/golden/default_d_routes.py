@@ -28,10 +28,11 @@ def d_routes(
     CHUNK: tl.constexpr = 256
     WINDOW: tl.constexpr = 0
     LOG2E: tl.constexpr = 1.4426950408889634
-    clusters = places // KEYS
-    pair = (tl.program_id(0) // clusters).to(tl.int64)  # of batch and KV head
-    cluster = tl.program_id(0) % clusters
-    at = tl.load(order + pair * places + cluster * KEYS + tl.arange(0, KEYS))
+    clusters = places // 16
+    blocks = places // KEYS
+    pair = (tl.program_id(0) // blocks).to(tl.int64)  # of batch and KV head
+    cluster = tl.program_id(0) % blocks * KEYS // 16
+    at = tl.load(order + pair * places + tl.program_id(0) % blocks * KEYS + tl.arange(0, KEYS))
     batch = pair // kv_heads
     kv_head = pair % kv_heads
     feature = tl.arange(0, DIM_TILE)

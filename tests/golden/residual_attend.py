@@ -87,9 +87,8 @@ def attend(
         slot = begin + tl.arange(0, KEYS) // 32
         there = slot < count
         cluster = tl.load(listed + list_at + slot, mask=there, other=0)
-        at = tl.load(
-            order + pair * places + cluster * 32 + tl.arange(0, KEYS) % 32, mask=there, other=-1
-        )
+        place = tl.arange(0, KEYS) % 32
+        at = tl.load(order + pair * places + cluster * 32 + place, mask=there, other=-1)
         seen = at >= 0
         # The rows of a cluster are bits of words, stored as running sums; see union.
         word_0 = tl.load(listed_rows + (list_at + slot) * 2 + 0, mask=there, other=0)

@@ -14,7 +14,7 @@ from prescore_compile.kernels.plan import Plan
 from prescore_compile.kernels.reference import Operands
 from prescore_compile.kernels.summary import Summary
 from prescore_compile.kernels.triton import attend_backward as backward
-from prescore_compile.kernels.triton import union
+from prescore_compile.kernels.triton import options, union
 from prescore_compile.kernels.triton.attend import attend
 
 SOME = PLANS["keep and routes"]
@@ -150,6 +150,19 @@ def test_routes_sorted_on_chip(monkeypatch: pytest.MonkeyPatch) -> None:
     by_torch = attend(site, summary, routes, SOME)[0]
     monkeypatch.setattr(union, "SORTED_ON_CHIP", 4096)
     assert torch.equal(attend(site, summary, routes, SOME)[0], by_torch)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("cluster", [32, 64])
+def test_a_step_may_have_a_part_of_a_cluster(cluster: int, causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    for table in (options.FORWARD, options.BACKWARD):
+        monkeypatch.setitem(table, ("cuda", True, 64), (64, 16, 4, 1))
+    plan = Plan(chunk=64, window=16, sinks=3, keep=5 * (cluster == 32), routes=2, cluster=cluster)
+    site = operands(200, causal=causal, padded=True, batch=2, heads=2, kv_heads=1)
+    check(site, plan)
+    check_gradients(site, plan)
+    if not plan.keep:
+        check(site._replace(query=site.query[:, :, -2:]), plan)  # programs share the keys of a tile
 
 
 def test_the_order_of_routes_does_not_matter() -> None:

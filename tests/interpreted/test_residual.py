@@ -61,6 +61,16 @@ def test_many_blocks_of_clusters(keys: int, causal: bool, monkeypatch: pytest.Mo
     check_gradients(site, replace(BOTH, routes=5))
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_step_may_have_a_part_of_a_cluster(causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    for table in (options.FORWARD, options.BACKWARD):
+        monkeypatch.setitem(table, ("cuda", True, 64), (64, 16, 4, 1))
+    site = operands(150, causal=causal, padded=True, batch=1, heads=2, kv_heads=1)
+    for plan in (WIDE, replace(WIDE, cluster=WIDE.chunk)):
+        check(site, plan)
+        check_gradients(site, plan)
+
+
 def test_more_routes_than_are_held(monkeypatch: pytest.MonkeyPatch) -> None:
     plan, site = replace(BOTH, routes=5), operands(150, batch=1, causal=False)
     summary, routes = parts(site, plan)
