@@ -61,7 +61,7 @@ SHARED = {"sm_80": 166912, "sm_89": 101376, "sm_90": 232448, "sm_100": 232448, "
 """Bytes of shared memory that one program may have."""
 CHOSEN_FOR = ("sm_80", "sm_90", "gfx942")
 """Targets that tiles were chosen for: default plans spill nothing. The others have figures of ``WIDELY`` alone."""
-MILD = 64
+MILD = 192
 """Bytes a lane that default plans may spill on the others."""
 PRODUCTS = {
     "sm_80": r"\bmma\.sync", "sm_89": r"\bmma\.sync", "sm_90": r"\bwgmma\.mma_async|\bmma\.sync",

@@ -165,8 +165,9 @@ def attend_source(spec: Spec) -> str:
 
 
 def stages_of(spec: Spec, device: torch.device) -> int:
-    """Of a launch: with a loop over selected keys or centroids, two do not fit where shared memory is less."""
-    more = spec.settings.rows_per_segment or spec.settings.residual
+    """Of a launch: where shared memory is less, two do not fit every plan."""
+    plan = spec.settings
+    more = plan.rows_per_segment or plan.residual or plan.cluster > 32 or max(spec.dim, spec.value_dim) > 128
     return 1 if more and devices.is_small(device) else spec.tile.stages
 
 

@@ -42,7 +42,7 @@ def is_small(device: torch.device) -> bool:
     """Whether a program has less shared memory than ``SHARED``: 99 KiB on NVIDIA's of capability 8.6, 8.9 and 12."""
     if device.type != "cuda" or torch.version.hip is not None or not torch.cuda.is_available():
         return False
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin < SHARED
+    return bool(getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", SHARED) < SHARED)
 
 
 @functools.cache
