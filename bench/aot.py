@@ -31,7 +31,7 @@ import sympy
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from prescore_compile.kernels.logits import NOTHING, B, K, Logits, Q, by_chunk
+from prescore_compile.kernels.logits import NOTHING, B, H, K, Logits, Q, by_chunk
 from prescore_compile.kernels.ops import _empty_summary
 from prescore_compile.kernels.plan import Plan
 from prescore_compile.kernels.reference import Operands
@@ -70,7 +70,7 @@ PRODUCTS = {
 """Tensor-core instructions in the assembly."""
 TYPES = {
     torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16",
-    torch.int32: "i32", torch.int64: "i64", torch.bool: "i1",
+    torch.float64: "fp64", torch.int32: "i32", torch.int64: "i64", torch.bool: "i1",
 }  # fmt: skip
 
 
@@ -89,12 +89,14 @@ class Variant:
     default: bool = False
     scores: bool = False
     logits: Logits = NOTHING
+    read: torch.dtype = torch.int64
 
 
 DOCUMENT = sympy.Function("t00")
 IN_DOCUMENTS = Logits(sympy.And(sympy.Eq(DOCUMENT(B, Q), DOCUMENT(B, K)), K >= Q - 2000), softcap=50.0)
 """Packed documents with a sliding window and a softcap, as the graph pass says it."""
-
+SLOPED = Logits(bias=DOCUMENT(B, H) * (K - Q))
+CURVED = Logits(bias=sympy.exp(-sympy.Abs(Q - K)) - sympy.log(1 + sympy.Abs(Q - K)) / 2)
 
 ROUTED = Plan(spread=1.4)
 """Fixed routes beside a window."""
@@ -222,7 +224,7 @@ def _run(variant: Variant, found: list[Launch]) -> None:
     if variant.queries > 1 and rows.fits(plan, variant.dim, variant.dim):
         rows.rows(key, site.value, valid, chosen, plan)
     logits = variant.logits
-    read = {name: tensor(2, length, dtype=torch.int64) for name in logits.tensors}
+    read = {name: tensor(2, length, dtype=variant.read) for name in logits.tensors}
     more: dict[str, Any] = dict(read, softcap=logits.softcap)
     routes = query.new_empty((*query.shape[:3], 0), dtype=torch.int32)
     if plan.routes:

@@ -105,7 +105,7 @@ class Plan:
         if rest or parts & (parts - 1):
             raise OptionError("chunk", self.chunk, f"cluster ({self.cluster}) times a power of two")
         if self.window is not None:
-            check_int("window", self.window, 0)
+            check_int("window", self.window, 0, 2**30)  # positions and it add up in 32 bits
         check_int("sinks", self.sinks, 0, 65536)
         check_int("keep", self.keep, 0, self.chunk)
         number = "a finite number >= 0"

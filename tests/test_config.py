@@ -14,7 +14,7 @@ BAD = {
     "method": ("kmean", "kmeans, kmeans_relative, kernel_kmeans, kmedian, leverage, peak"),
     "chunk": (100, "cluster"),
     "cluster": (24, "16, 32 or 64"),
-    "window": (-1, ">= 0"),
+    "window": (2**31 - 1, "from 0 to 1073741824"),
     "sinks": (1.5, "from 0 to 65536"),
     "keep": (True, "from 0 to"),
     "centroids": (8, "routes"),

@@ -137,7 +137,7 @@ seen = at < k_len
 WINDOW_KEYS = """
 inside = at < k_len
 seen = inside
-seen = seen & (tl.load(valid + batch * valid_b + at * valid_n, mask=seen, other=0) != 0)  #? valid
+seen = seen & (tl.load(valid + batch * valid_b + at.to(tl.int64) * valid_n, mask=seen, other=0) != 0)  #? valid
 key_head = key + batch * key_b + kv_head * key_h
 value_head = value + batch * value_b + kv_head * value_h
 key_tile = tl.load(key_head + at.to(tl.int64)[None, :] * key_n + feature[:, None], mask=$key_mask, other=0.0)

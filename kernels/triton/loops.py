@@ -206,7 +206,7 @@ logits = tl.dot(query_tile, key_tile$precision) * scale  #? softcap
 capped = 1.0 - 2.0 / (tl.exp2(logits * (2.0 * LOG2E / $softcap)) + 1.0)  #? softcap
 logits = capped * ($softcap * LOG2E)  #? softcap
 k = tl.minimum(tl.maximum($index, 0), k_len - 1)[None, :]  #? lifted
-logits += ($bias) * LOG2E  #? bias
+logits += tl.cast($bias, tl.float32) * LOG2E  #? bias
 """
 
 MASK = """
@@ -241,7 +241,7 @@ WHOLE_WINDOW = """
 # Window: the keys that all queries of the tile see.
 for begin in range($first, whole, $step):
     at = begin + tl.arange(0, KEYS)
-    seen = tl.load(valid + batch * valid_b + at * valid_n) != 0  #? valid
+    seen = tl.load(valid + batch * valid_b + at.to(tl.int64) * valid_n) != 0  #? valid
     $body
 """
 
@@ -250,7 +250,7 @@ OWN_WINDOW = """
 for begin in range($first, stop, $step):
     at = begin + tl.arange(0, KEYS)
     seen = at < stop
-    seen = seen & (tl.load(valid + batch * valid_b + at * valid_n, mask=seen, other=0) != 0)  #? valid
+    seen = seen & (tl.load(valid + batch * valid_b + at.to(tl.int64) * valid_n, mask=seen, other=0) != 0)  #? valid
     $body
 """
 

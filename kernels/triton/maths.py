@@ -8,6 +8,7 @@ become parameters of the kernel.
 
 from __future__ import annotations
 
+import ast
 from typing import Any
 
 import sympy
@@ -51,8 +52,14 @@ def lifted(allowed: Any = sympy.true, bias: Any = 0) -> Lifted:
 
 
 def triton_text(expr: Any) -> str:
-    """The expression as Triton source."""
-    return str(_Printer().doprint(sympy.sympify(expr)))
+    """The expression as Triton source.
+
+    Raises:
+        ValueError: a part that the printer does not know. SyntaxError: one that it prints wrongly.
+    """
+    text = str(_Printer().doprint(sympy.sympify(expr)))
+    ast.parse(text, mode="eval")
+    return text
 
 
 def factored(total: Any) -> tuple[Any, Any] | None:
@@ -126,7 +133,7 @@ class _Printer(StrPrinter):  # type: ignore[misc]
 
     def _print_AppliedUndef(self, expr: Any) -> str:
         name = parameter(expr.func.__name__)
-        at = [f"({self._print(arg)}) * {name}_{axis}" for axis, arg in enumerate(expr.args)]
+        at = [f"tl.cast({self._print(arg)}, tl.int64) * {name}_{axis}" for axis, arg in enumerate(expr.args)]
         return f"tl.load({' + '.join([name, *at])})"
 
     def _print_Abs(self, expr: Any) -> str:
@@ -154,10 +161,10 @@ class _Printer(StrPrinter):  # type: ignore[misc]
         return text
 
     def _print_exp(self, expr: Any) -> str:
-        return f"tl.exp({self._print(expr.args[0])})"
+        return f"tl.exp(tl.cast({self._print(expr.args[0])}, tl.float32))"
 
     def _print_log(self, expr: Any) -> str:
-        return f"tl.log({self._print(expr.args[0])}.to(tl.float32))"
+        return f"tl.log(tl.cast({self._print(expr.args[0])}, tl.float32))"
 
     def _print_Pow(self, expr: Any, rational: bool = False) -> str:
         base, power = expr.args

@@ -44,7 +44,7 @@ EXPECTED = """
 score = tl.sqrt(tl.dot(square_tile$wide_type, tl.trans(spread_tile)$wide_type$precision)) * sign
 score = tl.dot(query_tile$wide_type, tl.trans(mean_tile)$wide_type, score$precision) * scale
 score += own[None, :]
-score += $bias  #? bias
+score += tl.cast($bias, tl.float32)  #? bias
 """
 
 # As the factors of three TF32 passes, representatives of more features would not fit in shared memory.
@@ -59,7 +59,7 @@ for begin_feature in range(0, DIM_TILE, $features):
     score = tl.dot(query_tile, tl.trans(mean_tile), score$precision)
 score = (tl.sqrt(deviation) * sign + score) * scale
 score += own[None, :]
-score += $bias  #? bias
+score += tl.cast($bias, tl.float32)  #? bias
 """
 
 OF_A_HEAD = """

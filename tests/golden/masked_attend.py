@@ -4,8 +4,8 @@
 #   clustering=pca_tree routes=0 spread=1.0 share=0.0 group_routes=False residual=False coarse=0
 #   seed=0
 # site: head_dim 128, value_dim 128, 1 query heads a KV head, float16, cuda
-# mask: bidirectional, valid keys, (tl.load(mask_document + (q) * mask_document_0) ==
-#   tl.load(mask_document + (k) * mask_document_0))
+# mask: bidirectional, valid keys, (tl.load(mask_document + tl.cast(q, tl.int64) *
+#   mask_document_0) == tl.load(mask_document + tl.cast(k, tl.int64) * mask_document_0))
 
 import triton
 import triton.language as tl
@@ -63,7 +63,7 @@ def attend(
     # Window: the keys that all queries of the tile see.
     for begin in range(start, whole, 64):
         at = begin + tl.arange(0, KEYS)
-        seen = tl.load(valid + batch * valid_b + at * valid_n) != 0
+        seen = tl.load(valid + batch * valid_b + at.to(tl.int64) * valid_n) != 0
         key_at = key_head + at.to(tl.int64)[None, :] * key_n + feature[:, None]
         value_at = value_head + at.to(tl.int64)[:, None] * value_n + value_feature[None, :]
         key_tile = tl.load(key_at, mask=seen[None, :], other=0.0)
@@ -72,13 +72,13 @@ def attend(
         capped = 1.0 - 2.0 / (tl.exp2(logits * (2.0 * LOG2E / 30.0)) + 1.0)
         logits = capped * (30.0 * LOG2E)
         k = tl.minimum(tl.maximum(at, 0), k_len - 1)[None, :]
-        logits += (-tl.abs(k - q)/8) * LOG2E
+        logits += tl.cast(-tl.abs(k - q)/8, tl.float32) * LOG2E
         wide_value = value_tile.to(tl.float32)
         finite = tl.abs(wide_value) < float("inf")
         logits = tl.where((tl.min(finite.to(tl.int32), 1) == 0)[None, :], float("nan"), logits)
         value_tile = tl.where(finite, wide_value, 0.0).to(value_tile.dtype)
         logits = tl.where(seen[None, :], logits, float("-inf"))
-        logits = tl.where((tl.load(mask_document + (q) * mask_document_0) == tl.load(mask_document + (k) * mask_document_0)), logits, float("-inf"))
+        logits = tl.where((tl.load(mask_document + tl.cast(q, tl.int64) * mask_document_0) == tl.load(mask_document + tl.cast(k, tl.int64) * mask_document_0)), logits, float("-inf"))
         highest = tl.maximum(top, tl.max(logits, 1))
         # While a query has met no key, any finite number will do.
         base = tl.where(highest == float("-inf"), 0.0, highest)
@@ -91,7 +91,7 @@ def attend(
     for begin in range(whole, stop, 64):
         at = begin + tl.arange(0, KEYS)
         seen = at < stop
-        seen = seen & (tl.load(valid + batch * valid_b + at * valid_n, mask=seen, other=0) != 0)
+        seen = seen & (tl.load(valid + batch * valid_b + at.to(tl.int64) * valid_n, mask=seen, other=0) != 0)
         key_at = key_head + at.to(tl.int64)[None, :] * key_n + feature[:, None]
         value_at = value_head + at.to(tl.int64)[:, None] * value_n + value_feature[None, :]
         key_tile = tl.load(key_at, mask=seen[None, :], other=0.0)
@@ -100,13 +100,13 @@ def attend(
         capped = 1.0 - 2.0 / (tl.exp2(logits * (2.0 * LOG2E / 30.0)) + 1.0)
         logits = capped * (30.0 * LOG2E)
         k = tl.minimum(tl.maximum(at, 0), k_len - 1)[None, :]
-        logits += (-tl.abs(k - q)/8) * LOG2E
+        logits += tl.cast(-tl.abs(k - q)/8, tl.float32) * LOG2E
         wide_value = value_tile.to(tl.float32)
         finite = tl.abs(wide_value) < float("inf")
         logits = tl.where((tl.min(finite.to(tl.int32), 1) == 0)[None, :], float("nan"), logits)
         value_tile = tl.where(finite, wide_value, 0.0).to(value_tile.dtype)
         logits = tl.where(seen[None, :], logits, float("-inf"))
-        logits = tl.where((tl.load(mask_document + (q) * mask_document_0) == tl.load(mask_document + (k) * mask_document_0)), logits, float("-inf"))
+        logits = tl.where((tl.load(mask_document + tl.cast(q, tl.int64) * mask_document_0) == tl.load(mask_document + tl.cast(k, tl.int64) * mask_document_0)), logits, float("-inf"))
         highest = tl.maximum(top, tl.max(logits, 1))
         # While a query has met no key, any finite number will do.
         base = tl.where(highest == float("-inf"), 0.0, highest)

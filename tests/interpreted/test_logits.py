@@ -27,6 +27,8 @@ CAPPED = Logits(K >= Q - 50, softcap=1.5)
 NARROW = Logits(K >= Q - 5)  # narrower than the plans' windows
 DOCUMENTS = Logits(sympy.Eq(T0(B, Q), T0(B, K)))
 ALIBI = Logits(bias=-sympy.Rational(1, 4) * 2 ** (-H / 2) * (Q - K), softcap=2.0)
+KERPLE = Logits(bias=-sympy.log(1 + sympy.Abs(Q - K)) / 2)
+NEAR = Logits(bias=sympy.exp(-sympy.Abs(Q - K)))
 HIDDEN = Logits(sympy.And(T0(B, Q) > 0, K >= Q - 50))  # the queries of the first document have no key
 
 
@@ -69,6 +71,8 @@ def wide(summary: Summary) -> Summary:
         (NARROW, PLANS["routes"], torch.float32),
         (DOCUMENTS, PLANS["two levels"], torch.float32),
         (ALIBI, PLANS["keep and routes"], torch.float32),
+        (KERPLE, PLANS["routes"], torch.float32),
+        (NEAR, PLANS["routes"], torch.float32),
         (HIDDEN, PLANS["keep"], torch.float32),
     ],
 )
