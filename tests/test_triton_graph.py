@@ -14,9 +14,11 @@ from torch import fx
 from torch._functorch.aot_autograd import aot_function
 from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from prescore_compile.kernels import ops
+from prescore_compile.kernels.logits import parse
 from prescore_compile.kernels.plan import Plan
 from prescore_compile.kernels.triton import device
 from prescore_compile.passes import Config, rewrite
@@ -157,6 +159,23 @@ def test_sites_on_a_gpu_are_rewritten(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "_installed", lambda: False)
     _, report = rewrite(gm)
     assert report.sites[0].reason == "unsupported_device: cuda, where Triton is not installed"
+
+
+def test_a_bias_with_a_logarithm_is_rewritten() -> None:
+    def kerple(q: torch.Tensor, slope: torch.Tensor) -> torch.Tensor:
+        at = torch.arange(q.shape[2], device=q.device)
+        scores = q @ q.mT / 8 - slope.view(-1, 1, 1) * torch.log(1 + (at.unsqueeze(1) - at).abs())
+        return torch.softmax(scores.masked_fill(at.unsqueeze(1) < at, -torch.inf), -1) @ q
+
+    with FakeTensorMode() as mode:
+        given = torch.empty(1, 32, 32768, 64, device="cuda"), torch.empty(32, device="cuda")
+        gm = make_fx(kerple)(*given)
+    FakeTensorProp(gm, mode).propagate_dont_convert_inputs(*given)
+    new, report = rewrite(gm)
+    assert [site.decision for site in report.sites] == ["rewrite"]
+    (text,) = {a for node in new.graph.nodes for a in node.args if isinstance(a, str) and a.startswith("softcap")}
+    bias = parse(text).lifted.bias
+    assert "tl.log(tl.cast(" in bias and compile(bias, "bias", "eval")
 
 
 def test_a_gpu_that_is_too_old_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
