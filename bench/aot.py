@@ -163,6 +163,7 @@ VARIANTS = {
 
 
 WIDELY = ("centroids 128", *(name for name, variant in VARIANTS.items() if variant.default))
+"""Variants that are compiled for every target."""
 
 
 def has_figures(name: str, target: str) -> bool:
