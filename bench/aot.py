@@ -245,8 +245,8 @@ def _run(variant: Variant, found: list[Launch]) -> None:
             rows_backward.rows_backward(summary.row_key, *summary[4:6], summary.row_bias, length, plan)
 
 
-def source_of(launch: Launch) -> Any:
-    """A launch's ``ASTSource``, types and alignments as a GPU would see them."""
+def source_of(launch: Launch, wide: bool = False) -> Any:
+    """A launch's ``ASTSource``, types and alignments as a GPU would see them; ``wide``: as where no size is known."""
     from triton.compiler import ASTSource
 
     signature, constants, attributes = {}, {}, {}
@@ -256,12 +256,12 @@ def source_of(launch: Launch) -> Any:
             signature[name] = "*" + TYPES[value.dtype]
         elif isinstance(value, float):
             signature[name], aligned = "fp32", False
-        elif value is None or value == 1:
+        elif value is None or (value == 1 and not wide):
             signature[name], aligned = "constexpr", False
             constants[(at,)] = value
         else:
-            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            aligned = value % 16 == 0
+            signature[name] = "i32" if -(2**31) <= value < 2**31 and not wide else "i64"
+            aligned = value % 16 == 0 and not wide
         if aligned:
             attributes[(at,)] = [["tt.divisibility", 16]]
     return ASTSource(launch.kernel, signature, constants, attributes)
@@ -281,7 +281,7 @@ def compiled(launch: Launch, target: str) -> Any:
     return triton.compile(source_of(launch), target=gpu_of(target), options=options)
 
 
-def parsed(launch: Launch, target: str) -> Any:
+def parsed(launch: Launch, target: str, wide: bool = False) -> Any:
     """What Triton's front end makes of a launch, in a fraction of a second: names and types are checked, no more."""
     from triton._C.libtriton import ir
     from triton.compiler import make_backend
@@ -292,7 +292,7 @@ def parsed(launch: Launch, target: str) -> Any:
     ir.load_dialects(context)
     backend.load_dialects(context)
     more = (backend.get_codegen_implementation(options), backend.get_module_map(), context)
-    return source_of(launch).make_ir(gpu_of(target), options, *more)
+    return source_of(launch, wide).make_ir(gpu_of(target), options, *more)
 
 
 def figures(binary: Any, target: str) -> dict[str, int]:

@@ -80,6 +80,7 @@ def test_tritons_front_end_takes(name: str) -> None:
         if launch.kernel.src not in seen:
             seen.add(launch.kernel.src)
             aot.parsed(launch, "sm_90")
+            aot.parsed(launch, "sm_90", wide=True)
     assert seen
 
 

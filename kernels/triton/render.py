@@ -19,6 +19,12 @@ _BLOCK = re.compile(r"( *)\$(\w+)$")
 _VALUE = re.compile(r"\$(\w+)")
 WIDTH = 100
 """Of the comments at the head of a source."""
+SIZES = {
+    "blocks", "chunks", "clusters", "first_block", "k_len", "kv_heads", "list_size", "parts", "places", "q_len",
+    "route_count", "row_count", "size", "tiles",
+}  # fmt: skip
+"""Parameters that are below 2^31, always."""
+NARROWED = "# Below 2^31; where no bound is known, a compiler passes 64 bits, and variables of loops would change type."
 
 
 def fill(template: str, names: Mapping[str, object]) -> str:
@@ -68,9 +74,11 @@ def _used(name: str, kernel: str) -> str:
     head = re.search(rf"def {name}\(([\w\s,]*)\):\n", kernel)
     assert head is not None, f"{name} is not defined"
     body = set(re.findall(r"\w+", re.sub("#.*", "", kernel[head.end() :])))
-    kept = arguments([given for given in re.findall(r"\w+", head[1]) if given in body])
-    parameters = textwrap.indent(kept, " " * 4)
-    return f"{kernel[: head.start()]}def {name}(\n{parameters}\n):\n{kernel[head.end() :]}"
+    kept = [given for given in re.findall(r"\w+", head[1]) if given in body]
+    parameters = textwrap.indent(arguments(kept), " " * 4)
+    narrowed = [f"{given} = tl.cast({given}, tl.int32)" for given in kept if given in SIZES]
+    first = textwrap.indent("\n".join([NARROWED, *narrowed, ""]) if narrowed else "", " " * 4)
+    return f"{kernel[: head.start()]}def {name}(\n{parameters}\n):\n{first}{kernel[head.end() :]}"
 
 
 def _holds(condition: str, names: Mapping[str, object]) -> bool:

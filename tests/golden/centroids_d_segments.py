@@ -16,6 +16,11 @@ def d_segments(
     row_key, row_value, row_index, row_bias, query_b, query_h, query_n, kv_heads, q_len, k_len,
     row_count, scale,
 ):
+    # Below 2^31; where no bound is known, a compiler passes 64 bits, and variables of loops would change type.
+    kv_heads = tl.cast(kv_heads, tl.int32)
+    q_len = tl.cast(q_len, tl.int32)
+    k_len = tl.cast(k_len, tl.int32)
+    row_count = tl.cast(row_count, tl.int32)
     # What is fixed in this source. A tile holds QUERIES queries times the GROUP heads of one KV head.
     DIM: tl.constexpr = 64
     VALUE_DIM: tl.constexpr = 64

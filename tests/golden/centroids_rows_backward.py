@@ -12,6 +12,11 @@ import triton.language as tl
 def rows_backward(
     grad_row, row_index, row_owner, row_bias, grad, pairs, k_len, chunks, row_count, blocks,
 ):
+    # Below 2^31; where no bound is known, a compiler passes 64 bits, and variables of loops would change type.
+    k_len = tl.cast(k_len, tl.int32)
+    chunks = tl.cast(chunks, tl.int32)
+    row_count = tl.cast(row_count, tl.int32)
+    blocks = tl.cast(blocks, tl.int32)
     DIM: tl.constexpr = 64
     KEYS: tl.constexpr = 32
     program = tl.program_id(0)

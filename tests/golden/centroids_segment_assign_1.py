@@ -25,6 +25,11 @@ def segment_assign_1(
     value_sum_out, row_owner, key_b, key_h, key_n, value_b, value_h, value_n, pairs, kv_heads,
     k_len, chunks, parts,
 ):
+    # Below 2^31; where no bound is known, a compiler passes 64 bits, and variables of loops would change type.
+    kv_heads = tl.cast(kv_heads, tl.int32)
+    k_len = tl.cast(k_len, tl.int32)
+    chunks = tl.cast(chunks, tl.int32)
+    parts = tl.cast(parts, tl.int32)
     DIM: tl.constexpr = 64
     VALUE_DIM: tl.constexpr = 64
     CHUNK: tl.constexpr = 32

@@ -16,6 +16,11 @@ def d_routes(
     grad_n, query, key, value, order, query_b, query_h, query_n, key_b, key_h, key_n, value_b,
     value_h, value_n, kv_heads, q_len, k_len, places, scale,
 ):
+    # Below 2^31; where no bound is known, a compiler passes 64 bits, and variables of loops would change type.
+    kv_heads = tl.cast(kv_heads, tl.int32)
+    q_len = tl.cast(q_len, tl.int32)
+    k_len = tl.cast(k_len, tl.int32)
+    places = tl.cast(places, tl.int32)
     # What is fixed in this source. A tile holds QUERIES queries times the GROUP heads of one KV head.
     DIM: tl.constexpr = 64
     VALUE_DIM: tl.constexpr = 64

@@ -12,6 +12,9 @@ import triton.language as tl
 def union(
     numbers, listed, listed_rows, listed_count, size, list_size,
 ):
+    # Below 2^31; where no bound is known, a compiler passes 64 bits, and variables of loops would change type.
+    size = tl.cast(size, tl.int32)
+    list_size = tl.cast(list_size, tl.int32)
     ROWS: tl.constexpr = 64
     BLOCK: tl.constexpr = 1024
     tile = tl.program_id(0).to(tl.int64)

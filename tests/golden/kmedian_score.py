@@ -23,6 +23,10 @@ def product(narrow, wide):
 def score(
     key, member, scores, key_b, key_h, key_n, kv_heads, k_len, chunks,
 ):
+    # Below 2^31; where no bound is known, a compiler passes 64 bits, and variables of loops would change type.
+    kv_heads = tl.cast(kv_heads, tl.int32)
+    k_len = tl.cast(k_len, tl.int32)
+    chunks = tl.cast(chunks, tl.int32)
     DIM: tl.constexpr = 64
     CHUNK: tl.constexpr = 128
     program = tl.program_id(0)

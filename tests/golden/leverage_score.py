@@ -18,6 +18,10 @@ def rounded(wide):
 def score(
     key, scores, key_b, key_h, key_n, kv_heads, k_len, chunks,
 ):
+    # Below 2^31; where no bound is known, a compiler passes 64 bits, and variables of loops would change type.
+    kv_heads = tl.cast(kv_heads, tl.int32)
+    k_len = tl.cast(k_len, tl.int32)
+    chunks = tl.cast(chunks, tl.int32)
     DIM: tl.constexpr = 128
     DIM_TILE: tl.constexpr = 128
     CHUNK: tl.constexpr = 128

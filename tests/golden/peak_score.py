@@ -26,6 +26,10 @@ def score(
     query, key, scores, query_b, query_h, query_n, key_b, key_h, key_n, kv_heads, k_len, chunks,
     scale,
 ):
+    # Below 2^31; where no bound is known, a compiler passes 64 bits, and variables of loops would change type.
+    kv_heads = tl.cast(kv_heads, tl.int32)
+    k_len = tl.cast(k_len, tl.int32)
+    chunks = tl.cast(chunks, tl.int32)
     DIM: tl.constexpr = 80
     CHUNK: tl.constexpr = 128
     program = tl.program_id(0)

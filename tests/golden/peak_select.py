@@ -12,6 +12,9 @@ import triton.language as tl
 def select(
     scores, best, best_score, k_len, chunks,
 ):
+    # Below 2^31; where no bound is known, a compiler passes 64 bits, and variables of loops would change type.
+    k_len = tl.cast(k_len, tl.int32)
+    chunks = tl.cast(chunks, tl.int32)
     CHUNK: tl.constexpr = 128
     KEEP: tl.constexpr = 16
     program = tl.program_id(0)

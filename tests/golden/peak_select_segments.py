@@ -12,6 +12,8 @@ import triton.language as tl
 def select_segments(
     best, best_score, chosen, chunks,
 ):
+    # Below 2^31; where no bound is known, a compiler passes 64 bits, and variables of loops would change type.
+    chunks = tl.cast(chunks, tl.int32)
     KEEP: tl.constexpr = 16
     SLOTS: tl.constexpr = 16
     WIDTH: tl.constexpr = 128

@@ -13,6 +13,9 @@ def centroids(
     key, value, order, rest_key, rest_value, rest_bias, key_b, key_h, key_n, value_b, value_h,
     value_n, kv_heads, places,
 ):
+    # Below 2^31; where no bound is known, a compiler passes 64 bits, and variables of loops would change type.
+    kv_heads = tl.cast(kv_heads, tl.int32)
+    places = tl.cast(places, tl.int32)
     DIM: tl.constexpr = 64
     VALUE_DIM: tl.constexpr = 64
     CLUSTER: tl.constexpr = 32

@@ -15,6 +15,11 @@ def d_residual(
     d_key, d_value, grad, log_sums, inners, pairs, grad_b, grad_h, grad_n, query, routes, rest_key,
     rest_value, rest_bias, query_b, query_h, query_n, kv_heads, q_len, places, route_count, scale,
 ):
+    # Below 2^31; where no bound is known, a compiler passes 64 bits, and variables of loops would change type.
+    kv_heads = tl.cast(kv_heads, tl.int32)
+    q_len = tl.cast(q_len, tl.int32)
+    places = tl.cast(places, tl.int32)
+    route_count = tl.cast(route_count, tl.int32)
     # What is fixed in this source. A tile holds QUERIES queries times the GROUP heads of one KV head.
     DIM: tl.constexpr = 64
     VALUE_DIM: tl.constexpr = 64

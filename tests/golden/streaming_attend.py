@@ -16,6 +16,12 @@ def attend(
     query_h, query_n, key_b, key_h, key_n, value_b, value_h, value_n, kv_heads, q_len, k_len,
     row_count, tiles, scale,
 ):
+    # Below 2^31; where no bound is known, a compiler passes 64 bits, and variables of loops would change type.
+    kv_heads = tl.cast(kv_heads, tl.int32)
+    q_len = tl.cast(q_len, tl.int32)
+    k_len = tl.cast(k_len, tl.int32)
+    row_count = tl.cast(row_count, tl.int32)
+    tiles = tl.cast(tiles, tl.int32)
     # What is fixed in this source. A tile holds QUERIES queries times the GROUP heads of one KV head.
     DIM: tl.constexpr = 80
     VALUE_DIM: tl.constexpr = 64

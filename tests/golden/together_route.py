@@ -33,6 +33,14 @@ def route(
     query, mean, spread, bias, mass, routes, query_b, query_h, query_n, kv_heads, q_len, k_len,
     first_block, clusters, route_count, tiles, scale,
 ):
+    # Below 2^31; where no bound is known, a compiler passes 64 bits, and variables of loops would change type.
+    kv_heads = tl.cast(kv_heads, tl.int32)
+    q_len = tl.cast(q_len, tl.int32)
+    k_len = tl.cast(k_len, tl.int32)
+    first_block = tl.cast(first_block, tl.int32)
+    clusters = tl.cast(clusters, tl.int32)
+    route_count = tl.cast(route_count, tl.int32)
+    tiles = tl.cast(tiles, tl.int32)
     DIM: tl.constexpr = 128
     DIM_TILE: tl.constexpr = 128
     GROUP: tl.constexpr = 1
