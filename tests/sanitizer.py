@@ -8,6 +8,8 @@ NVIDIA's compute-sanitizer does on a device (its tools memcheck and racecheck):
 - an element written by two programs, or written by one and read by another: programs run in any order, at once;
 - an element read by the program that wrote it: the threads that do so may not be the same, and nothing waits;
 - an element written twice, with two values, by one store;
+- a sum, a difference or a product of 32-bit integers that overflows, but where ``sanitize_overflow=False`` says that it
+  may;
 - a masked load without ``other``: its masked lanes, 0 in the interpreter and undefined on a GPU, become NaN, or an
   integer far out of place.
 
@@ -18,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -55,8 +58,8 @@ class Launch:
         """Elements of ``size`` bytes are read."""
         places = self._places(addresses, size, "read")
         writer = self.writer[places]
-        self._check("read by a program and written by another", (writer != 0) & (writer != self.program))
-        self._check("read by the program that wrote it", writer == self.program)
+        self.check("read by a program and written by another", (writer != 0) & (writer != self.program))
+        self.check("read by the program that wrote it", writer == self.program)
         reader = self.reader[places]
         self.reader[places] = np.where((reader == 0) | (reader == self.program), self.program, MANY)
 
@@ -64,20 +67,20 @@ class Launch:
         """Elements are written."""
         places = self._places(addresses, values.itemsize, "written")
         for what, who in (("written", self.writer[places]), ("read", self.reader[places])):
-            self._check(f"written by a program and {what} by another", (who != 0) & (who != self.program))
+            self.check(f"written by a program and {what} by another", (who != 0) & (who != self.program))
         self.writer[places] = self.program
         order = np.argsort(places, kind="stable")
         twice = np.diff(places[order]) == 0
         bits = values.reshape(-1)[order].view(f"u{values.itemsize}")
-        self._check("written twice by one store", twice & (bits[1:] != bits[:-1]))
+        self.check("written twice by one store", twice & (bits[1:] != bits[:-1]))
 
     def _places(self, addresses: np.ndarray, size: int, what: str) -> np.ndarray:
         span = np.searchsorted(self.first, addresses, side="right") - 1
         inside = (span >= 0) & (addresses + size <= np.append(self.last, 0)[span])
-        self._check(f"{what} outside of every tensor", ~inside)
+        self.check(f"{what} outside of every tensor", ~inside)
         return self.offset[span] + addresses - self.first[span]
 
-    def _check(self, what: str, wrong: np.ndarray) -> None:
+    def check(self, what: str, wrong: np.ndarray) -> None:
         if wrong.any():
             raise Fault(f"{self.name}, program {self.program - 1}: {int(wrong.sum())} of {wrong.size} elements {what}")
 
@@ -115,12 +118,18 @@ def watching() -> Iterator[None]:
         launch.store(addresses[active], np.broadcast_to(value.data, addresses.shape)[active])
         return store(self, pointers, value, mask, *how)
 
+    def asserted(self: Any, condition: Any, message: str) -> None:
+        launch.check(message, ~np.asarray(condition.data, dtype=bool))
+
+    options = replace(interpreter.interpreter_builder.options, debug=True)
     with ExitStack() as patches:
+        patches.enter_context(mock.patch.object(interpreter.interpreter_builder, "options", options))
         patches.enter_context(mock.patch.object(executor, "_init_args_hst", begun))
         for name, new in {
             "set_grid_idx": next_program,
             "create_masked_load": loaded,
             "create_masked_store": stored,
+            "create_assert": asserted,
             "create_maxnumf": lambda self, one, other: self.binary_op(one, other, np.fmax),
             "create_minnumf": lambda self, one, other: self.binary_op(one, other, np.fmin),
         }.items():

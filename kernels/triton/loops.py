@@ -470,7 +470,7 @@ def routes(spec: Spec, update: str, taint: bool) -> str:
     """The loop over the tile's clusters."""
     if not spec.routes:
         return ""
-    lines, word = _words(spec)
+    lines, word = words(spec)
     choose = fill(CHOSEN, {"word": word})
     pairs = "chosen & seen[None, :]"
     taint = taint and bool(spec.lifted.allowed)
@@ -489,14 +489,15 @@ def routes(spec: Spec, update: str, taint: bool) -> str:
     return fill(ROUTES, parts)
 
 
-def _words(spec: Spec) -> tuple[str, str]:
+def words(spec: Spec) -> tuple[str, str]:
     """Lines that load the words of each listed cluster, and ``[ROWS, KEYS]``: the word that holds a row's bit."""
     lines = ["# The rows of a cluster are bits of words, stored as running sums; see union."]
     for word in range(spec.words):
         at = f"listed_rows + (list_at + slot) * {spec.words} + {word}"
         lines += [
             f"word_{word} = tl.load({at}, mask=there, other=0)",
-            f"word_{word} -= tl.load({at} - {spec.words}, mask=there & (slot > 0), other=0)",
+            f"before = tl.load({at} - {spec.words}, mask=there & (slot > 0), other=0)",
+            f"word_{word} = tl.sub(word_{word}, before, sanitize_overflow=False)",
         ]
     text = f"word_{spec.words - 1}[None, :]"
     for word in reversed(range(spec.words - 1)):

@@ -38,7 +38,7 @@ from ..coarse import coarse
 from ..plan import Plan
 from ..summary import Summary
 from .cache import launch, load
-from .loops import mask_parameters, mask_values, names, precision, tile
+from .loops import mask_parameters, mask_values, names, precision, tile, words
 from .network import EXCHANGE, falling, rank, rising
 from .render import arguments, fill, source
 from .route_scores import blocks, in_parts, together
@@ -388,14 +388,5 @@ def _walk(
 
 def _chosen(spec: Spec) -> str:
     """``chosen`` ``[ROWS, COLUMNS]``: the row is one of those that listed the column's chunk; see ``union``."""
-    lines = []
-    for word in range(spec.words):
-        at = f"listed_rows + (list_at + slot) * {spec.words} + {word}"
-        lines += [
-            f"word_{word} = tl.load({at}, mask=there, other=0)",
-            f"word_{word} -= tl.load({at} - {spec.words}, mask=there & (slot > 0), other=0)",
-        ]
-    text = f"word_{spec.words - 1}[None, :]"
-    for word in reversed(range(spec.words - 1)):
-        text = f"tl.where((member < {32 * (word + 1)})[:, None], word_{word}[None, :], {text})"
-    return "\n".join([*lines, f"chosen = (({text} >> (member % 32)[:, None]) & 1) != 0"])
+    lines, word = words(spec)
+    return f"{lines}\nchosen = (({word} >> (member % 32)[:, None]) & 1) != 0"

@@ -96,8 +96,9 @@ def union(
 
 WORD = """
 in_$word = tl.where(row // 32 == $word, bit, 0)
-tl.store(listed_rows + to * $words + $word, sum_$word + tl.cumsum(in_$word, 0), mask=last)
-sum_$word += tl.sum(in_$word, 0)
+running = tl.add(sum_$word, tl.cumsum(in_$word, 0), sanitize_overflow=False)
+tl.store(listed_rows + to * $words + $word, running, mask=last)
+sum_$word = tl.add(sum_$word, tl.sum(in_$word, 0), sanitize_overflow=False)
 """
 
 

@@ -44,6 +44,13 @@ def scatter(x, y, SIZE: tl.constexpr):
     tl.store(y + at // 2, tl.load(x + at))
 
 
+@triton.jit
+def far(x, y, SIZE: tl.constexpr):
+    at = tl.arange(0, SIZE)
+    meant = tl.add(at * 134217727, 2147483600, sanitize_overflow=False)
+    tl.store(y + at, tl.load(x + ((at + 1) * 134217728 + meant) * 0))
+
+
 def test_what_is_well_passes() -> None:
     x, y = torch.arange(20.0), torch.empty(20)
     add_one[(2,)](x, y, 20, SIZE=16, AHEAD=0)
@@ -60,6 +67,7 @@ def test_what_is_well_passes() -> None:
         (total, 2, {}, "program 1: 1 of 1 elements written by a program and written by another"),
         (through_memory, 1, {"SIZE": 16}, "elements read by the program that wrote it"),
         (scatter, 1, {"SIZE": 16}, "8 of 15 elements written twice by one store"),
+        (far, 1, {"SIZE": 16}, "1 of 16 elements int32 overflow detected for operation mul"),
     ],
 )
 def test_faults(kernel: object, grid: int, named: dict[str, int], fault: str) -> None:
