@@ -34,6 +34,8 @@ RESULTS = Path(__file__).parent / "results"
 CACHE = Path(__file__).parent.parent / "build" / "census"
 """Rows as they are made: a run that was stopped goes on from them."""
 TIMEOUT = 600
+WARM = ("llama", "eager")
+"""What is compiled before the first fork."""
 _UNSUPPORTED = "does not support an attention implementation"
 Task = tuple[str, str]
 
@@ -44,7 +46,6 @@ def tasks(only: str = "*", sample: bool = False) -> list[Task]:
 
 
 def _work(task: Task, gradients: bool, pipe: Any) -> None:
-    torch.set_num_threads(1)
     devnull = os.open(os.devnull, os.O_WRONLY)
     os.dup2(devnull, 2)  # warnings of hundreds of models
     pipe.send(measure(*task, gradients))
@@ -53,7 +54,9 @@ def _work(task: Task, gradients: bool, pipe: Any) -> None:
 
 
 def run(todo: list[Task], jobs: int, gradients: bool) -> Iterator[Row]:
-    """A row per task, as they finish. Processes are forked: the imports are paid once."""
+    """A row per task, as they finish. Processes are forked: imports, and what Dynamo sets up, are paid once."""
+    torch.set_num_threads(1)  # what has used threads should not fork
+    measure(*WARM, gradients)
     context = multiprocessing.get_context("fork")
     waiting, running = list(reversed(todo)), []
     while waiting or running:
