@@ -9,7 +9,7 @@ NVIDIA's compute-sanitizer does on a device (its tools memcheck and racecheck):
 - an element read by the program that wrote it: the threads that do so may not be the same, and nothing waits;
 - an element written twice, with two values, by one store;
 - a sum, a difference or a product of 32-bit integers that overflows, but where ``sanitize_overflow=False`` says that it
-  may;
+  may; a shift by more bits than there are; a division by zero; a float that has no integer of the type that it becomes;
 - a masked load without ``other``: its masked lanes, 0 in the interpreter and undefined on a GPU, become NaN, or an
   integer far out of place.
 
@@ -26,6 +26,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+import triton.language as tl
 from triton.runtime import interpreter
 
 MANY = -1
@@ -91,10 +92,21 @@ def watching() -> Iterator[None]:
     builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
     begin, program = executor._init_args_hst, builder.set_grid_idx
     load, store = builder.create_masked_load, builder.create_masked_store
+    patch_language = interpreter._patch_lang
     launch = Launch("", [])
+    patched: set[frozenset[str]] = set()
+
+    def patch_once(function: Any) -> Any:
+        """Triton looks through its language at each call of a function inside a kernel: a third of all time."""
+        languages = frozenset(name for name, of in function.__globals__.items() if of is tl or of is tl.core)
+        if languages in patched:
+            return None
+        patched.add(languages)
+        return patch_language(function)
 
     def begun(self: Any, arguments: Any, named: Any) -> Any:
         nonlocal launch
+        patched.clear()
         found = begin(self, arguments, named)
         launch = Launch(self.fn.__name__, [a for a in [*found[0], *found[1].values()] if isinstance(a, torch.Tensor)])
         return found
@@ -121,18 +133,43 @@ def watching() -> Iterator[None]:
     def asserted(self: Any, condition: Any, message: str) -> None:
         launch.check(message, ~np.asarray(condition.data, dtype=bool))
 
+    def operation(name: str, what: str, wrong: Any) -> tuple[str, Any]:
+        compute = getattr(builder, name)
+
+        def computed(self: Any, one: Any, other: Any) -> Any:
+            launch.check(what, wrong(np.asarray(one.data), np.asarray(other.data)))
+            return compute(self, one, other)
+
+        return name, computed
+
+    def too_far(number: np.ndarray, by: np.ndarray) -> np.ndarray:
+        return (by.astype(np.int64) < 0) | (by.astype(np.int64) >= 8 * number.itemsize)
+
+    def rounded(self: Any, number: Any, kind: Any) -> Any:
+        bounds = np.iinfo(interpreter._get_np_dtype(kind))
+        inside = (number.data > float(bounds.min) - 1) & (number.data < float(bounds.max) + 1)
+        launch.check(f"without a value as {kind.scalar}", ~inside)
+        return self.cast_impl(number, kind)
+
     options = replace(interpreter.interpreter_builder.options, debug=True)
     with ExitStack() as patches:
         patches.enter_context(mock.patch.object(interpreter.interpreter_builder, "options", options))
+        patches.enter_context(mock.patch.object(interpreter, "_patch_lang", patch_once))
         patches.enter_context(mock.patch.object(executor, "_init_args_hst", begun))
         for name, new in {
             "set_grid_idx": next_program,
             "create_masked_load": loaded,
             "create_masked_store": stored,
             "create_assert": asserted,
+            "create_fp_to_si": rounded,
             "create_maxnumf": lambda self, one, other: self.binary_op(one, other, np.fmax),
             "create_minnumf": lambda self, one, other: self.binary_op(one, other, np.fmin),
         }.items():
+            patches.enter_context(mock.patch.object(builder, name, new))
+        for name, new in [
+            *(operation(name, "shifted too far", too_far) for name in ("create_shl", "create_lshr", "create_ashr")),
+            *(operation(name, "divided by zero", lambda _, by: by == 0) for name in ("create_sdiv", "create_srem")),
+        ]:
             patches.enter_context(mock.patch.object(builder, name, new))
         yield
 

@@ -51,6 +51,24 @@ def far(x, y, SIZE: tl.constexpr):
     tl.store(y + at, tl.load(x + ((at + 1) * 134217728 + meant) * 0))
 
 
+@triton.jit
+def shifted(x, y, SIZE: tl.constexpr):
+    at = tl.arange(0, SIZE)
+    tl.store(y + at, (1 << (at + 17)).to(tl.float32))
+
+
+@triton.jit
+def divided(x, y, SIZE: tl.constexpr):
+    at = tl.arange(0, SIZE)
+    tl.store(y + at, (100 // at).to(tl.float32))
+
+
+@triton.jit
+def as_integer(x, y, SIZE: tl.constexpr):
+    at = tl.arange(0, SIZE)
+    tl.store(y + at, (tl.load(x + at) * 2.0**28).to(tl.int32).to(tl.float32))
+
+
 def test_what_is_well_passes() -> None:
     x, y = torch.arange(20.0), torch.empty(20)
     add_one[(2,)](x, y, 20, SIZE=16, AHEAD=0)
@@ -68,6 +86,9 @@ def test_what_is_well_passes() -> None:
         (through_memory, 1, {"SIZE": 16}, "elements read by the program that wrote it"),
         (scatter, 1, {"SIZE": 16}, "8 of 15 elements written twice by one store"),
         (far, 1, {"SIZE": 16}, "1 of 16 elements int32 overflow detected for operation mul"),
+        (shifted, 1, {"SIZE": 16}, "1 of 16 elements shifted too far"),
+        (divided, 1, {"SIZE": 16}, "1 of 16 elements divided by zero"),
+        (as_integer, 1, {"SIZE": 16}, "8 of 16 elements without a value as int32"),
     ],
 )
 def test_faults(kernel: object, grid: int, named: dict[str, int], fault: str) -> None:
