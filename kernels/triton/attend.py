@@ -6,6 +6,7 @@ One program attends one tile of queries of one KV head, in the manner of FlashAt
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from typing import Any
 
@@ -143,6 +144,7 @@ def attend(
     return out, sums
 
 
+@functools.cache
 def attend_source(spec: Spec) -> str:
     """Source of ``attend``."""
     own = ["out", "log_sums", *["out_s"] * (spec.splits > 1), "out_b", "out_h", "out_n"]
@@ -171,6 +173,7 @@ def stages_of(spec: Spec, device: torch.device) -> int:
     return 1 if more and devices.is_small(device) else spec.tile.stages
 
 
+@functools.cache
 def merge_source(spec: Spec) -> str:
     """Source of ``merge``: what the programs that share a tile found, put together."""
     return source("merge", about(spec, "attend, the parts of few queries"), fill(MERGE, loops.names(spec)))

@@ -10,6 +10,7 @@ With P the weights, dP = dO V^T and dS = P * (dP - rowsum(dO * O)), as in ``refe
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from typing import Any
 
@@ -389,6 +390,7 @@ def inverse(routes: torch.Tensor, kv_heads: Any, clusters: Any) -> dict[str, Any
     return dict(chosen_by=chosen, chosen_from=begins, chosen_total=named.shape[2])
 
 
+@functools.cache
 def d_query_source(spec: Spec) -> str:
     """Source of ``d_query``."""
     update = fill(TO_QUERY, loops.names(spec) | {"d_logits": _d_logits(spec)})
@@ -408,6 +410,7 @@ def d_query_source(spec: Spec) -> str:
     return source("d_query", about(spec, "attend backward, gradient of the query"), fill(D_QUERY, parts))
 
 
+@functools.cache
 def window_source(spec: Spec) -> str:
     """Source of ``d_window``: the keys of all windows; it writes every key."""
     pairs = ["seen[None, :]"]
@@ -432,6 +435,7 @@ def window_source(spec: Spec) -> str:
     )
 
 
+@functools.cache
 def rows_source(spec: Spec, of_sinks: bool) -> str:
     """Source of ``d_sinks`` or ``d_segments``: rows, of which each is one program's."""
     plan = spec.settings
@@ -467,6 +471,7 @@ def rows_source(spec: Spec, of_sinks: bool) -> str:
     )
 
 
+@functools.cache
 def residual_source(spec: Spec) -> str:
     """Source of ``d_residual``: centroids of clusters, of which each is a few programs'."""
     spec = residual.narrow(spec)
@@ -489,6 +494,7 @@ def residual_source(spec: Spec) -> str:
     )
 
 
+@functools.cache
 def routes_source(spec: Spec) -> str:
     """Source of ``d_routes``: adds what each cluster's own queries give its keys, or as many of them as a tile has."""
     keys = _keys_of_a_cluster(spec)

@@ -13,6 +13,7 @@ A chunk of more than ``CHUNK`` keys takes ``summary.clusters``, whose torch oper
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -212,6 +213,7 @@ def tile_of(dim: int) -> int:
     return max(16, power_of_two(dim))
 
 
+@functools.cache
 def cluster_source(spec: ClusterSpec) -> str:
     """Source of ``cluster``."""
     plan = spec.settings

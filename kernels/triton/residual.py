@@ -11,6 +11,7 @@ for that but the routes; see docs/triton.md.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from typing import Any
 
@@ -231,6 +232,7 @@ def held(spec: Spec) -> int:
     return wide if wide <= HELD else 0
 
 
+@functools.cache
 def centroids_source(spec: Spec) -> str:
     """Source of ``centroids``."""
     given = ["key", "value", "order", "rest_key", "rest_value", "rest_bias"]

@@ -27,6 +27,7 @@ rows chose, and each row counts its own; see ``kernels.coarse``.
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Mapping
 from dataclasses import replace
@@ -261,6 +262,7 @@ def order_of_bits(wide: int) -> tuple[int, ...]:
     return tuple(sorted(bits, key=lambda bit: bit in (1, 2)))
 
 
+@functools.cache
 def route_source(spec: Spec, per_chunk: int, listed: bool, compact: bool = False) -> str:
     """Source of ``route``: over ``per_chunk`` representatives a chunk, all or those of listed chunks.
 

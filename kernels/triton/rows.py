@@ -6,6 +6,8 @@ One program ``ROWS`` rows of one KV head. Padding may come first, so the sinks a
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from ..layout import chunk_count
@@ -84,6 +86,7 @@ def fits(plan: Plan, dim: int, value_dim: int) -> bool:
     return (not plan.keep or segments_fit(plan)) and (not plan.centroids or segments.fits(plan, dim, value_dim))
 
 
+@functools.cache
 def rows_source(spec: SummarySpec) -> str:
     """Source of ``rows``."""
     plan = spec.settings

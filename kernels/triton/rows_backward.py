@@ -7,6 +7,8 @@ names: a segment a level of sizes, or none.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from ..layout import chunk_count
@@ -72,6 +74,7 @@ total += given.to(tl.float32) * share[:, None]
 """
 
 
+@functools.cache
 def rows_backward_source(plan: Plan, dim: int) -> str:
     """Source of ``rows_backward``."""
     names = ["grad_row", "row_index", "row_owner", "row_bias", "grad"]

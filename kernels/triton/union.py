@@ -11,6 +11,7 @@ arithmetic modulo 2^32: as no row names a cluster twice, the words are the sums'
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from typing import Any
 
@@ -106,6 +107,7 @@ def on_chip(spec: Spec) -> bool:
     return spec.rows * power_of_two(spec.settings.routes) <= SORTED_ON_CHIP
 
 
+@functools.cache
 def mark_source(spec: Spec) -> str:
     """Source of ``mark``."""
     which = power_of_two(spec.settings.routes) if on_chip(spec) else AT_ONCE // spec.rows
@@ -122,6 +124,7 @@ def mark_source(spec: Spec) -> str:
     return source("mark", about, fill(MARK, parts))
 
 
+@functools.cache
 def union_source(spec: Spec) -> str:
     """Source of ``union``."""
     parts = dict(
