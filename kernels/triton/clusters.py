@@ -271,7 +271,7 @@ def clusters(
     spread = torch.empty_like(mean)
     bias = key.new_empty((batch, heads, count), dtype=torch.float32)
     key, value = (t if t.stride(3) == 1 else t.contiguous() for t in (key, value))
-    spec = ClusterSpec(dim=dim, value_dim=value.shape[3], plan=plan.text, valid=member is not None)
+    spec = ClusterSpec(dim=int(dim), value_dim=int(value.shape[3]), plan=plan.text, valid=member is not None)
     values = dict(
         key=key, value=value, member=member, order_out=order, mean=mean, spread=spread, bias=bias,
         key_b=key.stride(0), key_h=key.stride(1), key_n=key.stride(2),

@@ -228,17 +228,18 @@ own_routes = first_routes
 
 def spec_of(query: torch.Tensor, heads: int, plan: Plan, causal: bool, target: str) -> Spec:
     """What the kernel for these queries ``[B, H, Nq, D]`` depends on."""
+    dim = int(query.shape[3])
     # What two stages of representatives need of the shared memory: 64 KiB on AMD's GPUs, 163 and 227 on NVIDIA's.
-    narrow = query.shape[3] * columns(plan) > (128 if target == "hip" else 256) * COLUMNS
+    narrow = dim * columns(plan) > (128 if target == "hip" else 256) * COLUMNS
     # What would spill with 64 rows on NVIDIA's: factors of three TF32 passes, or of more than 128 features.
-    crowded = target == "cuda" and (query.dtype == torch.float32 or query.shape[3] > 128)
+    crowded = target == "cuda" and (query.dtype == torch.float32 or dim > 128)
     return Spec(
         plan=plan.text,
         dtype=DTYPES[query.dtype],
         target=target,
-        dim=query.shape[3],
-        value_dim=query.shape[3],
-        group=query.shape[1] // heads,
+        dim=dim,
+        value_dim=dim,
+        group=int(query.shape[1]) // int(heads),
         causal=causal,
         valid=False,
         routes=True,

@@ -135,7 +135,7 @@ def rows(
             value_b=value.stride(0), value_h=value.stride(1), value_n=value.stride(2),
             kv_heads=heads, k_len=k_len, of_segments=of_segments, blocks=blocks,
         )  # fmt: skip
-        spec = SummarySpec(dim=dim, value_dim=value.shape[3], plan=plan.text, valid=valid is not None)
+        spec = SummarySpec(dim=int(dim), value_dim=int(value.shape[3]), plan=plan.text, valid=valid is not None)
         launch(load(rows_source(spec), "rows"), (batch * heads * blocks,), values | found, warps=4, stages=1)
     if plan.centroids:
         owner = segments.segment_centroids(key, value, valid, chosen, found, plan)

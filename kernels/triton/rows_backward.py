@@ -113,6 +113,6 @@ def rows_backward(
         grad_row=grad_row.contiguous(), row_index=index, row_owner=owner, row_bias=bias, grad=grad,
         pairs=batch * heads, k_len=length, chunks=chunk_count(length, plan.chunk), row_count=row_count, blocks=blocks,
     )  # fmt: skip
-    kernel = load(rows_backward_source(plan, dim), "rows_backward")
+    kernel = load(rows_backward_source(plan, int(dim)), "rows_backward")
     launch(kernel, (batch * heads * blocks,), values, warps=4, stages=1)
     return grad

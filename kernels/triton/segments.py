@@ -354,7 +354,7 @@ def segment_centroids(
         value_b=value.stride(0), value_h=value.stride(1), value_n=value.stride(2),
         pairs=pairs, kv_heads=heads, k_len=k_len, chunks=chunks, parts=parts, row_count=rows["row_index"].shape[2],
     )  # fmt: skip
-    sizes = SummarySpec(dim=dim, value_dim=value_dim, plan=plan.text, valid=valid is not None)
+    sizes = SummarySpec(dim=int(dim), value_dim=int(value_dim), plan=plan.text, valid=valid is not None)
     sources = segments_sources(spec_of(sizes, DTYPES[key.dtype], target()))
     kernels = {name: load(text, name) for name, text in sources.items()}
     launch(kernels["segment_moments"], (pairs * parts,), values, warps=WARPS, stages=1)
