@@ -20,6 +20,7 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from prescore_compile.kernels import ops
 from prescore_compile.kernels.logits import parse
 from prescore_compile.kernels.plan import Plan
+from prescore_compile.kernels.summary import Summary
 from prescore_compile.kernels.triton import device
 from prescore_compile.passes import Config, rewrite
 
@@ -141,6 +142,34 @@ def test_autograd_and_dynamic_lengths(dynamic: bool, monkeypatch: pytest.MonkeyP
     assert list(kernels(graph)) == ["mark", "union", "attend"]
     sizes = [node for node in graph.nodes if isinstance(node.meta.get("val"), torch.SymInt)]
     assert bool(sizes) == dynamic
+
+
+@pytest.mark.parametrize("name", ["together", "residual", "centroids"])
+def test_every_size_a_symbol(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all stages, forward and backward; a kernel is specialised to plain integers."""
+    monkeypatch.setattr(ops, "_generated", lambda query: True)
+    plan = PLANS[name]
+    site = operands(200, dtype=torch.bfloat16)
+
+    def forward(*tensors: torch.Tensor) -> torch.Tensor:
+        q, k, v = tensors
+        scores = ops.score(q, k, None, plan.text, True, 0.25) if plan.keep else None
+        found = Summary(*ops.summarize(k, v, None, scores, plan.text))
+        routes = ops._routes(site._replace(query=q, key=k, value=v), found, plan.text, "", []) if plan.routes else None
+        return ops.attend(q, k, v, None, found.order, routes, *found[4:], plan.text, True, 0.25, "", [])
+
+    expected = {"attend"} | ({"cluster", "route"} if plan.routes else {"rows"})
+    assert expected <= set(launched(graph_of(forward, *site[:3], dynamic=True)))
+    out, sums = site.query, site.query.new_empty(site.query.shape[:3], dtype=torch.float32)
+    given = [t for t in arguments(plan) if t is not None]
+
+    def backward(*tensors: torch.Tensor) -> Any:
+        rest = iter(tensors[3:])
+        filled = [None if t is None else next(rest) for t in arguments(plan)]
+        return ops.attend_backward(*tensors[:3], *filled, plan.text, True, 0.25, "", [])
+
+    graph = graph_of(backward, out, out, sums, *given, dynamic=True)
+    assert "d_query" in launched(graph)
 
 
 def test_sites_on_a_gpu_are_rewritten(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -164,8 +164,8 @@ def spec_of(
         plan=plan.text,
         dtype=DTYPES[key.dtype],
         target=target,
-        dim=key.shape[3],
-        group=query.shape[1] // key.shape[1] if reads else 0,
+        dim=int(key.shape[3]),
+        group=int(query.shape[1]) // int(key.shape[1]) if reads else 0,
         causal=causal if reads else True,
         valid=valid is not None,
     )
