@@ -3,7 +3,7 @@
     python -m bench.attention                   # half an hour; a table and bench/results/attention-cpu.json
     python -m bench.attention --lengths 8192 --dtypes bfloat16 --causal yes
     python -m bench.attention --tiles           # query-major (1) to cluster-major (large) tiles
-    python -m bench.attention --device cuda     # under ten minutes; see bench/gpu.py
+    python -m bench.attention --device cuda     # under ten minutes; see bench/gpu
 
 Exact is SDPA's flash kernel with ``is_causal``, its fastest CPU form; flex is compiled FlexAttention, exact too. All
 ways run in turn and the median is told: of wall time, or with ``--clock cpu`` of the processor's, which other work
@@ -23,7 +23,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ import torch.nn.functional as F
 from tabulate import tabulate
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+from bench.operands import counted, smooth
 from prescore_compile import Config
 from prescore_compile.demo import interleaved
 from prescore_compile.kernels import coarse, cpu, ops, reference
@@ -43,8 +44,6 @@ from prescore_compile.passes import cost
 
 RESULTS = Path(__file__).parent / "results"
 DIM = 64
-PEAKED = 4.0
-"""Queries are so many times as large as keys."""
 CHECKED = 128
 """Queries compared with the reference in double precision: the last ones, the first ones without causality."""
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -62,15 +61,7 @@ class Case:
 
 
 def inputs(case: Case) -> Operands:
-    generator = torch.Generator().manual_seed(0)
-
-    def smooth(heads: int) -> torch.Tensor:
-        noise = torch.randn(1, heads, case.length, DIM, generator=generator)
-        steps = torch.randn(1, heads, case.length // 64 + 1, DIM, generator=generator)
-        return (noise / 2 + steps.repeat_interleave(64, 2)[:, :, : case.length]).to(case.dtype)
-
-    kv_heads = case.heads // case.group
-    return Operands(PEAKED * smooth(case.heads), smooth(kv_heads), smooth(kv_heads), None, case.causal, DIM**-0.5)
+    return smooth(case.length, case.heads, case.group, DIM, case.causal, case.dtype)
 
 
 def peak(work: Callable[[], Any]) -> float:
@@ -169,10 +160,9 @@ def measure(case: Case, plan: Plan, rounds: int, clock: str, flex: bool) -> dict
     times = interleaved(ways, rounds, clock=CLOCKS[clock])
     shape = cost.Shape(1, case.heads, case.heads // case.group, DIM, DIM, case.causal)
     taken = (routes >= 0).sum().item() / max(routes[..., :1].numel(), 1)
-    counted = replace(plan, share=0.0, routes=round(taken)) if plan.share else plan
     pairs = {
         "exact": cost.at(cost.exact_pairs(case.causal), case.length),
-        "attend": cost.at(cost.attended_pairs(counted, case.causal), case.length),
+        "attend": cost.at(cost.attended_pairs(counted(plan, taken), case.causal), case.length),
         "route": cost.at(cost.routing_pairs(plan, case.causal), case.length),
     }
     unit = times["exact"] / pairs["exact"]
@@ -210,14 +200,14 @@ def tiles(case: Case, plan: Plan, rounds: int, clock: str) -> dict[str, Any]:
 
 def on_gpu(arguments: argparse.Namespace) -> int:
     """Measure on a GPU; the exit status: 0, 1 where a result was wrong, 2 without a GPU."""
-    from bench import gpu, gpu_run
+    from bench.gpu import machine, run
 
     if arguments.dry_run:
-        return gpu_run.dry_run(arguments.out)
+        return run.dry_run(arguments.out)
     if not torch.cuda.is_available():
         print("No GPU: torch.cuda.is_available() is false. --dry-run shows what would be run.")
         return 2
-    lengths = tuple(arguments.lengths or gpu.LENGTHS)
+    lengths = tuple(arguments.lengths or machine.LENGTHS)
     out = arguments.out or RESULTS / "attention-cuda.json"
     if not arguments.resume:
         out.unlink(missing_ok=True)
@@ -227,7 +217,7 @@ def on_gpu(arguments: argparse.Namespace) -> int:
         command += ["--minutes", str(seconds / 60), "--lengths", *map(str, lengths)]
         return subprocess.run(command, check=False).returncode
 
-    return gpu_run.run(gpu.cases(lengths), None, gpu.Machine("cuda"), out, 60 * arguments.minutes, again)
+    return run.run(machine.cases(lengths), None, machine.Machine("cuda"), out, 60 * arguments.minutes, again)
 
 
 def main() -> None:

@@ -13,7 +13,13 @@ from typing import Any
 import pytest
 import torch
 
-from bench import gpu, gpu_run, model, roofline, svg
+from bench import model, roofline, svg
+from bench.gpu import checks, run, warm
+from bench.gpu import measure as measuring
+from bench.gpu.checks import Checks
+from bench.gpu.machine import Case, Machine
+from bench.gpu.measure import OVER, measure
+from bench.gpu.ways import SCORED, Ways
 from prescore_compile.kernels.plan import Plan
 from prescore_compile.passes import cost
 
@@ -40,7 +46,7 @@ def test_dry_run(tmp_path: Path) -> None:
     assert [case["causal"] for case in cases] == [True, False]
     for case in cases:
         stages = {"summarize", "route", "attend", "total", "total, backward", "sdpa math", "sdpa math, backward"}
-        stages |= {f"score {method}" for method in gpu.SCORED} | {"centroids", "centroids, backward"}
+        stages |= {f"score {method}" for method in SCORED} | {"centroids", "centroids, backward"}
         assert stages <= set(case["stages"]), case["failed"]
         assert {"sdpa efficient", "sdpa cudnn"} <= set(case["failed"]), "a CPU has neither"
         assert case["faster"] > 0 and case["attend_tflops"] > 0 and case["predicted"]["total"] > 0
@@ -49,48 +55,88 @@ def test_dry_run(tmp_path: Path) -> None:
 
 def test_a_wrong_result_gets_no_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """On a CPU, by the compiled kernels."""
-    machine = gpu.Machine("cpu", torch.float32, rounds=1)
-    right = gpu.Ways.attend
-    monkeypatch.setattr(gpu.Ways, "attend", lambda ways: right(ways) * 1.5)
-    case = gpu.Case(256, True, 16, 2, 2)
-    assert gpu_run.run([case], Plan(chunk=32, window=16, routes=2), machine, tmp_path / "out.json", 60) == 1
+    machine = Machine("cpu", torch.float32, rounds=1)
+    right = Ways.attend
+    monkeypatch.setattr(Ways, "attend", lambda ways: right(ways) * 1.5)
+    case = Case(256, True, 16, 2, 2)
+    assert run.run([case], Plan(chunk=32, window=16, routes=2), machine, tmp_path / "out.json", 60) == 1
     (row,) = json.loads((tmp_path / "out.json").read_text())["cases"]
     assert "wrong result" in row["failed"]["attend"] and "attend" not in row["stages"] and "total" not in row["stages"]
     assert "attend_tflops" not in row and "faster" not in row and "sdpa math" in row["stages"]
 
 
 def test_wrong_scores_get_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = gpu.Ways.score
-    monkeypatch.setattr(gpu.Ways, "score", lambda ways, method: right(ways, method) * (1.5 if method == "peak" else 1))
-    found = gpu.measure(gpu.Case(256, True, 16, 2, 2), Plan(routes=2), gpu.Machine("cpu", torch.float32, 1), False)
+    right = Ways.score
+    monkeypatch.setattr(Ways, "score", lambda ways, method: right(ways, method) * (1.5 if method == "peak" else 1))
+    found = measure(Case(256, True, 16, 2, 2), Plan(routes=2), Machine("cpu", torch.float32, 1), False)
     assert "wrong result" in found["failed"]["score peak"] and "score peak" not in found["stages"]
     assert {"score kmeans", "score kmedian", "score leverage"} <= found["stages"].keys() & found["predicted"].keys()
 
 
 @pytest.mark.parametrize("wrong", ["row_value", "row_index", "row_owner"])
 def test_wrong_centroids_get_no_time(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = gpu.Ways.centroids
+    right = Ways.centroids
 
-    def bent(ways: gpu.Ways, *given: Any) -> Any:
+    def bent(ways: Ways, *given: Any) -> Any:
         found = right(ways, *given)
         return found._replace(**{wrong: getattr(found, wrong) + 1})
 
-    case, machine = gpu.Case(256, True, 16, 2, 2), gpu.Machine("cpu", torch.float32, 1)
-    assert {"centroids", "centroids, backward"} <= gpu.measure(case, Plan(routes=2), machine, False)["stages"].keys()
-    monkeypatch.setattr(gpu.Ways, "centroids", bent)
-    found = gpu.measure(case, Plan(routes=2), machine, False)
+    case, machine = Case(256, True, 16, 2, 2), Machine("cpu", torch.float32, 1)
+    assert {"centroids", "centroids, backward"} <= measure(case, Plan(routes=2), machine, False)["stages"].keys()
+    monkeypatch.setattr(Ways, "centroids", bent)
+    found = measure(case, Plan(routes=2), machine, False)
     assert "wrong result" in found["failed"]["centroids"] and "centroids, backward" not in found["stages"]
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_wrong_gradients_get_no_time(place: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In query, key and value, also where only the last queries and keys are compared."""
+    right = Ways.backward
+
+    def bent(ways: Ways, *given: Any) -> Any:
+        found = list(right(ways, *given))
+        found[place] = found[place] * 1.5
+        return tuple(found)
+
+    case, machine = Case(256, True, 16, 2, 2), Machine("cpu", torch.float32, 1)
+    names = {"total, backward", "sdpa math, backward"}
+    for whole in (4096, 128):
+        with monkeypatch.context() as patched:
+            patched.setattr(checks, "WHOLE", whole)
+            assert names <= measure(case, Plan(routes=2), machine, False, False)["stages"].keys()
+            patched.setattr(Ways, "backward", bent)
+            found = measure(case, Plan(routes=2), machine, False, False)
+        assert all("wrong result" in found["failed"][name] for name in names) and not names & found["stages"].keys()
+
+
+def test_flex_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not compiled: what it computes is checked all the same."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    ways = Ways(Case(640, True, 16, 2, 2), Plan(window=16, routes=8), Machine("cpu", torch.float32, 1))
+    ways.prepare({})
+    got = ways.flex()()
+    wrong = Checks(ways).flex
+    assert wrong(got) < 1e-4 < 0.1 < wrong(got * 1.5)
+
+
+def test_kernels_are_compiled_in_other_processes() -> None:
+    """One of the cases that have the same kernels; a failure there is the measurement's to tell."""
+    machine = Machine("cpu", torch.float32, 1)
+    many = [(Case(n, True, 16, 2, 2), Plan(routes=2), machine, False) for n in (128, 256)]
+    assert warm.warm_up(many, 600) == 1
+    assert set(warm.compile_all(*many[0])) == {"summarize", "route", "attend", "total, backward"}
+    assert warm.warm_up(many, 0) == 0
 
 
 def test_what_a_case_raises_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def raises(*_: Any) -> Any:
         raise RuntimeError("out of resources")
 
-    monkeypatch.setattr(gpu, "Ways", raises)
-    machine = gpu.Machine("cpu", torch.float32, rounds=1)
-    cases = [gpu.Case(256, True, 16, 2, 2)]
-    assert gpu_run.run(cases, Plan(), machine, tmp_path / "out.json", 60) == 1
-    assert gpu_run.run(cases, Plan(), machine, tmp_path / "late.json", -1) == 0
+    monkeypatch.setattr(measuring, "Ways", raises)
+    machine = Machine("cpu", torch.float32, rounds=1)
+    cases = [Case(256, True, 16, 2, 2)]
+    assert run.run(cases, Plan(), machine, tmp_path / "out.json", 60) == 1
+    assert run.run(cases, Plan(), machine, tmp_path / "late.json", -1) == 0
     (row,) = json.loads((tmp_path / "out.json").read_text())["cases"]
     assert row["failed"] == {"case": "out of resources"} and not row["stages"]
     assert len(json.loads((tmp_path / "late.json").read_text())["left_out"]) == 1
@@ -100,66 +146,66 @@ def test_a_stage_that_fails_does_not_stop_the_others(monkeypatch: pytest.MonkeyP
     def raises(*_: Any) -> Any:
         raise RuntimeError("no such instruction")
 
-    monkeypatch.setattr(gpu.Ways, "route", raises)
-    found = gpu.measure(gpu.Case(256, True, 16, 2, 2), Plan(routes=2), gpu.Machine("cpu", torch.float32, 1), False)
+    monkeypatch.setattr(Ways, "route", raises)
+    found = measure(Case(256, True, 16, 2, 2), Plan(routes=2), Machine("cpu", torch.float32, 1), False)
     assert found["failed"]["route"] == "no such instruction" and "total" not in found["stages"]
     assert {"sdpa math", "sdpa math, backward", "score peak"} <= found["stages"].keys()
 
 
 @pytest.mark.parametrize("plan", [Plan(chunk=32, routes=4, share=0.02), Plan(window=0, routes=2, residual=True)])
 def test_other_plans_are_checked_and_timed(plan: Plan) -> None:
-    case = gpu.Case(320, not plan.residual, 16, 2, 2)
-    found = gpu.measure(case, plan, gpu.Machine("cpu", torch.float32, 1), False, False)
+    case = Case(320, not plan.residual, 16, 2, 2)
+    found = measure(case, plan, Machine("cpu", torch.float32, 1), False, False)
     assert {"summarize", "route", "attend", "total", "total, backward"} <= found["stages"].keys(), found["failed"]
     assert ("mass" in found["stages"]) == plan.needs_mass and not any("score" in name for name in found["stages"])
 
 
 def test_what_time_does_not_suffice_for_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A case that is begun in time ends soon after it, and what it has by then is kept."""
-    right, over = gpu.Ways.total, []
+    right, over = Ways.total, []
 
-    def late(ways: gpu.Ways) -> Any:
+    def late(ways: Ways) -> Any:
         over.append(True)
         return right(ways)
 
-    monkeypatch.setattr(gpu.Ways, "total", late)
-    monkeypatch.setattr(gpu.Machine, "over", lambda machine: bool(over))
-    machine, cases = gpu.Machine("cpu", torch.float32, 1), [gpu.Case(n, True, 16, 2, 2) for n in (256, 320)]
-    assert gpu_run.run(cases, Plan(routes=2), machine, tmp_path / "out.json", 60) == 0
+    monkeypatch.setattr(Ways, "total", late)
+    monkeypatch.setattr(Machine, "over", lambda machine: bool(over))
+    machine, cases = Machine("cpu", torch.float32, 1), [Case(n, True, 16, 2, 2) for n in (256, 320)]
+    assert run.run(cases, Plan(routes=2), machine, tmp_path / "out.json", 60) == 0
     found = json.loads((tmp_path / "out.json").read_text())
     (row,) = found["cases"]
     assert {"summarize", "route", "attend", "total"} == row["stages"].keys()
-    assert row["failed"]["sdpa math"] == gpu.OVER and found["left_out"] == ["n=320 causal D=16 group=2"]
+    assert row["failed"]["sdpa math"] == OVER and found["left_out"] == ["n=320 causal D=16 group=2"]
 
 
 def test_a_run_that_is_cut_off_keeps_its_cases(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    out, right = tmp_path / "out.json", gpu.measure
+    out, right = tmp_path / "out.json", measure
 
-    def cut_off(case: gpu.Case, *more: Any) -> Any:
+    def cut_off(case: Case, *more: Any) -> Any:
         if case.n > 256:
             raise KeyboardInterrupt
         return right(case, *more)
 
-    monkeypatch.setattr(gpu, "measure", cut_off)
-    machine, cases = gpu.Machine("cpu", torch.float32, 1), [gpu.Case(n, True, 16, 2, 2) for n in (256, 320)]
+    monkeypatch.setattr(run, "measure", cut_off)
+    machine, cases = Machine("cpu", torch.float32, 1), [Case(n, True, 16, 2, 2) for n in (256, 320)]
     with pytest.raises(KeyboardInterrupt):
-        gpu_run.run(cases, Plan(routes=2), machine, out, 60)
-    assert [row["n"] for row in gpu_run.kept(out)] == [256]
+        run.run(cases, Plan(routes=2), machine, out, 60)
+    assert [row["n"] for row in run.kept(out)] == [256]
 
 
 def test_a_lost_device_is_left_to_another_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     out = tmp_path / "out.json"
-    machine, cases = gpu.Machine("cpu", torch.float32, 1), [gpu.Case(n, True, 16, 2, 2) for n in (256, 320)]
+    machine, cases = Machine("cpu", torch.float32, 1), [Case(n, True, 16, 2, 2) for n in (256, 320)]
     lost = [True, False]
-    monkeypatch.setattr(gpu.Machine, "lost", lambda machine: lost.pop(0))
+    monkeypatch.setattr(Machine, "lost", lambda machine: lost.pop(0))
     left = []
 
     def again(seconds: float) -> int:
         left.append(seconds)
-        return gpu_run.run(cases, Plan(routes=2), machine, out, seconds, again)
+        return run.run(cases, Plan(routes=2), machine, out, seconds, again)
 
-    assert gpu_run.run(cases, Plan(routes=2), machine, out, 600, again) == 0
-    assert [row["n"] for row in gpu_run.kept(out)] == [256, 320] and len(left) == 1 and 0 < left[0] < 600
+    assert run.run(cases, Plan(routes=2), machine, out, 600, again) == 0
+    assert [row["n"] for row in run.kept(out)] == [256, 320] and len(left) == 1 and 0 < left[0] < 600
 
 
 def test_the_model_grows_as_the_formulas_do() -> None:

@@ -1,4 +1,4 @@
-"""Runs the cases of ``bench.gpu`` until time is up, prints and keeps what they say."""
+"""Runs cases until time is up, prints and keeps what they say."""
 
 from __future__ import annotations
 
@@ -18,21 +18,30 @@ from unittest import mock
 import torch
 from tabulate import tabulate
 
-from bench import gpu, svg
+from bench import svg
 from prescore_compile import Config
 from prescore_compile.kernels import ops
 from prescore_compile.kernels.plan import Plan
 from prescore_compile.passes.defaults import TWO_LEVELS_FROM, default_plan
 
-FLEX = ((True, 128, 4), (False, 128, 4))
-"""(causal, dim, group) of the cases that FlexAttention and scorers are compiled for, half a minute each."""
+from .machine import Case, Machine
+from .measure import OVER, measure
+from .warm import warm_up
+from .ways import SCORED
+
+SCORING = ((True, 128, 4), (False, 128, 4))
+"""(causal, dim, group) of the cases that scorers and centroids are measured for, and FlexAttention at some lengths."""
+FLEX_LENGTHS = (4096, 32768, 131072)
+"""It is compiled for each, in half a minute."""
+WARMING = 150.0
+"""Seconds after which what is not compiled yet is compiled as it is measured."""
 TINY = Plan(chunk=16, window=16, sinks=2, routes=1)
 
 
 def run(
-    cases: list[gpu.Case],
+    cases: list[Case],
     plan: Plan | None,
-    machine: gpu.Machine,
+    machine: Machine,
     out: Path,
     seconds: float,
     again: Callable[[float], int] | None = None,
@@ -51,21 +60,20 @@ def run(
     rows: list[dict[str, Any]] = [] if again is None else kept(out)
     done = [name_of(row) for row in rows]
     left_out: list[str] = []
-    for case in cases:
+    tasks = [
+        (case, plan or Config().plan_for(case.causal, "cuda", case.n), machine, scored(case, machine)) for case in cases
+    ]
+    if machine.device == "cuda":
+        print(f"compiling: {warm_up(tasks, WARMING)} of the kinds of cases have their kernels", flush=True)
+    for case, given, _, scoring in tasks:
         name = name_of(asdict(case))
         if name in done:
             continue
         if machine.over():
             left_out.append(name)
             continue
-        shape = (case.causal, case.dim, case.group)
-        extra = machine.device == "cpu" or shape in FLEX
-        given = plan or Config().plan_for(case.causal, "cuda", case.n)
-        failed: dict[str, str] = {}
-        with gpu.told(failed, "case"):
-            rows.append(gpu.measure(case, given, machine, extra and machine.device == "cuda", extra))
-        if failed:  # not even its inputs or its summary could be made
-            rows.append(gpu.row(case, given, machine, {}, failed))
+        flex = machine.device == "cuda" and scoring and case.n in FLEX_LENGTHS
+        rows.append(measure(case, given, machine, flex, scoring))
         print(f"{time.monotonic() - begin:6.0f} s  {name}: {say(rows[-1])}", flush=True)
         keep(out, machine, plan, rows, [])
         if machine.lost() and again is not None:
@@ -80,16 +88,20 @@ def run(
     out.with_suffix(".svg").write_text(plot(rows))
     print(f"wrote {out} and {out.with_suffix('.svg').name}")
     ours = ["case", "stages", "summarize", "mass", "route", "attend", "total", "total, backward"]
-    ours += [*(f"score {method}" for method in gpu.SCORED), "centroids", "centroids, backward"]
-    told = [(name, why) for row in rows for name, why in row["failed"].items() if why != gpu.OVER]
+    ours += [*(f"score {method}" for method in SCORED), "centroids", "centroids, backward"]
+    told = [(name, why) for row in rows for name, why in row["failed"].items() if why != OVER]
     return int(any(name in ours or "wrong result" in why for name, why in told))
+
+
+def scored(case: Case, machine: Machine) -> bool:
+    return machine.device == "cpu" or (case.causal, case.dim, case.group) in SCORING
 
 
 def name_of(case: Mapping[str, Any]) -> str:
     return f"n={case['n']} {'causal' if case['causal'] else 'two-sided'} D={case['dim']} group={case['group']}"
 
 
-def keep(out: Path, machine: gpu.Machine, plan: Plan | None, rows: list[dict[str, Any]], left_out: list[str]) -> None:
+def keep(out: Path, machine: Machine, plan: Plan | None, rows: list[dict[str, Any]], left_out: list[str]) -> None:
     """Write what was found, all at once: a run that is killed leaves the last whole file."""
     out.parent.mkdir(parents=True, exist_ok=True)
     found = {"about": about(machine, plan), "cases": rows, "left_out": left_out}
@@ -147,7 +159,7 @@ def plot(rows: list[dict[str, Any]]) -> str:
 
 
 @functools.cache  # a device that was lost no longer says its name
-def about(machine: gpu.Machine, plan: Plan | None) -> dict[str, Any]:
+def about(machine: Machine, plan: Plan | None) -> dict[str, Any]:
     import triton
 
     device = torch.cuda.get_device_name() if machine.device == "cuda" else "interpreter: times mean nothing"
@@ -171,7 +183,7 @@ def dry_run(out: Path | None) -> int:
         command += ["--out", str(out)] if out else []
         return subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, check=False).returncode
     target = out or Path(tempfile.mkdtemp(prefix="prescore_")) / "dry-run.json"
-    machine = gpu.Machine("cpu", torch.float32, rounds=1)
-    tiny = [gpu.Case(48, True, 16, 2, 2), gpu.Case(48, False, 16, 1, 1)]
+    machine = Machine("cpu", torch.float32, rounds=1)
+    tiny = [Case(48, True, 16, 2, 2), Case(48, False, 16, 1, 1)]
     with mock.patch.object(ops, "_generated", lambda query: True):
         return run(tiny, TINY, machine, target, 600)

@@ -1,0 +1,174 @@
+"""The functions that are timed for one case."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from bench.operands import counted, smooth
+from prescore_compile.kernels import ops
+from prescore_compile.kernels.plan import Plan
+from prescore_compile.kernels.reference import Operands
+from prescore_compile.kernels.summary import Summary
+
+from .machine import Case, Machine, told
+
+BACKENDS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+STAGES = ("summarize", "mass", "route", "attend")
+SCORED = ("kmeans", "kmedian", "leverage", "peak")
+"""Methods whose scores are timed."""
+BLOCK = 128
+"""Queries, and keys, of a block of FlexAttention."""
+
+
+class Ways:
+    """Each way is called without arguments, and gives what its check takes."""
+
+    def __init__(self, case: Case, plan: Plan, machine: Machine) -> None:
+        self.case, self.plan, self.machine = case, plan, machine
+        self.site = smooth(case.n, case.heads, case.group, case.dim, case.causal, machine.dtype, machine.device)
+        self.grad = torch.randn_like(self.site.query)
+
+    @functools.cached_property
+    def all(self) -> dict[str, Callable[[], Any]]:
+        """Every way but FlexAttention, which must be compiled first, by its name."""
+        found: dict[str, Callable[[], Any]] = {name: getattr(self, name) for name in STAGES}
+        found["total"] = self.total
+        found["total, backward"] = lambda: self.backward(lambda site: ops.prescored(site, self.plan), self.site)
+        for name, backend in BACKENDS.items():
+            found[f"sdpa {name}"] = functools.partial(self.sdpa, backend)
+            found[f"sdpa {name}, backward"] = functools.partial(self.sdpa_backward, backend)
+        found |= {f"score {method}": functools.partial(self.score, method) for method in SCORED}
+        return found | {"centroids": self.centroids, "centroids, backward": self.centroids_backward}
+
+    def prepare(self, failed: dict[str, str]) -> None:
+        """What each stage gives to the next; ``failed`` says which one could not run, and no later one is tried."""
+        self.near = None
+        with told(failed, "summarize"):
+            self.summary = self.summarize()
+            self.machine.synchronize()
+        if self.plan.needs_mass and not failed:
+            with told(failed, "mass"):
+                self.near = self.mass()
+                self.machine.synchronize()
+        if not failed:
+            with told(failed, "route"):
+                self.routes = self.route()
+                self.machine.synchronize()
+
+    @property
+    def taken(self) -> float | None:
+        """Routes of a query, counted; None: they could not be chosen."""
+        return float((self.routes >= 0).sum(3).float().mean()) if hasattr(self, "routes") else None
+
+    def summarize(self) -> Summary:
+        return Summary(*ops.summarize(self.site.key, self.site.value, None, None, self.plan.text))
+
+    @property
+    def rows(self) -> tuple[torch.Tensor, ...]:
+        s = self.summary
+        return s.row_index, s.row_owner, s.row_key, s.row_value, s.row_bias
+
+    def mass(self) -> torch.Tensor:
+        site = self.site
+        return ops.mass(site.query, site.key, None, *self.rows, self.plan.text, site.causal, site.scale, "", [])
+
+    def route(self) -> torch.Tensor:
+        site = self.site
+        more = (self.plan.text, site.causal, site.key.shape[2], site.scale, "", [], self.near)
+        return ops.route(site.query, *self.summary[:4], *more)
+
+    def attend(self) -> torch.Tensor:
+        site, order = self.site, self.summary.order
+        return ops.attend(*site[:4], order, self.routes, *self.rows, self.plan.text, site.causal, site.scale, "", [])
+
+    def total(self) -> torch.Tensor:
+        return ops.prescored(self.site, self.plan)
+
+    def score(self, method: str) -> torch.Tensor:
+        site = self.site
+        return ops.score(site.query, site.key, None, scored(self.plan, method).text, site.causal, site.scale)
+
+    @functools.cached_property
+    def norms(self) -> torch.Tensor:
+        """Scores by which the keys of ``centroids`` are selected."""
+        return ops.score(*self.site[:2], None, selected(self.plan).text, self.site.causal, self.site.scale)
+
+    def centroids(self, site: Operands | None = None) -> Summary:
+        """A summary of selected keys and centroids, as plans without routes have it."""
+        key, value = (site or self.site)[1:3]
+        return Summary(*ops.summarize(key, value, None, self.norms, selected(self.plan).text))
+
+    def centroids_backward(self) -> tuple[Summary, tuple[torch.Tensor, ...]]:
+        """Such a summary, and the gradients of its rows' sum in keys and values."""
+        leaves = [t.detach().requires_grad_() for t in self.site[1:3]]
+        found = self.centroids(self.site._replace(key=leaves[0], value=leaves[1]))
+        return found, torch.autograd.grad(found[6:8], leaves, [torch.ones_like(t) for t in found[6:8]])
+
+    @functools.cached_property
+    def expanded(self) -> Operands:
+        """Keys and values once a query head, for backends that know no groups."""
+        site, group = self.site, self.case.group
+        return site._replace(key=site.key.repeat_interleave(group, 1), value=site.value.repeat_interleave(group, 1))
+
+    def sdpa(self, backend: SDPBackend, site: Operands | None = None) -> torch.Tensor:
+        site = site or self.expanded
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(*site[:3], is_causal=site.causal, scale=site.scale)
+
+    def sdpa_backward(self, backend: SDPBackend) -> tuple[torch.Tensor, ...]:
+        return self.backward(functools.partial(self.sdpa, backend), self.expanded)
+
+    def backward(self, forward: Callable[[Operands], torch.Tensor], site: Operands) -> tuple[torch.Tensor, ...]:
+        """Forward and backward of a function of a site: the gradients in query, key and value."""
+        leaves = [t.detach().requires_grad_() for t in site[:3]]
+        given = site._replace(query=leaves[0], key=leaves[1], value=leaves[2])
+        return torch.autograd.grad(forward(given), leaves, self.grad)
+
+    @functools.cached_property
+    def mask_mod(self) -> Callable[[Any, Any, Any, Any], Any]:
+        """What FlexAttention attends: the window, the sinks and, in place of routes, random blocks of as many keys."""
+        case, plan = self.case, counted(self.plan, self.taken)
+        blocks = -(-case.n // BLOCK)
+        reachable = blocks / 2 if case.causal else blocks
+        generator = torch.Generator(self.machine.device).manual_seed(1)
+        drawn = torch.rand(blocks, blocks, generator=generator, device=self.machine.device)
+        drawn = drawn < plan.routes * plan.cluster / BLOCK / reachable
+        reach, sinks = (plan.window or 0) + BLOCK, plan.sinks
+
+        def attended(batch: Any, head: Any, query: Any, key: Any) -> Any:
+            near = (query - key).abs() <= reach
+            kept = near | (key < sinks) | drawn[query // BLOCK, key // BLOCK]
+            return kept & (query >= key) if case.causal else kept
+
+        return attended
+
+    def flex(self) -> Callable[[], torch.Tensor]:
+        """FlexAttention with that mask, compiled."""
+        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+        site, n, device = self.site, self.case.n, self.machine.device
+        torch._dynamo.reset()  # a shape is compiled for itself
+        block_mask = create_block_mask(self.mask_mod, None, None, n, n, device=device, _compile=device == "cuda")
+        compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
+        return lambda: compiled(*site[:3], block_mask=block_mask, scale=site.scale, enable_gqa=self.case.group > 1)
+
+
+def scored(plan: Plan, method: str) -> Plan:
+    """The plan beside a site's that selects keys by this method."""
+    return Plan(method=method, keep=min(32, plan.chunk), chunk=plan.chunk, routes=0)
+
+
+def selected(plan: Plan) -> Plan:
+    """The plan beside a site's that has selected keys and centroids, and no routes."""
+    return Plan(method="norm", keep=8, centroids=8, chunk=plan.chunk, routes=0)
