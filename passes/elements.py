@@ -19,6 +19,7 @@ from torch import fx
 from .calls import Call, call_of
 from .compat import OUTSIDE, symbolic, value_of
 from .constants import closed_form, constant_of
+from .extent import MOST, Extents
 from .indices import ZERO, Index, NotAView, Sizes, broadcast, full_key, is_one, pull
 from .memory import Memory
 
@@ -102,6 +103,7 @@ class Elements:
         self.seen: dict[fx.Node, None] = {}
         self.loads: dict[str, fx.Node] = {}
         self._known: dict[tuple[fx.Node, Index], Any] = {}
+        self._extents = Extents()
         self._exact: Elements | None = None
         if near:
             self._exact = Elements(memory, sizes)
@@ -114,7 +116,10 @@ class Elements:
                 return sympy.sympify(node)
             raise NotClosedForm(f"constant {node!r}")
         if (node, index) not in self._known:  # what is used twice a step would double the work with each
-            self._known[node, index] = self._at(node, index)
+            found = self._at(node, index)
+            if self._extents.of(found) > MOST:
+                raise NotClosedForm(f"{node.name}: more than {MOST} operations, written out")
+            self._known[node, index] = found
         return self._known[node, index]
 
     def _at(self, node: fx.Node, index: Index) -> Any:

@@ -22,6 +22,9 @@ class _Printer(StrPrinter):  # type: ignore[misc]
     def _print_Or(self, expr: Any) -> str:
         return " or ".join(sorted(self._inner(a, sympy.And) for a in expr.args))
 
+    def _print_Xor(self, expr: Any) -> str:
+        return " xor ".join(sorted(f"({self._print(a)})" for a in expr.args))
+
     def _inner(self, expr: Any, other: type) -> str:
         return f"({self._print(expr)})" if isinstance(expr, other) else self._print(expr)
 

@@ -209,10 +209,35 @@ def test_lengths_of_the_run_time_do_not_stop_the_model() -> None:
     assert site.decision == "keep"
 
 
-def test_values_used_twice_a_step_are_read_once() -> None:
-    def doubled(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-        for at in range(14):
-            mask = torch.where(torch.arange(N) == at, mask & True, mask)
+@pytest.mark.parametrize("step", ["where", "xor", "square"])
+def test_masks_that_grow_with_each_step_are_given_up(step: str) -> None:
+    """What algebra on them takes would double: forty steps would never end."""
+    places = torch.arange(N)
+
+    def grown(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        distance = places.unsqueeze(1) - places
+        for at in range(40):
+            if step == "where":
+                mask = torch.where(places == at, mask & True, mask)
+            elif step == "xor":
+                mask = mask ^ (distance == at)
+            else:
+                distance = distance * distance + distance
+        return S(q, k, v, mask if step in ("where", "xor") else distance > 0)
+
+    (site,) = unchanged(grown, *qkv(), torch.rand(N, N) > 0.3)
+    assert site.reason.startswith("opaque_mask: ") and "operations, written out" in site.reason
+
+
+def test_many_steps_that_only_add_up_are_read() -> None:
+    """Forty documents, by their numbers."""
+    places = torch.arange(N)
+
+    def documents(q: Tensor, k: Tensor, v: Tensor, document: Tensor) -> Tensor:
+        mask = places.unsqueeze(1) >= places
+        for at in range(40):
+            mask = mask & ((document == at).unsqueeze(1) == (document == at))
         return S(q, k, v, mask)
 
-    unchanged(doubled, *qkv(), torch.rand(N, N) > 0.3)
+    (site,) = unchanged(documents, *qkv(), torch.randint(0, 40, (N,)))
+    assert site.reason.startswith("unsupported_mask: ")
