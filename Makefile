@@ -19,8 +19,9 @@ test:
 test-slow: $(READY)
 	$(BIN)/pytest -m slow
 
+# Threads of torch, beside as many processes as there are cores, would only wait for each other: twice as slow.
 pytest: $(READY)
-	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist worksteal --durations 25 --durations-min 10
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist worksteal --durations 25 --durations-min 10
 
 lint: ruff types
 
