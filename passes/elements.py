@@ -19,7 +19,7 @@ from torch import fx
 from .calls import Call, call_of
 from .compat import OUTSIDE, symbolic, value_of
 from .constants import closed_form, constant_of
-from .extent import MOST, Extents
+from .extent import MOST, TOO_LARGE, Extents
 from .indices import ZERO, Index, NotAView, Sizes, broadcast, full_key, is_one, pull
 from .memory import Memory
 
@@ -117,10 +117,14 @@ class Elements:
             raise NotClosedForm(f"constant {node!r}")
         if (node, index) not in self._known:  # what is used twice a step would double the work with each
             found = self._at(node, index)
-            if self._extents.of(found) > MOST:
-                raise NotClosedForm(f"{node.name}: more than {MOST} operations, written out")
+            if self.too_large(found):
+                raise NotClosedForm(f"{node.name}: {TOO_LARGE}")
             self._known[node, index] = found
         return self._known[node, index]
+
+    def too_large(self, *exprs: Any) -> bool:
+        """Whether these have more than ``MOST`` operations together, so that algebra on them may not end."""
+        return sum(map(self._extents.of, exprs)) > MOST
 
     def _at(self, node: fx.Node, index: Index) -> Any:
         value = value_of(node)

@@ -9,6 +9,7 @@ import sympy
 
 MOST = 2000
 """Of an expression that is looked into, some seconds' work. A mask of a dozen documents has a hundred."""
+TOO_LARGE = f"more than {MOST} operations, written out"
 
 DEGREES = 16
 """Of a power; beyond, it is too large in any case."""

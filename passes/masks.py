@@ -15,7 +15,7 @@ from torch import fx
 from ..kernels.logits import NOTHING, Logits, settled
 from .compat import guard_equal, known_equal, symbolic, value_of
 from .elements import Elements, NotClosedForm
-from .extent import MOST, Extents
+from .extent import TOO_LARGE
 from .indices import divide, ranges
 from .keys import B, H, K, Keys, Q, only_of_keys
 from .maths import plain
@@ -219,14 +219,14 @@ def _meaning(attention: Attention, elements: Elements) -> _Meaning:
     Raises:
         _Opaque: one that has no closed form.
     """
-    found, extents = _Meaning(), Extents()
+    found = _Meaning()
     half = value_of(attention.query.node).dtype == torch.float16
     lowest = LOWEST_HALF if half else LOWEST
     for term in attention.terms:
         try:
             found = _after(found, term, elements, lowest)
-            if extents.of(found.allowed) + extents.of(found.bias) > MOST:
-                raise NotClosedForm(f"more than {MOST} operations, written out")
+            if elements.too_large(found.allowed, found.bias):
+                raise NotClosedForm(TOO_LARGE)
         except NotClosedForm as error:
             raise _Opaque(str(error)) from None
         except _Opaque:

@@ -29,6 +29,8 @@ import torch
 import triton.language as tl
 from triton.runtime import interpreter
 
+SHIFTS = ("create_shl", "create_lshr", "create_ashr")
+DIVISIONS = ("create_sdiv", "create_srem")
 MANY = -1
 """Read by more than one program."""
 
@@ -133,14 +135,14 @@ def watching() -> Iterator[None]:
     def asserted(self: Any, condition: Any, message: str) -> None:
         launch.check(message, ~np.asarray(condition.data, dtype=bool))
 
-    def operation(name: str, what: str, wrong: Any) -> tuple[str, Any]:
+    def operation(name: str, what: str, wrong: Any) -> Any:
         compute = getattr(builder, name)
 
         def computed(self: Any, one: Any, other: Any) -> Any:
             launch.check(what, wrong(np.asarray(one.data), np.asarray(other.data)))
             return compute(self, one, other)
 
-        return name, computed
+        return computed
 
     def too_far(number: np.ndarray, by: np.ndarray) -> np.ndarray:
         return (by.astype(np.int64) < 0) | (by.astype(np.int64) >= 8 * number.itemsize)
@@ -164,12 +166,9 @@ def watching() -> Iterator[None]:
             "create_fp_to_si": rounded,
             "create_maxnumf": lambda self, one, other: self.binary_op(one, other, np.fmax),
             "create_minnumf": lambda self, one, other: self.binary_op(one, other, np.fmin),
+            **{name: operation(name, "shifted too far", too_far) for name in SHIFTS},
+            **{name: operation(name, "divided by zero", lambda _, by: by == 0) for name in DIVISIONS},
         }.items():
-            patches.enter_context(mock.patch.object(builder, name, new))
-        for name, new in [
-            *(operation(name, "shifted too far", too_far) for name in ("create_shl", "create_lshr", "create_ashr")),
-            *(operation(name, "divided by zero", lambda _, by: by == 0) for name in ("create_sdiv", "create_srem")),
-        ]:
             patches.enter_context(mock.patch.object(builder, name, new))
         yield
 

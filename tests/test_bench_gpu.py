@@ -122,10 +122,10 @@ def test_flex_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_kernels_are_compiled_in_other_processes() -> None:
     """One of the cases that have the same kernels; a failure there is the measurement's to tell."""
     machine = Machine("cpu", torch.float32, 1)
-    many = [(Case(n, True, 16, 2, 2), Plan(routes=2), machine, False) for n in (128, 256)]
-    assert warm.warm_up(many, 600) == 1
-    assert set(warm.compile_all(*many[0])) == {"summarize", "route", "attend", "total, backward"}
-    assert warm.warm_up(many, 0) == 0
+    many = [(Case(n, True, 16, 2, 2), Plan(routes=2), False) for n in (128, 256)]
+    assert warm.warm_up(many, machine, 600) == 1
+    assert set(warm.compile_all(*many[0], machine)) == {"summarize", "route", "attend", "total, backward"}
+    assert warm.warm_up(many, machine, 0) == 0
 
 
 def test_what_a_case_raises_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

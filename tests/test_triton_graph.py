@@ -161,14 +161,14 @@ def test_every_size_a_symbol(name: str, monkeypatch: pytest.MonkeyPatch) -> None
     expected = {"attend"} | ({"cluster", "route"} if plan.routes else {"rows"})
     assert expected <= set(launched(graph_of(forward, *site[:3], dynamic=True)))
     out, sums = site.query, site.query.new_empty(site.query.shape[:3], dtype=torch.float32)
-    given = [t for t in arguments(plan) if t is not None]
+    real = arguments(plan)
 
     def backward(*tensors: torch.Tensor) -> Any:
         rest = iter(tensors[3:])
-        filled = [None if t is None else next(rest) for t in arguments(plan)]
+        filled = [None if t is None else next(rest) for t in real]
         return ops.attend_backward(*tensors[:3], *filled, plan.text, True, 0.25, "", [])
 
-    graph = graph_of(backward, out, out, sums, *given, dynamic=True)
+    graph = graph_of(backward, out, out, sums, *(t for t in real if t is not None), dynamic=True)
     assert "d_query" in launched(graph)
 
 

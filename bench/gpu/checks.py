@@ -16,7 +16,7 @@ from prescore_compile.kernels.plan import Plan
 from prescore_compile.kernels.reference import Operands
 from prescore_compile.kernels.summary import Summary
 
-from .ways import BACKENDS, SCORED, Ways, scored, selected
+from .ways import BACKENDS, SCORED, SCORES, Ways, scored, selected
 
 WHOLE = 4096
 """Up to so many keys, every query is compared with the reference."""
@@ -39,7 +39,7 @@ class Checks:
         """By the names of ``Ways.all``, and "flex"."""
         found: dict[str, Callable[[Any], float]] = {
             "summarize": self.means,
-            "mass": lambda got: error(self.some(got.unsqueeze(3)), self.near),
+            "mass": lambda got: error(self.some(got), self.near),
             "route": self.routes,
             "attend": lambda got: error(self.some(got), self.attended),
             "total": lambda got: error(self.some(got), self.attended),
@@ -51,7 +51,7 @@ class Checks:
         for name in BACKENDS:
             found[f"sdpa {name}"] = lambda got: error(self.some(got), self.exact)
             found[f"sdpa {name}, backward"] = lambda got: self.gradients(got, self.exact_gradients())
-        return found | {f"score {method}": functools.partial(self.scores, method) for method in SCORED}
+        return found | {name: functools.partial(self.scores, of) for name, of in zip(SCORES, SCORED, strict=True)}
 
     def limit(self, name: str) -> float:
         return ROUTES_LIMIT if name == "route" and not self.plan.coarse else LIMIT
@@ -61,7 +61,7 @@ class Checks:
         return self.site.query.shape[2] <= WHOLE
 
     def some(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The queries that are checked, of ``[B, H, Nq, D]``."""
+        """The queries that are checked, of ``[B, H, Nq, ...]``."""
         if self.whole:
             return tensor
         return tensor[:, :, -CHECKED:] if self.site.causal else tensor[:, :, :CHECKED]
@@ -88,7 +88,7 @@ class Checks:
 
     @functools.cached_property
     def near(self) -> torch.Tensor:
-        return reference.mass(self.few, self.wide, self.plan).unsqueeze(3)
+        return reference.mass(self.few, self.wide, self.plan)
 
     def means(self, got: Summary) -> float:
         """Largest error of a mean of a cluster of the last chunks, against the keys that stand in it."""
@@ -112,7 +112,7 @@ class Checks:
         scores = reference.routing_scores(query.float(), summary, site.scale)
         group = query.shape[1] // site.key.shape[1]
         near = self.ways.near
-        mass = None if near is None else self.some(near.unsqueeze(3)).squeeze(3)
+        mass = None if near is None else self.some(near)
         best = coarse.route(query, summary, plan, site.causal, site.key.shape[2], site.scale, mass=mass)
         chosen = self.some(got)
         taken, wanted = ((routes >= 0).sum(3) for routes in (chosen, best))

@@ -13,7 +13,7 @@ from prescore_compile.passes import cost
 
 from .checks import Checks
 from .machine import Case, Machine, told
-from .ways import BACKENDS, SCORED, STAGES, Ways, scored, selected
+from .ways import BACKENDS, SCORED, SCORES, Ways, scored, selected
 
 OVER = "left out, as time was up"
 MATH_UP_TO, EFFICIENT_BACKWARD_UP_TO = 4096, 32768
@@ -49,7 +49,7 @@ def measure(case: Case, plan: Plan, machine: Machine, flex: bool, scoring: bool 
         ways.prepare(failed)
         taken = ways.taken
         if not failed:
-            way(name for name in STAGES if name != "mass" or plan.needs_mass)
+            way(ways.stages)
         if not failed:
             way(["total"])
         way(f"sdpa {name}" for name in BACKENDS if name != "math" or case.n <= MATH_UP_TO)
@@ -58,7 +58,7 @@ def measure(case: Case, plan: Plan, machine: Machine, flex: bool, scoring: bool 
             forward.remove("sdpa efficient")
         way(f"{name}, backward" for name in forward if name in times)
         if scoring:
-            way([*(f"score {method}" for method in SCORED), "centroids"])
+            way([*SCORES, "centroids"])
             way(["centroids, backward"] * ("centroids" in times))
         way(["flex"] * flex)
     return row(case, plan, machine, times, failed, taken)
@@ -79,10 +79,10 @@ def row(
     best = min(backends, key=backends.__getitem__) if backends else None
     found: dict[str, Any] = asdict(case) | {"stages": times, "failed": failed, "routes": taken}
     found["predicted"] = model.stages(model.Site(shape, case.n, plan), machine.model)
-    for method in SCORED:
-        if f"score {method}" in times:
+    for name, method in zip(SCORES, SCORED, strict=True):
+        if name in times:
             kept = model.Site(shape, case.n, scored(plan, method))
-            found["predicted"][f"score {method}"] = model.score(kept).seconds(machine.model)
+            found["predicted"][name] = model.score(kept).seconds(machine.model)
     if "centroids" in times:
         kept = model.Site(shape, case.n, selected(plan))
         found["predicted"]["centroids"] = sum(

@@ -27,7 +27,7 @@ from prescore_compile.passes.defaults import TWO_LEVELS_FROM, default_plan
 from .machine import Case, Machine
 from .measure import OVER, measure
 from .warm import warm_up
-from .ways import SCORED
+from .ways import SCORES, STAGES
 
 SCORING = ((True, 128, 4), (False, 128, 4))
 """(causal, dim, group) of the cases that scorers and centroids are measured for, and FlexAttention at some lengths."""
@@ -60,12 +60,10 @@ def run(
     rows: list[dict[str, Any]] = [] if again is None else kept(out)
     done = [name_of(row) for row in rows]
     left_out: list[str] = []
-    tasks = [
-        (case, plan or Config().plan_for(case.causal, "cuda", case.n), machine, scored(case, machine)) for case in cases
-    ]
+    tasks = [(case, plan or Config().plan_for(case.causal, "cuda", case.n), is_scored(case, machine)) for case in cases]
     if machine.device == "cuda":
-        print(f"compiling: {warm_up(tasks, WARMING)} of the kinds of cases have their kernels", flush=True)
-    for case, given, _, scoring in tasks:
+        print(f"compiling: {warm_up(tasks, machine, WARMING)} of the kinds of cases have their kernels", flush=True)
+    for case, given, scoring in tasks:
         name = name_of(asdict(case))
         if name in done:
             continue
@@ -87,13 +85,12 @@ def run(
     keep(out, machine, plan, rows, left_out)
     out.with_suffix(".svg").write_text(plot(rows))
     print(f"wrote {out} and {out.with_suffix('.svg').name}")
-    ours = ["case", "stages", "summarize", "mass", "route", "attend", "total", "total, backward"]
-    ours += [*(f"score {method}" for method in SCORED), "centroids", "centroids, backward"]
+    ours = ["case", *STAGES, "total", "total, backward", *SCORES, "centroids", "centroids, backward"]
     told = [(name, why) for row in rows for name, why in row["failed"].items() if why != OVER]
     return int(any(name in ours or "wrong result" in why for name, why in told))
 
 
-def scored(case: Case, machine: Machine) -> bool:
+def is_scored(case: Case, machine: Machine) -> bool:
     return machine.device == "cpu" or (case.causal, case.dim, case.group) in SCORING
 
 

@@ -27,6 +27,7 @@ BACKENDS = {
 STAGES = ("summarize", "mass", "route", "attend")
 SCORED = ("kmeans", "kmedian", "leverage", "peak")
 """Methods whose scores are timed."""
+SCORES = tuple(f"score {method}" for method in SCORED)
 BLOCK = 128
 """Queries, and keys, of a block of FlexAttention."""
 
@@ -48,8 +49,13 @@ class Ways:
         for name, backend in BACKENDS.items():
             found[f"sdpa {name}"] = functools.partial(self.sdpa, backend)
             found[f"sdpa {name}, backward"] = functools.partial(self.sdpa_backward, backend)
-        found |= {f"score {method}": functools.partial(self.score, method) for method in SCORED}
+        found |= {name: functools.partial(self.score, of) for name, of in zip(SCORES, SCORED, strict=True)}
         return found | {"centroids": self.centroids, "centroids, backward": self.centroids_backward}
+
+    @property
+    def stages(self) -> list[str]:
+        """Those of ``STAGES`` that the plan has."""
+        return [name for name in STAGES if name != "mass" or self.plan.needs_mass]
 
     def prepare(self, failed: dict[str, str]) -> None:
         """What each stage gives to the next; ``failed`` says which one could not run, and no later one is tried."""
