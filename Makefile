@@ -21,7 +21,7 @@ test-slow: $(READY)
 
 # Threads of torch, beside as many processes as there are cores, would only wait for each other: twice as slow.
 pytest: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist worksteal --durations 25 --durations-min 10
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist load --maxschedchunk 1 --durations 60 --durations-min 5
 
 lint: ruff types
 

@@ -30,11 +30,11 @@ collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpre
 collect_ignore += [] if os.environ.get("PRESCORE_NAMED") == "1" else ["named"]
 
 # Minutes each: begun with, so that no process is left alone with one of them at the end.
-LONG = ("test_census.py", "test_triton.py", "test_triton_codegen.py", "test_generated.py")
+LONG = ("test_triton.py", "test_triton_codegen.py", "test_census.py", "test_generated.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: item.path.name not in LONG)
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
 
 
 # Small, and between them every source: window, sinks, selected keys, centroids, routes.
