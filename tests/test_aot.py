@@ -65,6 +65,8 @@ COMBINED = {
     "together, many routes": Variant(
         plan=Plan(routes=70, group_routes=True), group=4, causal=False, dtype=torch.float32, backward=False
     ),
+    "together by shares, many routes": Variant(plan=Plan(share=0.01, routes=70, group_routes=True), group=3),
+    "more heads than rows": Variant(plan=Plan(keep=24, coarse=32), group=71, dtype=torch.float32),
     "slopes in double precision": Variant(plan=Plan(share=0.01), logits=aot.SLOPED, read=torch.float64),
     "logarithms and exponentials": Variant(plan=Plan(coarse=32), logits=aot.CURVED),
     "a head dim that is padded": Variant(dim=80, group=2, padded=True),

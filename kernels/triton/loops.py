@@ -29,6 +29,10 @@ def names(spec: Spec) -> dict[str, Any]:
         value_tile=max(16, power_of_two(spec.value_dim)),
         group=spec.group,
         queries=spec.queries,
+        head_parts=spec.head_parts,
+        in_head_parts=spec.head_parts > 1,
+        heads=spec.heads if spec.head_parts > 1 else "GROUP",
+        of_queries=f"(tile // {spec.head_parts})" if spec.head_parts > 1 else "tile",
         rows=spec.rows,
         keys=spec.tile.keys,
         step=spec.tile.keys * spec.splits,
@@ -137,7 +141,8 @@ def mask_values(spec: Spec, tensors: Mapping[str, torch.Tensor]) -> dict[str, An
 
 
 CONSTANTS = """
-# What is fixed in this source. A tile holds QUERIES queries times the GROUP heads of one KV head.
+# What is fixed in this source. A tile holds QUERIES queries times the GROUP heads of one KV head.  #? not in_head_parts
+# What is fixed in this source. A tile holds QUERIES queries times $heads of the GROUP heads of one KV head.  #? in_head_parts
 DIM: tl.constexpr = $dim
 VALUE_DIM: tl.constexpr = $value_dim
 DIM_TILE: tl.constexpr = $dim_tile
@@ -162,17 +167,20 @@ split = tl.program_id(1)  #? split
 
 member = tl.arange(0, ROWS)
 # Between two borders at which the window moves, all queries see the same finished chunks.  #? aligned
-block = first_block + tile // $tiles_a_chunk  #? aligned
-part = tile % $tiles_a_chunk  #? aligned
+block = first_block + $of_queries // $tiles_a_chunk  #? aligned
+part = $of_queries % $tiles_a_chunk  #? aligned
 first_position = WINDOW + block * CHUNK + part * QUERIES  #? aligned
 first_query = first_position - (k_len - q_len)  #? aligned
 wanted = tl.minimum(QUERIES, CHUNK - part * QUERIES)  #? aligned
-first_query = tile * QUERIES  #? not aligned
+first_query = $of_queries * QUERIES  #? not aligned
 first_position = first_query + k_len - q_len  #? causal and not aligned
 wanted = QUERIES  #? not aligned
-query_at = first_query + member // GROUP
-head = kv_head * GROUP + member % GROUP
-live = (member < wanted * GROUP) & (query_at >= 0) & (query_at < q_len)
+query_at = first_query + member // $heads
+head = kv_head * GROUP + member % GROUP  #? not in_head_parts
+of_group = tile % $head_parts * $heads + member % $heads  #? in_head_parts
+head = kv_head * GROUP + of_group  #? in_head_parts
+live = (member < wanted * $heads) & (query_at >= 0) & (query_at < q_len)
+live = live & (of_group < GROUP)  #? in_head_parts
 """
 
 BORDERS = """

@@ -219,7 +219,7 @@ STORES = {
 
 EACH_HEAD = """
 first_routes = own_routes
-for one in tl.static_range(HEADS):
+for each in tl.static_range(HEADS):
     $text
     own_routes += q_len * route_count
 own_routes = first_routes

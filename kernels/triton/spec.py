@@ -102,9 +102,19 @@ class Spec:
         return self.causal and self.windowed
 
     @property
+    def head_parts(self) -> int:
+        """Tiles that share the query heads of a KV head: more than one where a tile has fewer rows than heads."""
+        return cdiv(self.group, self.tile.rows)
+
+    @property
+    def heads(self) -> int:
+        """Query heads of a tile."""
+        return cdiv(self.group, self.head_parts)
+
+    @property
     def queries(self) -> int:
         """Queries of a tile. An aligned tile is an equal part of a chunk, or a little less."""
-        most = max(1, self.tile.rows // self.group)
+        most = self.tile.rows // self.heads
         if not self.aligned:
             return most
         chunk = self.settings.chunk
@@ -112,11 +122,12 @@ class Spec:
 
     @property
     def rows(self) -> int:
-        """Rows of a tile: ``queries`` times ``group``, padded to a power of two that a tensor core takes."""
-        return max(16, power_of_two(self.queries * self.group))
+        """Rows of a tile: ``queries`` times ``heads``, padded to a power of two that a tensor core takes."""
+        return max(16, power_of_two(self.queries * self.heads))
 
     @property
     def tiles_a_chunk(self) -> int:
+        """Of the same heads."""
         return cdiv(self.settings.chunk, self.queries)
 
     @property
@@ -129,11 +140,11 @@ class Spec:
         return (k_len - q_len - (self.settings.window or 0)) // self.settings.chunk
 
     def tiles(self, q_len: Any, k_len: Any) -> Any:
-        """Tiles of a head; lengths may be symbolic."""
+        """Tiles of a KV head; lengths may be symbolic."""
         if not self.aligned:
-            return cdiv(q_len, self.queries)
+            return cdiv(q_len, self.queries) * self.head_parts
         last = (k_len - 1 - (self.settings.window or 0)) // self.settings.chunk
-        return (last - self.first_block(q_len, k_len) + 1) * self.tiles_a_chunk
+        return (last - self.first_block(q_len, k_len) + 1) * (self.tiles_a_chunk * self.head_parts)
 
 
 @dataclass(frozen=True, kw_only=True)

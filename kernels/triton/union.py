@@ -56,7 +56,7 @@ def mark(
 """
 
 IN_BLOCKS = """
-inside = (member < QUERIES * GROUP)[:, None]
+inside = (member < QUERIES * $heads)[:, None]
 tl.store(to[:, None] + which[None, :], number, mask=inside & (which < route_count)[None, :])
 for begin in range($which, route_count, $which):
     which = begin + tl.arange(0, $which)
@@ -152,7 +152,7 @@ def union(spec: Spec, routes: torch.Tensor, q_len: Any, k_len: Any, kv_heads: An
     tiles = spec.tiles(q_len, k_len)
     count = routes.shape[3]
     total = routes.shape[0] * kv_heads * tiles
-    size = spec.queries * spec.group * count
+    size = spec.queries * spec.heads * count
     list_size = torch.sym_min(size, clusters)
     numbers = routes.new_empty(total, size)
     values = dict(

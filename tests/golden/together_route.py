@@ -191,7 +191,7 @@ def route(
     cluster = tl.where(cluster == 2147483647, -1, cluster)
     own_routes = routes + row * route_count
     first_routes = own_routes
-    for one in tl.static_range(HEADS):
+    for each in tl.static_range(HEADS):
         tl.store(own_routes[:, None] + rank, cluster, mask=(rank < route_count) & live[:, None])
         own_routes += q_len * route_count
     own_routes = first_routes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -142,6 +143,18 @@ def test_mha_gqa_mqa(heads: int, kv_heads: int) -> None:
     check(site, SOME)
     check_gradients(site, SOME)
     check(site._replace(causal=False), PLANS["streaming"])
+
+
+@pytest.mark.parametrize(("name", "causal"), [("keep and routes", True), ("residual", False)])
+def test_more_heads_than_a_tile_has_rows(name: str, causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nineteen share a KV head: ten are in one tile, nine in another."""
+    for table in (options.FORWARD, options.BACKWARD):
+        monkeypatch.setitem(table, ("cuda", True, 64), (16, 32, 4, 1))
+    plan = replace(PLANS[name], method="norm", chunk=16, window=0, routes=2)
+    site = operands(36, causal=causal, heads=19, kv_heads=1, batch=1, padded=True)
+    check_gradients(site, plan)
+    site = operands(36, causal=causal, heads=38, kv_heads=2, batch=1)
+    check(site._replace(query=site.query[:, :, -2:]), plan)  # programs share the keys of a tile
 
 
 def test_routes_sorted_on_chip(monkeypatch: pytest.MonkeyPatch) -> None:

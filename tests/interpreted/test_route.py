@@ -14,6 +14,7 @@ from prescore_compile.kernels import coarse, reference
 from prescore_compile.kernels.plan import Plan
 from prescore_compile.kernels.reference import Operands
 from prescore_compile.kernels.summary import Summary
+from prescore_compile.kernels.triton import route as of_route
 from prescore_compile.kernels.triton.mass import mass
 from prescore_compile.kernels.triton.route import route, route_source, spec_of
 
@@ -75,6 +76,14 @@ def check_words(got: torch.Tensor, want: torch.Tensor, scores: torch.Tensor, wal
 def test_routes_are_the_references(name: str, length: int, heads: int, kv_heads: int, causal: bool) -> None:
     site = operands(length, heads=heads, kv_heads=kv_heads, causal=causal, padded=length > 100, dim=20)
     check(site, summary_of(site, ROUTED[name]), ROUTED[name])
+
+
+@pytest.mark.parametrize(("name", "causal"), [("two levels", True), ("share", False)])
+def test_more_heads_than_a_tile_has_rows(name: str, causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nineteen share a KV head: ten are in one tile, nine in another."""
+    monkeypatch.setattr(of_route, "ROWS", 32)  # in float32, half of them
+    site = operands(70, dim=16, heads=19, kv_heads=1, causal=causal, batch=1)
+    check(site, summary_of(site, PLANS[name]), PLANS[name])
 
 
 @pytest.mark.parametrize("name", ["share", "together", "two levels"])
