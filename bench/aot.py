@@ -76,10 +76,14 @@ TYPES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """One site whose kernels are compiled; ``default``: nothing may spill; ``scores``: those of scores alone."""
+    """One site whose kernels are compiled; ``default``: nothing may spill; ``scores``: those of scores alone.
+
+    ``value_dim``: 0: as many as ``dim``.
+    """
 
     plan: Plan = CAUSAL_ON_A_GPU
     dim: int = 64
+    value_dim: int = 0
     group: int = 1
     dtype: torch.dtype = torch.bfloat16
     causal: bool = True
@@ -212,7 +216,8 @@ def _run(variant: Variant, found: list[Launch]) -> None:
     valid = tensor(2, length, dtype=torch.bool) if variant.padded else None
     chosen = None
     query = tensor(2, heads * variant.group, variant.queries, variant.dim)
-    site = Operands(query, key, tensor(*key.shape), valid, variant.causal, scale)
+    value = tensor(2, heads, length, variant.value_dim or variant.dim)
+    site = Operands(query, key, value, valid, variant.causal, scale)
     if plan.keep:
         of_keys = tensor(2, heads, length, dtype=torch.float32)
         if scores.fits(plan, variant.dim, DTYPES[variant.dtype], device.is_small(key.device)):
@@ -221,16 +226,16 @@ def _run(variant: Variant, found: list[Launch]) -> None:
             chosen = select.select_segments(*select.select(of_keys, valid, plan), plan)
     if variant.scores:
         return
-    summary = Summary(*_empty_summary(key, site.value, plan.text))
-    if variant.queries > 1 and rows.fits(plan, variant.dim, variant.dim):
-        rows.rows(key, site.value, valid, chosen, plan)
+    summary = Summary(*_empty_summary(key, value, plan.text))
+    if variant.queries > 1 and rows.fits(plan, variant.dim, value.shape[3]):
+        rows.rows(key, value, valid, chosen, plan)
     logits = variant.logits
     read = {name: tensor(2, length, dtype=variant.read) for name in logits.tensors}
     more: dict[str, Any] = dict(read, softcap=logits.softcap)
     routes = query.new_empty((*query.shape[:3], 0), dtype=torch.int32)
     if plan.routes:
         if variant.queries > 1:
-            clusters.any_clusters(key, site.value, valid, plan)
+            clusters.any_clusters(key, value, valid, plan)
         known = by_chunk(logits, read, plan.chunk)
         near = None
         if plan.needs_mass:  # another source of ``attend``

@@ -142,7 +142,7 @@ def mask_values(spec: Spec, tensors: Mapping[str, torch.Tensor]) -> dict[str, An
 
 CONSTANTS = """
 # What is fixed in this source. A tile holds QUERIES queries times the GROUP heads of one KV head.  #? not in_head_parts
-# What is fixed in this source. A tile holds QUERIES queries times $heads of the GROUP heads of one KV head.  #? in_head_parts
+# What is fixed in this source. A tile holds QUERIES queries times $heads of a KV head's GROUP heads.  #? in_head_parts
 DIM: tl.constexpr = $dim
 VALUE_DIM: tl.constexpr = $value_dim
 DIM_TILE: tl.constexpr = $dim_tile
