@@ -19,11 +19,20 @@ SECONDS = 1800
 FILES = sorted(path.name for path in (ROOT / "tests" / "interpreted").glob("test_*.py"))
 
 
-@pytest.mark.parametrize("file", FILES)
-def test_interpreted(file: str) -> None:
+def interpret(*what: str) -> None:
     pytest.importorskip("triton")
     faulthandler.cancel_dump_traceback_later()  # pytest's, after 300 s: this may take longer, and has its own limit
-    command = [sys.executable, "-m", "pytest", "-q", "-x", f"tests/interpreted/{file}"]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", *what]
     env = os.environ | {"TRITON_INTERPRET": "1"}
     done = subprocess.run(command, cwd=ROOT, env=env, text=True, capture_output=True, timeout=SECONDS)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_interpreted(file: str) -> None:
+    interpret(f"tests/interpreted/{file}")
+
+
+@pytest.mark.slow
+def test_interpreted_slow_ones() -> None:
+    interpret("-m", "slow", "tests/interpreted/test_random.py")

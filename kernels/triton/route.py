@@ -38,6 +38,7 @@ import torch
 from ..coarse import coarse
 from ..plan import Plan
 from ..summary import Summary
+from . import device as devices
 from .cache import launch, load
 from .loops import mask_parameters, mask_values, names, precision, tile, words
 from .network import EXCHANGE, falling, rank, rising
@@ -385,7 +386,9 @@ def _walk(
     text = route_source(spec, per_chunk, bool(lists), compact)
     grid = (batch * kv_heads * tiles,)
     values |= mask_values(spec, tensors)
-    launch(load(text, "route"), grid, values | lists, warps=spec.tile.warps, stages=spec.tile.stages)
+    # Where shared memory is less, two stages of many features do not fit every plan.
+    stages = 1 if spec.dim > 128 and devices.is_small(query.device) else spec.tile.stages
+    launch(load(text, "route"), grid, values | lists, warps=spec.tile.warps, stages=stages)
     return routes
 
 

@@ -43,9 +43,14 @@ def check(site: Operands, plan: Plan) -> None:
     check_budget(out, reference.attend(site, summary, routes, plan), true)
 
 
-def check_gradients(site: Operands, plan: Plan) -> None:
-    """Twice the forward's budget: what is multiplied was rounded before, and sums of signs cancel."""
-    summary, routes = parts(site, plan)
+def check_gradients(
+    site: Operands, plan: Plan, found: tuple[Summary, torch.Tensor] | None = None, least: float = 1.0
+) -> None:
+    """Twice the forward's budget: what is multiplied was rounded before, and sums of signs cancel.
+
+    ``least``: of what terms are rounded, where all of them cancel.
+    """
+    summary, routes = found or parts(site, plan)
     out, sums = attend(site, summary, routes, plan)
     grad = torch.randn_like(out)
     got = backward.attend_backward(grad, out, sums, site, summary, routes, plan)
@@ -53,7 +58,7 @@ def check_gradients(site: Operands, plan: Plan) -> None:
     true = reference.attend_backward(grad.double(), in_double(site), wide(summary), routes, plan)
     for name, g, lo, t in zip(("query", "key", "value", "row_key", "row_value"), got, low, true, strict=True):
         if g.numel():
-            band = torch.finfo(site.query.dtype).eps * t.abs().max().clamp(min=1)
+            band = torch.finfo(site.query.dtype).eps * t.abs().max().clamp(min=least)
             error, budget = (g.double() - t).abs().max(), 4 * ((lo.double() - t).abs().max() + band)
             assert error <= budget, f"{name}: error {error:.3g}, budget {budget:.3g}"
 
