@@ -130,7 +130,8 @@ def route(
     geometry = _geometry(plan, query.shape, summary.mean.shape, dim, k_len, causal, count, scale)
     view, keep_alive = _view(query)
     levels, more_alive = _levels(summary, plan)
-    near = None if mass is None else _pointer(mass.contiguous())
+    mass = None if mass is None else mass.contiguous()  # named, as a pointer does not keep what it points to
+    near = None if mass is None else _pointer(mass)
     _library().prescore_route(ctypes.byref(geometry), ctypes.byref(view), *levels, near, _pointer(routes))
     del keep_alive, more_alive
     return routes
@@ -148,9 +149,10 @@ def mass(site: Operands, summary: Summary, plan: Plan) -> torch.Tensor:
     index, bias = (t[:, :, sinks].contiguous() for t in (summary.row_index, summary.row_bias))
     views, alive = zip(*(_view(t) for t in (site.query, site.key, summary.row_key[:, :, sinks])), strict=True)
     query, key, row_key = (ctypes.byref(view) for view in views)
-    valid = None if site.valid is None else _pointer(site.valid.contiguous())
+    valid = None if site.valid is None else site.valid.contiguous()  # named: a pointer does not keep it
+    pad = None if valid is None else _pointer(valid)
     _library().prescore_mass(
-        ctypes.byref(geometry), query, key, valid, _pointer(index), row_key, _pointer(bias), _pointer(found)
+        ctypes.byref(geometry), query, key, pad, _pointer(index), row_key, _pointer(bias), _pointer(found)
     )
     del alive
     return found

@@ -17,6 +17,7 @@ from torch import fx
 from torch._dynamo.utils import get_metrics_context
 from torch._guards import CompileContext, TracingContext, detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
@@ -145,6 +146,11 @@ def guard_equal(a: Any, b: Any) -> bool:
     """Whether two sizes are equal for the inputs being compiled for, which becomes a guard."""
     # Outside of a compile nobody checks what is assumed here.
     return bool(a == b) if TracingContext.try_get() else known_equal(a, b)
+
+
+def forward_mode() -> bool:
+    """Whether a level of forward-mode AD is open."""
+    return bool(forward_ad._current_level >= 0)
 
 
 def gradient_stops(source: fx.Node, made: fx.Node) -> bool:

@@ -16,7 +16,7 @@ from ..kernels.logits import NOTHING, Logits, parse
 from ..kernels.plan import Plan
 from ..kernels.triton import device
 from . import cost
-from .compat import hint, known_equal, symbolic, value_of
+from .compat import forward_mode, guard_equal, hint, known_equal, symbolic, value_of
 from .config import Config
 from .keys import K, Q
 from .masks import Lifted, Mask, attends_itself, lift
@@ -119,6 +119,15 @@ def _safe(attention: Attention, mask: Mask, plan: Plan) -> bool:
     return mask.causal and attends_itself(logits.allowed, shift)
 
 
+def _is_zero(probability: Any) -> bool:
+    """Whether a dropout is off: one that is a float of the run time, as dynamic graphs have, is fixed by a guard."""
+    if isinstance(probability, fx.Node):
+        probability = value_of(probability)
+    if isinstance(probability, torch.SymFloat):
+        return guard_equal(probability, 0.0)
+    return isinstance(probability, (int, float)) and probability == 0
+
+
 def _is_float(node: fx.Node) -> bool:
     return bool(value_of(node).dtype.is_floating_point)
 
@@ -127,11 +136,13 @@ def _unsupported(site: Site) -> str:
     attention = site.attention
     if site.reason or attention is None:
         return site.reason
-    if not isinstance(attention.dropout, (int, float)) or attention.dropout != 0:
+    if not _is_zero(attention.dropout):
         return f"dropout: {attention.dropout}"
-    if site.transformed:
+    if site.transformed or forward_mode():  # the operators have no forward-mode derivative
         return "function_transform"
     tensors = [value_of(o.node) for o in (attention.query, attention.key, attention.value)]
+    if any(base.__name__ == "DTensor" for t in tensors for base in type(t).__mro__):
+        return "sharded"
     dtypes = [t.dtype for t in tensors]
     if len(set(dtypes)) != 1 or any(t not in cpu.DTYPES for t in (*dtypes, value_of(site.output).dtype)):
         return f"unsupported_dtype: {', '.join(str(t) for t in dtypes)} to {value_of(site.output).dtype}"

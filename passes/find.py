@@ -76,14 +76,15 @@ def find_here(gm: fx.GraphModule) -> list[Site]:
 
 
 def _transformed(graph: fx.Graph) -> set[fx.Node]:
-    """What lies between the begin and the end of a torch.func transform."""
+    """What lies between the begin and the end of a torch.func transform, or of a level of forward-mode AD."""
     depth, found = 0, set()
     for node in graph.nodes:
         if depth:
             found.add(node)
         if "_functorch" in str(getattr(node.target, "__module__", "")):
             name = node.target.__name__
-            depth += name.endswith("increment_nesting") - name.endswith("decrement_nesting")
+            depth += name.endswith(("increment_nesting", "enter_dual_level"))
+            depth -= name.endswith(("decrement_nesting", "exit_dual_level"))
     return found
 
 

@@ -339,6 +339,25 @@ def test_mass_and_share(length: int, chunk: int, window: int, causal: bool, dtyp
     assert differ.float().mean() <= 0.01  # rounding decides there
 
 
+@pytest.mark.parametrize("keys", [40, 100, 300])
+def test_a_padding_mask_of_any_layout(keys: int) -> None:
+    """A copy that is made of it lives until the kernel has read it."""
+    plan = Plan(chunk=32, window=0, sinks=2, routes=4, share=0.01)
+    valid = torch.ones(1, keys, dtype=torch.bool)
+    valid[:, :32] = False
+    for laid_out in (valid.expand(4, keys), torch.stack([valid.expand(4, keys)] * 2, 2)[..., 0]):
+        site = operands(keys, batch=4)._replace(valid=laid_out)
+        whole = site._replace(valid=laid_out.contiguous())
+        summary = summary_of(whole, plan)
+        assert not laid_out.is_contiguous()
+        assert torch.equal(cpu.mass(site, summary, plan), cpu.mass(whole, summary, plan))
+        mass = cpu.mass(whole, summary, plan)
+        want = cpu.route(site.query, summary, plan, True, keys, site.scale, mass)
+        turned = mass.transpose(1, 2).contiguous().transpose(1, 2)
+        assert torch.equal(cpu.route(site.query, summary, plan, True, keys, site.scale, turned), want)
+        assert torch.equal(cpu.attend(site, summary, want, plan), cpu.attend(whole, summary, want, plan))
+
+
 @pytest.mark.parametrize("near", [math.nan, math.inf, -math.inf, 0.0])
 def test_a_share_hides_nothing_that_is_not_finite(near: float) -> None:
     plan = Plan(chunk=32, window=0, sinks=3, routes=4, share=0.3)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.autograd.forward_ad as fw
 import torch.nn.functional as F
 
 from prescore_compile import Config
@@ -125,6 +127,25 @@ def test_function_transforms_keep_the_site() -> None:
     assert run(fn, *tensors()) == "function_transform"
 
 
+@pytest.mark.parametrize("inside", [True, False])
+def test_forward_mode_keeps_the_site(inside: bool) -> None:
+    """The level is opened in the graph, or around it."""
+
+    def tangent(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        dual = fw.make_dual(q, torch.ones_like(q))
+        return fw.unpack_dual((dual @ k.mT * 0.3).softmax(-1) @ v).tangent
+
+    def fn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        with fw.dual_level():
+            return tangent(q, k, v)
+
+    if inside:
+        assert run(fn, *tensors()) == "function_transform"
+    else:
+        with fw.dual_level():
+            assert run(tangent, *tensors()) == "function_transform"
+
+
 def test_a_function_transform_elsewhere_does_not() -> None:
     def fn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         return S(torch.vmap(lambda x: x * 2)(q), k, v, is_causal=True)
@@ -171,3 +192,20 @@ def test_scores_of_a_chunk_do_not_depend_on_the_length() -> None:
         # The next chunk's queries look back into this one, and are met before anybody reads its rows.
         told = 128 if method == "window_peak" else 160
         torch.testing.assert_close(whole[:, :, :told], part[:, :, :told])
+
+
+def test_sharded_tensors_keep_the_site(tmp_path: Path) -> None:
+    """The operators have no sharding rules, so that a rewrite would end in an error."""
+    dist = pytest.importorskip("torch.distributed")
+    if not dist.is_available() or dist.is_initialized():
+        pytest.skip("no process group of its own")
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        sharded = [distribute_tensor(x, mesh, [Shard(1)]) for x in tensors()]
+        assert run(lambda q, k, v: (q @ k.mT * 0.3).softmax(-1) @ v, *sharded) == "sharded"
+    finally:
+        dist.destroy_process_group()

@@ -139,6 +139,36 @@ def test_two_dropouts_are_not_the_last_one() -> None:
     assert sites[0].reason == "dropout: more than one"
 
 
+class Dropping(nn.Module):
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return S(q, k, v, dropout_p=self.p) + F.dropout((q @ k.mT).softmax(-1), self.p, self.training) @ v
+
+
+def test_a_dropout_that_is_a_float_of_the_run_time() -> None:
+    """As an attribute is in dynamic graphs: off is off, by a guard, from the first length on."""
+    reports: list[Any] = []
+
+    def backend(gm: fx.GraphModule, _: Any) -> Any:
+        new, report = rewrite(gm, Config.exact())
+        reports.append([site.reason for site in report.sites])
+        return new.forward
+
+    model = Dropping(0.0)
+    call = torch.compile(model, backend=backend, dynamic=True)
+    for length in (N, N - 2):
+        args = [x[:, :, :length] for x in qkv()]
+        torch.testing.assert_close(call(*args), model(*args), atol=1e-5, rtol=1e-5)
+    assert reports and all(reasons == ["", ""] for reasons in reports)
+    reports.clear()
+    model.p = 0.5
+    call(*qkv())
+    assert reports and all(reason.startswith("dropout") for reason in reports[-1])
+
+
 NUMBERS: dict[str, Callable[[Tensor], Tensor]] = {
     "seconds since 1970": lambda at: (at + 1_700_000_000).float() <= (at + 1_700_000_000).float()[:, None],
     "int32 that wraps": lambda at: (at.int() + (2**31 - 6)) <= (at.int() + (2**31 - 6))[:, None],
