@@ -22,10 +22,10 @@ REASONS = {
     "cross_attention": "Queries and keys have different lengths, so no window is near a query.",
     "unsupported_rank": "Query, key and value must have the same rank, 3 or more.",
     "unsupported_dtype": "Query, key and value must all be float32, bfloat16 or float16.",
-    "function_transform": "Inside torch.func (grad, vmap, ...) or forward-mode AD, with which the operators' gradients "
-    "do not compose.",
-    "sharded": "The tensors are DTensors, and the operators have no sharding rules. Compile the part that runs on local "
-    "tensors.",
+    "function_transform": "Inside torch.func (grad, vmap, ...) or forward-mode AD, with which the operators' "
+    "gradients do not compose.",
+    "sharded": "The tensors are DTensors, and the operators have no sharding rules. Compile the part that runs on "
+    "local tensors.",
     "unsupported_device": "There are kernels for CPUs and, through Triton, for NVIDIA GPUs of compute capability 8.0 "
     "or newer and AMD's Instinct GPUs.",
     "no_compiler": "The CPU kernels need a C++ compiler: install g++ or clang++, or set CXX.",
