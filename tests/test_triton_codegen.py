@@ -6,6 +6,7 @@ on a "cuda" device go through Dynamo, autograd and Inductor as they would on a G
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import subprocess
 import sys
@@ -38,6 +39,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.skipif(torch.cuda.is_available() or torch.version.cuda is not None, reason="torch knows real GPUs")
 def test_named(library: Path) -> None:
     pytest.importorskip("triton")
+    faulthandler.cancel_dump_traceback_later()  # pytest's, after 300 s: this may take longer
     command = [sys.executable, "-c", START, str(library), "-q", "-x", "tests/named"]
     done = subprocess.run(
         command, cwd=HERE.parent, env=os.environ | {"PRESCORE_NAMED": "1"}, text=True, capture_output=True
