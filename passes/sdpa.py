@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from .axes import Axes, Miss, Prover, prove
-from .compat import value_of
+from .compat import guard_equal, value_of
 from .indices import broadcast, coordinate, divide, is_one
 from .memory import Memory
 from .site import Add, Attention, Fill, Term
@@ -77,6 +77,8 @@ def _attempt(node: fx.Node, call: Mapping[str, Any], memory: Memory, axes: Axes,
     rank = len(q_shape)
     if not rank == len(k_shape) == len(v_shape) or rank < 3:
         raise Miss(f"unsupported_rank: {rank}, {len(k_shape)}, {len(v_shape)}")
+    # The caches of keys and values grow alike, but their lengths are two symbols; the call takes no others.
+    guard_equal(k_shape[-2], v_shape[-2])
     out = value_of(output_of(node)).shape
     prover = Prover((*out[:-1], k_shape[-2]), memory, axes, undo_repeats)
     *batch, q, k = prover.index

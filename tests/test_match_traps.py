@@ -139,6 +139,20 @@ def test_two_dropouts_are_not_the_last_one() -> None:
     assert sites[0].reason == "dropout: more than one"
 
 
+def test_caches_of_keys_and_values_that_grow() -> None:
+    """Their lengths are two symbols: as the call takes no others, they are one."""
+
+    def step(q: Tensor, k: Tensor, v: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return S(q, torch.cat([k, key], 2), torch.cat([v, value], 2))
+
+    call, sites = compiled(step)
+    q, k, v = (x[:, :, :1] for x in qkv())
+    for length in (N - 2, N - 1, N):
+        args = (q, *(x[:, :, :length] for x in qkv()[1:]), k, v)
+        torch.testing.assert_close(call(*args), step(*args), atol=1e-5, rtol=1e-5)
+    assert [site.reason for site in sites] == ["", ""], "of one length, and of any"
+
+
 class Dropping(nn.Module):
     def __init__(self, p: float) -> None:
         super().__init__()
