@@ -35,8 +35,8 @@ def wide(summary: Summary) -> Summary:
     return summary._replace(row_key=summary.row_key.double(), row_value=summary.row_value.double())
 
 
-def check(site: Operands, plan: Plan) -> None:
-    summary, routes = parts(site, plan)
+def check(site: Operands, plan: Plan, found: tuple[Summary, torch.Tensor] | None = None) -> None:
+    summary, routes = found or parts(site, plan)
     out, _ = attend(site, summary, routes, plan)
     assert out.dtype == site.query.dtype and out.transpose(1, 2).is_contiguous()
     true = reference.attend(in_double(site), wide(summary), routes, plan)

@@ -10,13 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import check_budget, in_double, operands, summary_of
-from test_attend import check_gradients, wide
+from conftest import operands, routes_of, summary_of
+from test_attend import check, check_gradients
 from test_route import check as check_routes
 
-from prescore_compile.kernels import coarse, reference
 from prescore_compile.kernels.plan import METHODS, OptionError, Plan
-from prescore_compile.kernels.triton.attend import attend
 
 FAST, SITES = 6, 100
 
@@ -66,16 +64,12 @@ def test_random_sites(seed: int) -> None:
         padded=draw.random() < 0.5,
     )
     summary = summary_of(site, settings)
-    few = causal and draw.random() < 0.3
-    if few:
+    if causal and draw.random() < 0.3:
         site = site._replace(query=site.query[:, :, -draw.choice([1, 2, 9]) :])
     routes = torch.empty(*site.query.shape[:3], 0, dtype=torch.int32)
     if settings.routes:
-        mass = reference.mass(site, summary, settings) if settings.needs_mass else None
-        routes = coarse.route(site.query, summary, settings, causal, site.key.shape[2], site.scale, mass=mass)
+        routes = routes_of(site, summary, settings)
         if settings.window is not None:
             check_routes(site, summary, settings)
-    out, _ = attend(site, summary, routes, settings)
-    true = reference.attend(in_double(site), wide(summary), routes, settings)
-    check_budget(out, reference.attend(site, summary, routes, settings), true)
+    check(site, settings, (summary, routes))
     check_gradients(site, settings, (summary, routes), least=4.0)
