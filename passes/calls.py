@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from .compat import guard_equal, value_of
+
 _ALIASES = {
     "__and__": "and",
     "and_": "and",
@@ -319,7 +321,13 @@ def dropout_of(call: Call) -> Any:
     """The probability with which a "dropout" drops: 0.0 where it is off."""
     training = call.get("training", call.get("train", True))
     # native_dropout(input, p, train): train=None means on.
-    return call.get("p", 0.5) if training else 0.0
+    return probability(call.get("p", 0.5)) if training else 0.0
+
+
+def probability(given: Any) -> Any:
+    """A dropout's probability: a float of the run time, as dynamic graphs have, that is 0.0 is fixed by a guard."""
+    value = value_of(given) if isinstance(given, fx.Node) else given
+    return 0.0 if isinstance(value, torch.SymFloat) and guard_equal(value, 0.0) else given
 
 
 def is_float(value: Any) -> bool:

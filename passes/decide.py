@@ -16,7 +16,7 @@ from ..kernels.logits import NOTHING, Logits, parse
 from ..kernels.plan import Plan
 from ..kernels.triton import device
 from . import cost
-from .compat import forward_mode, guard_equal, hint, known_equal, symbolic, value_of
+from .compat import forward_mode, hint, known_equal, symbolic, value_of
 from .config import Config
 from .keys import K, Q
 from .masks import Lifted, Mask, attends_itself, lift
@@ -119,15 +119,6 @@ def _safe(attention: Attention, mask: Mask, plan: Plan) -> bool:
     return mask.causal and attends_itself(logits.allowed, shift)
 
 
-def _is_zero(probability: Any) -> bool:
-    """Whether a dropout is off: one that is a float of the run time, as dynamic graphs have, is fixed by a guard."""
-    if isinstance(probability, fx.Node):
-        probability = value_of(probability)
-    if isinstance(probability, torch.SymFloat):
-        return guard_equal(probability, 0.0)
-    return isinstance(probability, (int, float)) and probability == 0
-
-
 def _is_float(node: fx.Node) -> bool:
     return bool(value_of(node).dtype.is_floating_point)
 
@@ -136,7 +127,7 @@ def _unsupported(site: Site) -> str:
     attention = site.attention
     if site.reason or attention is None:
         return site.reason
-    if not _is_zero(attention.dropout):
+    if attention.dropout != 0:
         return f"dropout: {attention.dropout}"
     if site.transformed or forward_mode():  # the operators have no forward-mode derivative
         return "function_transform"

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from .axes import Axes, Miss, Prover, prove
+from .calls import probability
 from .compat import guard_equal, value_of
 from .indices import broadcast, coordinate, divide, is_one
 from .memory import Memory
@@ -122,7 +123,7 @@ def _attempt(node: fx.Node, call: Mapping[str, Any], memory: Memory, axes: Axes,
         scale=max(int(q_shape[-1]), 1) ** -0.5 if call.get("scale") is None else call["scale"],
         terms=_terms(call.get("attn_mask"), (*batch, q, k)),
         is_causal=bool(call.get("is_causal", False)),
-        dropout=call.get("dropout_p", 0.0),
+        dropout=probability(call.get("dropout_p", 0.0)),
     )
 
 

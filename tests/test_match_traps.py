@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -159,7 +160,8 @@ class Dropping(nn.Module):
         self.p = p
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return S(q, k, v, dropout_p=self.p) + F.dropout((q @ k.mT).softmax(-1), self.p, self.training) @ v
+        drop = partial(F.dropout, p=self.p, training=self.training)
+        return S(q, k, v, dropout_p=self.p) + drop(drop(drop(q @ k.mT).softmax(-1))) @ v
 
 
 def test_a_dropout_that_is_a_float_of_the_run_time() -> None:
