@@ -346,7 +346,7 @@ def broken(name: str, target: str, kernels: dict[str, dict[str, int]]) -> list[s
 
 
 WITHOUT_PRODUCTS = (
-    "cluster", "mark", "union", "centroids", "merge", "rows", "rows_backward",
+    "cluster", "mark", "union", "arrange", "centroids", "merge", "rows", "rows_backward",
     "select", "select_segments", "segment_moments", "segment_rows",
 )  # fmt: skip
 """Kernels whose source has no product of matrices."""

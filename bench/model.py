@@ -57,6 +57,11 @@ ROUTE_PAIR = (68, 72)
 """Instructions of a lane for one pair of row and representative of 64 or 128 features: counted in sm_90's binary."""
 ROUTE_TOGETHER = ((18, 19), (57, 61))
 """The same of heads that route together: for each head, and for each query."""
+LISTED_ROUTE = (235, 120)
+"""Instructions of a lane to sort one route of a tile, and to find its cluster's others where it is taken: of a tile of
+64 that choose, 64 routes each, and of one of 16, as where the heads of a group of 4 route together; counted too."""
+LISTED_CLUSTER = 40
+"""The same for one listed cluster and each query that may have chosen it (or row, where heads route alone)."""
 SCORE_LANES = {
     "kmeans": (3250, 5690), "kmeans_relative": (3450, 6000), "kmedian": (8650, 20_800), "leverage": (19_100, 80_300),
     "peak": (2070, 3870), "query": (840, 1540), "norm": (630, 1340), "inverse_norm": (630, 1340),
@@ -77,18 +82,26 @@ NUMBER_BYTES = 2
 
 @dataclass(frozen=True)
 class Work:
-    """What a stage does: flops, instructions, bytes and launches."""
+    """What a stage does: flops, instructions, bytes and launches.
+
+    ``lists``: instructions of the launches that list what the last one reads, which nothing overlaps with.
+    """
 
     products: float = 0.0
     lanes: float = 0.0
     traffic: float = 0.0
     launches: int = 0
     share: float = 1.0
+    lists: float = 0.0
 
     def seconds(self, device: Device) -> float:
-        """The longest of the three times, and the launches."""
-        return self.launches * LAUNCH + max(
-            self.products / (device.products * self.share), self.lanes / device.lanes, self.traffic / device.traffic
+        """The longest of the three times, the lists and the launches."""
+        return (
+            self.launches * LAUNCH
+            + (self.lists / device.lanes)
+            + max(
+                self.products / (device.products * self.share), self.lanes / device.lanes, self.traffic / device.traffic
+            )
         )
 
     def bound(self, device: Device) -> str:
@@ -199,16 +212,17 @@ def route(site: Site) -> Work:
     if not plan.routes:
         return Work()
     exact = cost.at(cost.exact_pairs(shape.causal), site.length) * shape.batch * shape.heads
-    pairs, launches = exact / plan.cluster, 1
+    pairs, launches, listed = exact / plan.cluster, 1, 0.0
     if plan.coarse:
         walked = site.rows * plan.coarse * (plan.chunk // plan.cluster) * site.chunk_union
-        pairs, launches = exact / plan.chunk + min(walked, pairs), 12
+        pairs, launches = exact / plan.chunk + min(walked, pairs), 13
+        listed = _lists(site, LISTED_ROUTE[0] * plan.coarse, plan.coarse * site.chunk_union)
     traffic = site.rows * (NUMBER_BYTES * shape.head_dim + 4 * plan.routes)
     wide = int(shape.head_dim > 64)
     lanes = pairs * ROUTE_PAIR[wide]
     if site.together > 1:
         lanes = pairs * (ROUTE_TOGETHER[0][wide] + ROUTE_TOGETHER[1][wide] / site.together)
-    return Work(4 * pairs * shape.head_dim, lanes, traffic, launches)
+    return Work(4 * pairs * shape.head_dim, lanes, traffic, launches, lists=listed)
 
 
 def attend(site: Site) -> Work:
@@ -218,12 +232,18 @@ def attend(site: Site) -> Work:
     routed = site.rows * cost.routed_keys(plan)
     pairs += min(routed, pairs) * (site.union - 1)
     # Sorting a tile's routes: each is read, written and read again.
-    lists = 12 * site.rows * plan.routes
-    traffic = _operands(site) + lists
+    traffic = _operands(site) + 12 * site.rows / site.together * plan.routes
+    found = cost.routed_keys(plan) / plan.cluster * site.union
+    listed = _lists(site, LISTED_ROUTE[int(site.together > 1)] * plan.routes, found)
     if plan.residual:  # the centroids' members
         traffic += NUMBER_BYTES * site.keys * _features(site)
-    launches = 1 + 2 * bool(plan.routes) + plan.residual
-    return Work(2 * pairs * _features(site), 0, traffic, launches, ATTEND_SHARE)
+    launches = 1 + 3 * bool(plan.routes) + plan.residual
+    return Work(2 * pairs * _features(site), 0, traffic, launches, ATTEND_SHARE, listed)
+
+
+def _lists(site: Site, lanes: float, walked: float) -> float:
+    """Instructions that list what tiles walk over: ``lanes`` to sort what each query routes to, ``walked`` listed."""
+    return site.rows / site.together * (lanes + walked * LISTED_CLUSTER)
 
 
 def stages(site: Site, device: Device) -> dict[str, float]:

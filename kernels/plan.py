@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -24,7 +23,9 @@ class OptionError(ValueError):
     """
 
     def __init__(self, key: str, got: object, allowed: str) -> None:
-        super().__init__(f"option {key!r}: got {got!r} ({type(got).__name__}); allowed: {allowed}")
+        shown = repr(got)
+        shown = shown if len(shown) <= 300 else shown[:300] + "..."
+        super().__init__(f"option {key!r}: got {shown} ({type(got).__name__}); allowed: {allowed}")
         self.key = key
         self.got = got
         self.allowed = allowed
@@ -95,7 +96,7 @@ class Plan:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "method", _method(self.method))
-        if self.clustering not in CLUSTERINGS:
+        if not isinstance(self.clustering, str) or self.clustering not in CLUSTERINGS:
             raise OptionError("clustering", self.clustering, "one of " + ", ".join(CLUSTERINGS))
         check_int("cluster", self.cluster, 16, 64)
         if self.cluster not in (16, 32, 64):
@@ -108,8 +109,8 @@ class Plan:
             check_int("window", self.window, 0, 2**30)  # positions and it add up in 32 bits
         check_int("sinks", self.sinks, 0, 65536)
         check_int("keep", self.keep, 0, self.chunk)
-        number = "a finite number >= 0"
-        numbers = ("threshold", number, math.inf), ("spread", number, math.inf), ("share", "from 0 to below 1", 1)
+        number = "a number from 0 to below 1e+06"
+        numbers = ("threshold", number, 1e6), ("spread", number, 1e6), ("share", "from 0 to below 1", 1)
         for name, allowed, most in numbers:
             given = getattr(self, name)
             if not isinstance(given, (int, float)) or isinstance(given, bool) or not 0 <= given < most:

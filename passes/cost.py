@@ -43,6 +43,7 @@ class Prices:
             attended pairs: none where attending has that sum.
         union: routed pairs that are computed, for each that is attended. union_together: where the heads of a group
             route together. chunk_union: chunks of the first of two levels that are walked over, for each chosen.
+        lists: a route that a query may take, or the heads together, to list it for its tile.
         route_head: part of a routing pair's price that each of the heads pays that route together.
         per_key, per_feature: a key and KV head, to cluster and copy it; and each of its features.
         centroids: a key and KV head, for the centroids of one segment that it lies in.
@@ -55,6 +56,7 @@ class Prices:
     score: Mapping[str, int]
     other: int
     route_pair: float = 0.0
+    lists: float = 0.0
     mass: float = 1.0
     union: float = 1.0
     union_together: float = 1.0
@@ -78,8 +80,8 @@ PRICES = {
     # 4 query heads a KV head. kernel_kmeans, window_peak, random and a user's scorer are torch operations there:
     # what they read and write, or their launches where that is more.
     "cuda": Prices(
-        attend=1.5, route=0.28, route_pair=646.0, route_head=0.28, union=4.3, union_together=2.8, chunk_union=1.5,
-        per_feature=840.0, centroids=210_000, fixed=1.04e10,
+        attend=1.5, route=0.28, route_pair=646.0, route_head=0.28, lists=3_000.0, union=4.3, union_together=2.8,
+        chunk_union=1.5, per_feature=840.0, centroids=210_000, fixed=1.04e10,
         score={
             "kmeans": 114_000, "kmeans_relative": 120_000, "kmedian": 416_000, "leverage": 1_600_000,
             "peak": 300_000, "query": 103_000, "norm": 26_000, "inverse_norm": 26_000,
@@ -198,7 +200,8 @@ def prescored_time(shape: Shape, plan: Plan) -> sympy.Expr:
     attended += prices.mass * mass_pairs(plan, shape.causal)
     routing *= prices.route_head + (1 - prices.route_head) / group
     pairs = _per_pair(shape) * (prices.attend * attended + prices.route * routing)
-    return pairs + rows * prices.route_pair * routing + summary + scoring + prices.fixed
+    pairs += rows * (prices.route_pair * routing + prices.lists / group * N * (plan.routes + plan.coarse))
+    return pairs + summary + scoring + prices.fixed
 
 
 @functools.cache

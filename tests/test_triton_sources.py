@@ -53,6 +53,7 @@ def golden() -> dict[str, str]:
         "default_route": listing.all_sources(default, "")["route"],
         "together_route": listing.all_sources(together, "")["route"],
         "default_union": listing.forward_sources(default)["union"],
+        "default_arrange": listing.forward_sources(default)["arrange"],
         "default_attend": listing.forward_sources(default)["attend"],
         "streaming_attend": listing.forward_sources(streaming)["attend"],
         "masked_attend": listing.forward_sources(masked)["attend"],

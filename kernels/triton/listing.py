@@ -18,7 +18,7 @@ from .rows_backward import rows_backward_source
 from .scores import kernel as scores
 from .scores import select
 from .spec import DTYPES, NOTHING, Lifted, Spec, SummarySpec
-from .union import mark_source, union_source
+from .union import arrange_source, mark_source, on_chip, union_source
 
 
 def spec(
@@ -64,7 +64,11 @@ def forward_sources(forward: Spec) -> dict[str, str]:
     """Sources of attend's forward by the name of the kernel, in the order of their launches."""
     found: dict[str, str] = {}
     if forward.routes:
-        found |= {"mark": mark_source(forward), "union": union_source(forward)}
+        found |= {
+            "mark": mark_source(forward, on_chip(forward)),
+            "union": union_source(forward),
+            "arrange": arrange_source(forward),
+        }
     if loops.residual(forward):
         found["centroids"] = residual.centroids_source(forward)
     found["attend"] = attend_source(forward)

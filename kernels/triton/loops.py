@@ -176,7 +176,7 @@ first_query = $of_queries * QUERIES  #? not aligned
 first_position = first_query + k_len - q_len  #? causal and not aligned
 wanted = QUERIES  #? not aligned
 query_at = first_query + member // $heads
-head = kv_head * GROUP + member % GROUP  #? not in_head_parts
+head = kv_head * GROUP + member % $heads  #? not in_head_parts
 of_group = tile % $head_parts * $heads + member % $heads  #? in_head_parts
 head = kv_head * GROUP + of_group  #? in_head_parts
 live = (member < wanted * $heads) & (query_at >= 0) & (query_at < q_len)
@@ -314,9 +314,10 @@ for begin in range($first, count, $routes_step):
 """
 
 CHOSEN = """
-# Each row has one bit in a word of its cluster.
+# Each row has one bit in a word of its cluster.  #? not together
+# The rows of a query have one bit in a word of their cluster.  #? together
 word = $word
-chosen = ((word >> (member % 32)[:, None]) & 1) != 0
+chosen = ((word >> ($chooser % 32)[:, None]) & 1) != 0
 """
 
 
@@ -324,8 +325,9 @@ def constants(spec: Spec) -> str:
     return fill(CONSTANTS, names(spec))
 
 
-def tile(spec: Spec) -> str:
-    return fill(TILE, names(spec))
+def tile(spec: Spec, **changed: Any) -> str:
+    """``changed``: names that are otherwise than ``names`` says."""
+    return fill(TILE, names(spec) | changed)
 
 
 def borders(spec: Spec) -> str:
@@ -479,7 +481,7 @@ def routes(spec: Spec, update: str, taint: bool) -> str:
     if not spec.routes:
         return ""
     lines, word = words(spec)
-    choose = fill(CHOSEN, {"word": word})
+    choose = fill(CHOSEN, {"word": word, "chooser": chooser(spec), "together": spec.together})
     pairs = "chosen & seen[None, :]"
     taint = taint and bool(spec.lifted.allowed)
     body = step(spec, update, source="key", index="at", seen="seen", pairs=pairs, choose=choose, taint=taint)
@@ -499,18 +501,18 @@ def routes(spec: Spec, update: str, taint: bool) -> str:
 
 def words(spec: Spec) -> tuple[str, str]:
     """Lines that load the words of each listed cluster, and ``[ROWS, KEYS]``: the word that holds a row's bit."""
-    lines = ["# The rows of a cluster are bits of words, stored as running sums; see union."]
-    for word in range(spec.words):
-        at = f"listed_rows + (list_at + slot) * {spec.words} + {word}"
-        lines += [
-            f"word_{word} = tl.load({at}, mask=there, other=0)",
-            f"before = tl.load({at} - {spec.words}, mask=there & (slot > 0), other=0)",
-            f"word_{word} = tl.sub(word_{word}, before, sanitize_overflow=False)",
-        ]
+    at = f"listed_rows + (list_at + slot) * {spec.words}"
+    lines = [f"word_{word} = tl.load({at} + {word}, mask=there, other=0)" for word in range(spec.words)]
     text = f"word_{spec.words - 1}[None, :]"
     for word in reversed(range(spec.words - 1)):
-        text = f"tl.where((member < {32 * (word + 1)})[:, None], word_{word}[None, :], {text})"
+        text = f"tl.where(({chooser(spec)} < {32 * (word + 1)})[:, None], word_{word}[None, :], {text})"
     return "\n".join(lines), text
+
+
+def chooser(spec: Spec) -> str:
+    """The number of the chooser (``Spec.choosers``) that a row is, or belongs to."""
+    heads = names(spec)["heads"]
+    return f"(member // {heads})" if spec.together else "member"
 
 
 def _loop(template: str, spec: Spec, first: str, body: str) -> str:

@@ -38,15 +38,16 @@ def turned(values, axis: tl.constexpr):
 """Stands before a kernel that sorts."""
 
 
-def rising(name: str, bits: Sequence[int], own: int | None = None) -> str:
+def rising(name: str, bits: Sequence[int], own: int | None = None, done: int = 0) -> str:
     """Lines that sort the rows of ``name`` ``[M, 2, 2, ...]``, the smallest first.
 
     Of ``bits``, the first ``own`` lie in one lane (None: it does not matter). Inside a lane, which of an exchange is
     larger is known when the text is compiled. A run whose direction depends on the lane is sorted in one direction,
-    its numbers turned before and after.
+    its numbers turned before and after. Runs of 2^``done`` are sorted already: the largest first, and every second one
+    the smallest first.
     """
     log = len(bits)
-    return "\n".join(_run(name, bits, size, log if own is None else own) for size in range(1, log + 1))
+    return "\n".join(_run(name, bits, size, log if own is None else own) for size in range(done + 1, log + 1))
 
 
 def falling(name: str, bits: Sequence[int]) -> str:

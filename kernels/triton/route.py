@@ -40,10 +40,10 @@ from ..plan import Plan
 from ..summary import Summary
 from . import device as devices
 from .cache import launch, load
-from .loops import mask_parameters, mask_values, names, precision, tile, words
+from .loops import chooser, mask_parameters, mask_values, names, precision, tile, words
 from .network import EXCHANGE, falling, rank, rising
 from .render import arguments, fill, source
-from .route_scores import blocks, in_parts, together
+from .route_scores import blocks, in_parts
 from .spec import DTYPES, NOTHING, Lifted, Spec, Tile, power_of_two
 from .union import union
 
@@ -285,7 +285,7 @@ def route_source(spec: Spec, per_chunk: int, listed: bool, compact: bool = False
         log=wide.bit_length() - 1,
         per_chunk=per_chunk,
         listed=listed,
-        together=together(spec),
+        together=spec.together,
         compact=compact,
         sides=not spec.causal and plan.window != 0,
         share=plan.share,
@@ -303,7 +303,7 @@ def route_source(spec: Spec, per_chunk: int, listed: bool, compact: bool = False
     bits = order_of_bits(wide)
     parts |= dict(rising=rising("rise", bits, len(bits) - 2), falling=falling("best", bits), rank=rank("place", bits))
     parts |= dict(word="tl.int64", least=-(2**63)) if parts["exact"] else dict(word="tl.int32", least=-(2**31))
-    each = together(spec) and not compact
+    each = spec.together and not compact
     parts |= {name: fill(EACH_HEAD, {"text": text}) if each else text for name, text in STORES.items()}
     parts["own_routes"] = fill(OWN_ROUTES, parts)
     parts["choose"] = fill(BY_SORTING if sort else BY_BISECTION, parts)
@@ -313,7 +313,7 @@ def route_source(spec: Spec, per_chunk: int, listed: bool, compact: bool = False
 
 def tiled(spec: Spec) -> Spec:
     """What says which rows are in a tile: where heads route together, a row is a query."""
-    return replace(spec, group=1) if together(spec) else spec
+    return replace(spec, group=1) if spec.together else spec
 
 
 def route(
@@ -338,7 +338,7 @@ def route(
     heads, per_chunk = summary.mean.shape[1], plan.chunk // plan.cluster
     first = plan.first_level
     spec = spec_of(query, heads, first, causal, target())
-    found = _walk(query, coarse(summary, plan), first, causal, k_len, scale, 1, {}, *more, compact=bool(together(spec)))
+    found = _walk(query, coarse(summary, plan), first, causal, k_len, scale, 1, {}, *more, compact=bool(spec.together))
     lists = union(tiled(spec), found, query.shape[2], k_len, heads, summary.mean.shape[2] // per_chunk)
     return _walk(query, summary, plan, causal, k_len, scale, per_chunk, lists, *more)
 
@@ -395,4 +395,4 @@ def _walk(
 def _chosen(spec: Spec) -> str:
     """``chosen`` ``[ROWS, COLUMNS]``: the row is one of those that listed the column's chunk; see ``union``."""
     lines, word = words(spec)
-    return f"{lines}\nchosen = (({word} >> (member % 32)[:, None]) & 1) != 0"
+    return f"{lines}\nchosen = (({word} >> ({chooser(spec)} % 32)[:, None]) & 1) != 0"

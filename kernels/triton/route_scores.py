@@ -122,12 +122,6 @@ bar = total * $share
 """
 
 
-def together(spec: Spec) -> int:
-    """How many query heads route together; 0: each for itself."""
-    heads = spec.settings.together(spec.group)
-    return heads if heads > 1 else 0
-
-
 def in_parts(spec: Spec) -> bool:
     """Whether a score is a sum over parts of the features."""
     return spec.dtype == "float32" and spec.dim > FEATURES
@@ -139,7 +133,7 @@ def blocks(spec: Spec, parts: dict[str, Any]) -> dict[str, str]:
     ``parts``: the names of the template.
     """
     share = spec.settings.share
-    heads = bool(together(spec))
+    heads = bool(spec.together)
     parts = parts | dict(most_gain=MOST_GAIN, log_share=math.log(share) if share else 0.0, features=FEATURES)
     queries, representatives = fill(READ_QUERIES, parts), fill(READ_REPRESENTATIVES, parts)
     parts |= dict(read_queries=queries, read_representatives=representatives)

@@ -131,9 +131,20 @@ class Spec:
         return cdiv(self.settings.chunk, self.queries)
 
     @property
+    def together(self) -> int:
+        """How many query heads route together; 0: each for itself."""
+        heads = self.settings.together(self.group)
+        return heads if heads > 1 else 0
+
+    @property
+    def choosers(self) -> int:
+        """What has routes of its own in a tile: its rows, or its queries where their heads route together."""
+        return self.queries if self.together else self.queries * self.heads
+
+    @property
     def words(self) -> int:
-        """32-bit words that hold one bit a row of a tile."""
-        return cdiv(self.rows, 32)
+        """32-bit words that hold one bit for each of the ``choosers``, as many as rows are padded to."""
+        return cdiv(power_of_two(self.choosers), 32)
 
     def first_block(self, q_len: Any, k_len: Any) -> Any:
         """Of aligned tiles: the chunk that is the window's first one for the first query (negative: before all)."""

@@ -150,13 +150,8 @@ def attend(
         place = tl.arange(0, KEYS) % 16
         at = tl.load(order + pair * places + cluster * 16 + place, mask=there, other=-1)
         seen = at >= 0
-        # The rows of a cluster are bits of words, stored as running sums; see union.
         word_0 = tl.load(listed_rows + (list_at + slot) * 2 + 0, mask=there, other=0)
-        before = tl.load(listed_rows + (list_at + slot) * 2 + 0 - 2, mask=there & (slot > 0), other=0)
-        word_0 = tl.sub(word_0, before, sanitize_overflow=False)
         word_1 = tl.load(listed_rows + (list_at + slot) * 2 + 1, mask=there, other=0)
-        before = tl.load(listed_rows + (list_at + slot) * 2 + 1 - 2, mask=there & (slot > 0), other=0)
-        word_1 = tl.sub(word_1, before, sanitize_overflow=False)
         key_at = key_head + at.to(tl.int64)[None, :] * key_n + feature[:, None]
         value_at = value_head + at.to(tl.int64)[:, None] * value_n + value_feature[None, :]
         key_tile = tl.load(key_at, mask=seen[None, :], other=0.0)

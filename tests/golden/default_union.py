@@ -16,12 +16,13 @@ def union(
     size = tl.cast(size, tl.int32)
     list_size = tl.cast(list_size, tl.int32)
     ROWS: tl.constexpr = 64
-    BLOCK: tl.constexpr = 1024
+    BLOCK: tl.constexpr = 256
     tile = tl.program_id(0).to(tl.int64)
     found = 0
     sum_0 = 0
     sum_1 = 0
-    for begin in range(0, size, BLOCK):
+    begin = 0
+    while tl.load(numbers + tile * size + begin, mask=begin < size, other=2147483647) != 2147483647:
         at = begin + tl.arange(0, BLOCK)
         number = tl.load(numbers + tile * size + at, mask=at < size, other=2147483647)
         following = tl.load(numbers + tile * size + at + 1, mask=at + 1 < size, other=2147483647)
@@ -43,4 +44,5 @@ def union(
         tl.store(listed_rows + to * 2 + 1, running, mask=last)
         sum_1 = tl.add(sum_1, tl.sum(in_1, 0), sanitize_overflow=False)
         found += tl.sum(last.to(tl.int32), 0)
+        begin += BLOCK
     tl.store(listed_count + tile, found)

@@ -183,13 +183,6 @@ def test_a_step_may_have_a_part_of_a_cluster(cluster: int, causal: bool, monkeyp
         check(site._replace(query=site.query[:, :, -2:]), plan)  # programs share the keys of a tile
 
 
-def test_the_order_of_routes_does_not_matter() -> None:
-    site = operands(150, batch=1)
-    summary, routes = parts(site, SOME)
-    base = attend(site, summary, routes, SOME)[0]
-    assert torch.equal(attend(site, summary, routes.flip(3).contiguous(), SOME)[0], base)
-
-
 @pytest.mark.parametrize("name", ["keep and routes", "residual", "streaming"])
 def test_perturbing_the_future_leaves_the_past_bit_equal(name: str) -> None:
     plan, site = PLANS[name], operands(120, batch=1)
@@ -200,6 +193,19 @@ def test_perturbing_the_future_leaves_the_past_bit_equal(name: str) -> None:
             for tensor in moved[:3]:
                 tensor[:, :, cut:] = change(tensor[:, :, cut:].shape)
             assert torch.equal(attend(moved, *parts(moved, plan), plan)[0][:, :, :cut], base[:, :, :cut]), cut
+
+
+@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize("share", [0.0, 0.01])
+def test_later_queries_do_not_move_a_cluster_to_another_step(share: float, together: bool) -> None:
+    """Sums are of steps, which have clusters that other queries of the tile chose: those before, and no later ones."""
+    plan = Plan(chunk=32, window=0, sinks=1, routes=5, share=share, group_routes=together)
+    site = operands(400, batch=1, heads=2, kv_heads=1, dim=8, value_dim=8)
+    base = attend(site, *parts(site, plan), plan)[0]
+    for cut in (389, 395):
+        moved = site._replace(query=site.query.clone())
+        moved.query[:, :, cut:] = torch.randn_like(moved.query[:, :, cut:])
+        assert torch.equal(attend(moved, *parts(moved, plan), plan)[0][:, :, :cut], base[:, :, :cut]), cut
 
 
 @pytest.mark.parametrize("what", ["key", "value", "query"])

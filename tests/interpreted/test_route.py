@@ -252,6 +252,19 @@ def test_words_of_many_clusters(share: float) -> None:
     assert (counts >= at_least).all() and 0.1 < counts.float().mean() / 20 < 0.9
 
 
+@pytest.mark.parametrize("group", [False, True])
+def test_later_queries_do_not_change_earlier_routes(group: bool) -> None:
+    """On two levels a tile walks over the chunks that all its queries chose."""
+    plan = Plan(chunk=32, window=0, sinks=1, routes=6, share=0.02, coarse=3, group_routes=group)
+    site = operands(250, batch=1, heads=2, kv_heads=1, dim=8)
+    summary = summary_of(site, plan)
+    near = torch.randn(1, 2, 250)
+    base = route(site.query, summary, plan, True, 250, site.scale, mass=near)
+    query = site.query.clone()
+    query[:, :, 237:] = torch.randn_like(query[:, :, 237:])
+    assert torch.equal(route(query, summary, plan, True, 250, site.scale, mass=near)[:, :, :237], base[:, :, :237])
+
+
 def test_continuing_a_cache_strides_and_no_window() -> None:
     plan = ROUTED["routes"]
     site = operands(150)
