@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import inspect
 import re
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
@@ -51,6 +53,11 @@ def connect(gm: fx.GraphModule, name: str, body: fx.GraphModule) -> None:
 def many_recompiles() -> Any:
     """Context in which Dynamo's recompile limit does not end a capture (it would run eager, silently)."""
     return torch._dynamo.config.patch(recompile_limit=2**16)
+
+
+def no_history() -> Any:
+    """Context in which a capture is of the sizes that it is given, whatever Dynamo saw of the same code before."""
+    return torch._dynamo.config.patch(automatic_dynamic_shapes=False)
 
 
 def value_of(node: fx.Node) -> Any:
@@ -160,15 +167,47 @@ def gradient_stops(source: fx.Node, made: fx.Node) -> bool:
     return bool(value_of(source).requires_grad and not value_of(made).requires_grad)
 
 
+_VARIABLE = re.compile(r"([LG])\['(\w+)'\]((?:\[\d+\])?)")
+_STEP = re.compile(
+    r"\.slice\([^)]*\)|\.__closure__\[\d+\]|\.cell_contents|(?:\._modules)?\[('(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\")\]"
+    r"|\[(\d+)\]|\.(\w+)"
+)
+
+
 def module_path(node: fx.Node) -> str:
-    """Dotted path of the module whose forward made the node, as in ``model.named_modules()``."""
+    """Dotted path of the module whose forward made the node, as in ``model.named_modules()``.
+
+    Of a compiled function that calls models, it begins with the name that the function has for the model.
+    """
     stack = node.meta.get("nn_module_stack") or {}
-    if not stack:
+    paths = [str(path) for path, _ in stack.values()]
+    if not paths:
         return ""
-    path, _ = list(stack.values())[-1]
-    path = re.sub(r"^[LG]\[['\"](self['\"]\])?|\.slice\([^)]*\)", "", str(path))
-    path = re.sub(r"\._modules\b|['\"\]]", "", path).replace("[", ".")
-    return path.strip(".")
+    variable = _VARIABLE.match(paths[-1])
+    if variable is None:
+        return ".".join(_steps("." + paths[-1])) if paths[-1] else ""
+    kind, name, index = variable.groups()
+    called, steps = paths[0] == variable.group(), _steps(paths[-1][variable.end() :])
+    if (kind, name) == ("L", "fn") and paths[0].startswith("L['fn']"):  # what torch calls a module by that it compiles
+        steps = steps[len(_steps(paths[0][variable.end() :])) :]
+    elif (kind, name) != ("L", "self") and not name.startswith("__import_") and (kind == "G" or called):
+        steps = [name, *re.findall(r"\d+", index), *steps]
+    return ".".join(steps)
+
+
+def _steps(path: str) -> list[str]:
+    """The names and numbers of a path that Dynamo says as code: ``.layers[0]._modules['a b']``."""
+    found: list[str] = []
+    at = 0
+    while at < len(path):
+        step = _STEP.match(path, at)
+        if step is None:  # said otherwise: the rest as it is
+            return [*found, path[at:].strip(".")]
+        quoted, number, name = step.groups()
+        if quoted or number or name:
+            found.append(ast.literal_eval(quoted) if quoted else number or name)
+        at = step.end()
+    return found
 
 
 _EXPLAINS = re.compile(r"prescore_compile[/\\]backend\.py$")
@@ -253,11 +292,16 @@ def break_reason(gm: fx.GraphModule) -> str:
     return f"{first[0] if first else 'graph break'}{f' at {frames[-1]}' if frames else ''}"
 
 
+_WATCHING = threading.RLock()
+
+
 @contextmanager
 def watch_graphs(seen: Callable[[fx.GraphModule, str], None]) -> Iterator[None]:
     """Call ``seen(gm, made_by)`` whenever a graph's code is asked for, as a pass must do after it changed
     a graph, and as happens to every new graph. ``made_by``: ``function (file:line)``; "" for Dynamo's capture.
     """
+    if not _WATCHING.acquire(blocking=False):
+        raise RuntimeError("graphs are observed by another thread; one can at a time")
     eager, lazy = fx.GraphModule.recompile, _LazyGraphModule.__dict__["recompile"]
 
     def recompile(self: fx.GraphModule) -> Any:
@@ -277,6 +321,7 @@ def watch_graphs(seen: Callable[[fx.GraphModule, str], None]) -> Iterator[None]:
     finally:
         fx.GraphModule.recompile = eager  # type: ignore[method-assign]
         _LazyGraphModule.recompile = lazy  # type: ignore[method-assign]
+        _WATCHING.release()
 
 
 _PLUMBING = (

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -51,6 +52,14 @@ class Config(Plan):
     """The plan's settings that were given, whatever their values."""
 
     def __new__(cls, **settings: Any) -> Config:
+        known = [field.name for field in fields(cls) if field.init]
+        for key, value in settings.items():
+            if key not in known:
+                near = get_close_matches(key, known, 1)
+                meant = f"did you mean {near[0]!r}? " if near else ""
+                raise OptionError(key, value, f"no such option; {meant}the options are {', '.join(known)}")
+        if len(settings) == len(known):  # each would count as given
+            raise TypeError("Config: got every option at once, as dataclasses.replace passes them; use config.changed")
         config = super().__new__(cls)
         object.__setattr__(config, "given", tuple(name for name in PLAN_FIELDS if name in settings))
         return config
@@ -88,11 +97,16 @@ class Config(Plan):
     @classmethod
     def from_options(cls, options: Mapping[str, Any] | None) -> Config:
         """Build from the ``options`` mapping of ``torch.compile``; unknown keys are errors."""
-        known = [field.name for field in fields(cls) if field.init]
-        for key, value in (options or {}).items():
-            if key not in known:
-                raise OptionError(key, value, "no such option; the options are " + ", ".join(known))
-        return cls(**(options or {}))
+        if not isinstance(options or {}, Mapping):
+            raise OptionError("options", options, "a dict of options")
+        return cls(**{str(key): value for key, value in (options or {}).items()})
+
+    @classmethod
+    def of(cls, config: object) -> Config:
+        """A ``config`` argument: itself, or the default for None."""
+        if config is not None and not isinstance(config, Config):
+            raise OptionError("config", config, "a Config, or None; of a dict of options, Config(**options)")
+        return config or cls()
 
     def plan_for(self, causal: bool, device: str, length: int | torch.SymInt, pairs: bool = False) -> Plan:
         """The plan of a rewritten site, where ``plan`` gives none: the default of its kind with the given settings.
@@ -125,3 +139,13 @@ class Config(Plan):
         """Whether ``include`` and ``exclude`` let a site of this module path be rewritten."""
         included = any(fnmatchcase(module, glob) for glob in self.include)
         return included and not any(fnmatchcase(module, glob) for glob in self.exclude)
+
+    def idle(self, modules: Iterable[str]) -> list[str]:
+        """Globs of ``include`` and ``exclude`` that none of these module paths matches."""
+        paths, globs = list(modules), dict(include=self.include, exclude=self.exclude)
+        return [
+            f"{name} {glob!r}"
+            for name, some in globs.items()
+            for glob in some
+            if glob != "*" and not any(fnmatchcase(path, glob) for path in paths)
+        ]

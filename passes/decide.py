@@ -50,10 +50,10 @@ def decide(site: Site, config: Config, key: str = "", known: Lifted | None = Non
     With dynamic lengths the comparison with ``min_seq_len`` (or the break-even length) becomes a
     guard: two compiled graphs, one on each side, never one a length. ``known``: as for ``lift``.
     """
-    reason = "" if config.covers(site.module) else "excluded"
-    reason = reason or _unsupported(site)
+    reason = _unsupported(site)
     plan: Plan | None = None
-    mask = Mask("?") if reason else lift(site, known)
+    mask = Mask("?") if reason else lift(site, known)  # of one that is left out, too: its table says what it computes
+    reason = reason if config.covers(site.module) else "excluded"
     if not reason and site.attention is not None:
         plan, reason = (None, mask.reason) if mask.reason else _planned(site.attention, mask, config, key)
         if plan is not None:

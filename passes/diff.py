@@ -117,7 +117,8 @@ class GraphDiff:
             for old in self.before.nodes[a].inputs:
                 if ("-", old) in graph and len(self.before.users[old]) == 1:
                     graph.add_edge(("-", old), ("+", b))
-        found = [self._region(component, set(rewired.values())) for component in networkx.connected_components(graph)]
+        again = set(rewired.values())
+        found = [self._region(component, again) for component in networkx.connected_components(graph)]
         return tuple(sorted(found, key=self._first))
 
     def _region(self, places: set[tuple[str, int]], rewired: set[int]) -> Region:
@@ -138,13 +139,15 @@ class GraphDiff:
 
     def _before(self, at: int) -> float:
         """Where in ``before`` a place of ``after`` would lie."""
-        while at > 0 and at not in self._back:
-            at -= 1
-        return self._back.get(at, -1) + 0.5
+        return self._behind[at] + 0.5
 
     @cached_property
-    def _back(self) -> dict[int, int]:
-        return {b: a for a, b in self.matched.items()}
+    def _behind(self) -> list[int]:
+        """For each place of ``after``, where the last matched one up to it lies in ``before``; -1: nowhere."""
+        back, found = {b: a for a, b in self.matched.items()}, [-1]
+        for at in range(len(self.after.nodes)):
+            found.append(back.get(at, found[-1]))
+        return found[1:]
 
     def summary(self) -> str:
         """``12 removed, 30 added, 5 rewired, 800 unchanged``."""
@@ -165,7 +168,9 @@ def diff(before: Graph, after: Graph) -> GraphDiff:
     Returns:
         The matched nodes; from them ``added``, ``removed`` and ``rewired`` ones, ``rows`` for a
         side-by-side view, ``regions`` of changes that hang together. ``print`` it for a unified diff;
-        it is false where nothing differs.
+        it is false where nothing differs: calls, what they read, constants, modules as they print, and tensors that
+        the graph holds (of large ones, every so many numbers). What nodes are expected to compute (dtypes, shapes) is
+        shown and not compared.
 
     Raises:
         TypeError: one is not a graph.
@@ -217,6 +222,8 @@ def _texts(difference: GraphDiff, row: Row) -> tuple[Node, list[str]]:
     if row.change == "":
         return node, [f"  {new}"]
     if row.change == "rewired":
+        if old == new and row.before is not None and difference.before.nodes[row.before].held != node.held:
+            old, new = f"{old}  # {difference.before.nodes[row.before].held}", f"{new}  # {node.held}"
         return node, [f"~ {old}", f"~ {new}"] if old != new else [f"~ {new}"]
     sign = ">" if row.change == "moved" else "-" if new is None else "+"
     return node, [f"{sign} {old if new is None else new}"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -76,7 +75,7 @@ def load(source: object) -> Calibration:
         found = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise OptionError("plan", source, f"a file that calibrate wrote ({error.strerror or error})") from error
-    except ValueError as error:  # of JSON or of UTF-8
+    except (ValueError, RecursionError) as error:  # of JSON or of UTF-8; of JSON in JSON in JSON
         raise OptionError("plan", source, f"a file that calibrate wrote, which is JSON ({error})") from error
     return _calibration(_Part(found, f"plan: {path}"))
 
@@ -110,9 +109,12 @@ class _Part:
 
     def number(self) -> float:
         known = isinstance(self.value, (int, float)) and not isinstance(self.value, bool)
-        if not known or math.isnan(self.value) or self.value < 0:
-            raise self.wrong("a number >= 0")
-        return float(self.value)
+        try:
+            if known and self.value >= 0:
+                return float(self.value)
+        except OverflowError:  # an int of hundreds of digits
+            pass
+        raise self.wrong("a number >= 0")
 
     def size(self) -> int:
         if isinstance(self.value, bool) or not isinstance(self.value, int) or self.value < 1:

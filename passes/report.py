@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -63,11 +64,13 @@ class SiteReport:
 class Report:
     """The sites of every graph of a compile, in the order of the graphs.
 
-    ``absent``: sites of the plan file that no graph has.
+    ``absent``: sites of the plan file that no graph has. ``idle``: patterns of ``include`` and ``exclude`` that match
+    none.
     """
 
     sites: list[SiteReport] = field(default_factory=list)
     absent: list[str] = field(default_factory=list)
+    idle: list[str] = field(default_factory=list)
 
     @property
     def rewritten(self) -> list[SiteReport]:
@@ -84,13 +87,24 @@ class Report:
     def __str__(self) -> str:
         if not self.sites:
             return "no attention found"
-        head = f"{len(self.sites)} sites: {len(self.rewritten)} rewritten, {len(self.kept)} kept exact"
         several = len({site.plan for site in self.rewritten}) > 1
         rows = [
             _row(site) | ({"plan": label(site.plan) if site.plan else "-"} if several else {}) for site in self.sites
         ]
         table = tabulate(rows, headers="keys", disable_numparse=True)
-        return "\n".join([head, "", str(table), *_plans(self.rewritten), *_absent(self.absent)])
+        notes = [*_absent(self.absent), *_idle(self.idle)]
+        return "\n".join([self.head, "", str(table), *_plans(self.rewritten), *notes])
+
+    @property
+    def head(self) -> str:
+        """How many sites there are, and how many of them are rewritten."""
+        return f"{len(self.sites)} sites: {len(self.rewritten)} rewritten, {len(self.kept)} kept exact"
+
+    def line(self) -> str:
+        """All in a line: ``head``, and how often each reason is why."""
+        reasons = Counter(site.reason.split(":")[0] for site in self.kept)
+        why = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
+        return f"{self.head} ({why})" if why else self.head
 
 
 def _row(site: SiteReport) -> dict[str, Any]:
@@ -127,6 +141,10 @@ def label(plan: Plan) -> str:
 
 def _absent(names: list[str]) -> list[str]:
     return ["", "in the plan file, but in no graph: " + ", ".join(names)] if names else []
+
+
+def _idle(globs: list[str]) -> list[str]:
+    return ["", "matches no site: " + ", ".join(globs)] if globs else []
 
 
 def _plans(sites: list[SiteReport]) -> list[str]:

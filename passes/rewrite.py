@@ -44,7 +44,7 @@ def rewrite(gm: fx.GraphModule, config: Config | None = None, *inputs: Any) -> t
         told each stage.
     """
     with recording(gm) as recorder:
-        return _rewrite(gm, config or Config(), inputs, recorder, Counter())
+        return _rewrite(gm, Config.of(config), inputs, recorder, Counter())
 
 
 def _rewrite(

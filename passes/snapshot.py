@@ -16,6 +16,7 @@ import torch
 from torch import fx
 
 from .compat import module_path, origins, source_line, value_of
+from .held import digest, held, holding, writing
 
 if TYPE_CHECKING:
     import networkx
@@ -44,6 +45,7 @@ class Node:
         value: ``float32[2, 4, s0, 8]``; "" where that is not known.
         module: path as in ``model.named_modules()``. source: ``file:line`` of the user's innermost frame.
         code: that line. origins: what it was made from and by which rule (FX ``from_node``), nearest first.
+        held: what a module or an attribute is, and its numbers, as ``held.held`` says it.
     """
 
     name: str
@@ -56,24 +58,25 @@ class Node:
     source: str = ""
     code: str = ""
     origins: tuple[str, ...] = ()
+    held: str = ""
 
     def reading(self, inputs: tuple[int, ...]) -> Node:
         """The same node with other inputs."""  # ``dataclasses.replace`` takes four times as long, for each node
         return Node(
             self.name, self.op, self.target, self.template, inputs,
-            self.value, self.module, self.source, self.code, self.origins,
+            self.value, self.module, self.source, self.code, self.origins, self.held,
         )  # fmt: skip
 
     @property
-    def label(self) -> tuple[str, str, str]:
+    def label(self) -> tuple[str, str, str, str]:
         """What it does apart from its inputs: no name is part of it, a placeholder's neither."""
-        return self.op, "" if self.op == "placeholder" else self.target, self.template
+        return self.op, "" if self.op == "placeholder" else self.target, self.template, self.held
 
     @property
     def form(self) -> str:
         """The node as one line of Python with holes for its name (an output has none) and its inputs."""
         if self.op == "placeholder":
-            return f"{HOLE} = <input>"
+            return f"{HOLE} = <input>" + (f"  # default: {self.template}" if self.template else "")
         if self.op == "output":
             return f"return {self.template}"
         if self.op == "get_attr":
@@ -117,7 +120,7 @@ class Snapshot:
         return self.shape == other.shape
 
     @cached_property
-    def shape(self) -> tuple[tuple[tuple[str, str, str], tuple[int, ...]], ...]:
+    def shape(self) -> tuple[tuple[tuple[str, str, str, str], tuple[int, ...]], ...]:
         """Each node's label and inputs: all that a comparison looks at."""
         return tuple((node.label, node.inputs) for node in self.nodes)
 
@@ -180,6 +183,7 @@ def snapshot(graph: Graph, known: Known | None = None) -> Snapshot:
                 source,
                 code,
                 origins(node),
+                held(node),
             )
             sees = tuple(reads)
         inputs = tuple([places[source] for source in sees])
@@ -193,7 +197,7 @@ def snapshot(graph: Graph, known: Known | None = None) -> Snapshot:
 def _made_of(node: fx.Node) -> tuple[Any, ...]:
     """All that ``snapshot`` reads of a node; FX puts new objects there, it does not change these."""
     of = node.meta.get
-    own = (node.name, node.target, node.args, node.kwargs)
+    own = (node.name, node.target, node.args, node.kwargs, *writing(holding(node)))
     return (*own, value_of(node), of("stack_trace"), of("nn_module_stack"), of("from_node"))
 
 
@@ -202,8 +206,8 @@ def _same(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
 
 
 def _template(node: fx.Node, places: Mapping[fx.Node, int], reads: list[fx.Node]) -> str:
-    if node.op == "placeholder":
-        return ""
+    if node.op == "placeholder":  # its default
+        return "".join(_constant(arg) for arg in node.args)
     positional = [_render(arg, places, reads) for arg in node.args]
     named = [f"{key}={_render(node.kwargs[key], places, reads)}" for key in sorted(node.kwargs)]
     return ", ".join([*positional, *named])
@@ -303,4 +307,4 @@ def _constant(value: Any) -> str:
     except Exception as error:
         text = f"<{type(value).__name__}: {type(error).__name__} in its repr>"
     text = re.sub(r" at 0x[0-9a-f]+", "", text).replace(HOLE, "\\0")
-    return text if len(text) <= _LONGEST else text[:_LONGEST] + "..."
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}... ({digest(text)} in all)"

@@ -92,19 +92,20 @@ class Log:
     """The graphs that were seen, in order.
 
     ``every``: record what any pass or backend does, not only ``rewrite``; set by ``observe``.
-    ``absent``: see ``Report``; set by who knows that all graphs were seen.
+    ``absent``, ``idle``: see ``Report``; set by who knows that all graphs were seen.
     """
 
     graphs: list[GraphLog] = field(default_factory=list)
     every: bool = False
     absent: list[str] = field(default_factory=list)
+    idle: list[str] = field(default_factory=list)
     _open: dict[Any, GraphLog] = field(default_factory=dict, repr=False)
     _seen: list[tuple[fx.GraphModule, GraphLog]] = field(default_factory=list, repr=False)
 
     @property
     def report(self) -> Report:
         """The sites of all graphs."""
-        return Report([site for graph in self.graphs for site in graph.sites], self.absent)
+        return Report([site for graph in self.graphs for site in graph.sites], self.absent, self.idle)
 
     def graph(self, gm: fx.GraphModule, body: str = "", rewrites: bool = False) -> GraphLog:
         """The log of the graph that is being compiled, or of ``gm`` outside of a compile.

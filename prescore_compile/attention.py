@@ -40,7 +40,7 @@ def attention(
     Raises:
         ValueError: what was got and what is allowed.
     """
-    config = config or Config()
+    config = Config.of(config)
     if config.plan is not None:
         raise ValueError("config: got one with a plan file, which is for the sites of a graph; allowed: one plan")
     valid = _check(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa, config)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from types import FunctionType
+from contextlib import nullcontext
+from types import FunctionType, MethodType
 from typing import Any, cast
 
 import torch
@@ -15,12 +18,13 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from .kernels.plan import OptionError
 from .passes import Config, Report, rewrite
-from .passes.compat import many_recompiles
+from .passes.compat import many_recompiles, no_history
 from .passes.dump import dump
 from .passes.plans import absent_from
 from .passes.stages import Log, listening
 
 Compiled = Callable[..., Any]
+_LOG = logging.getLogger(__name__)
 
 
 def prescore(
@@ -48,7 +52,9 @@ def prescore(
         dump(log, folder)
     else:
         gm, report = rewrite(gm, config)
+    _LOG.info("%s", report.line())
     _warn_of_a_foreign_plan(report)
+    _warn_of_idle_globs(report, config)
     return compile_inner(gm, example_inputs, config, mode)
 
 
@@ -59,6 +65,18 @@ def _warn_of_a_foreign_plan(report: Report) -> None:
         warnings.warn(
             f"prescore: {len(unknown)} of {len(report.sites)} attention sites are not in the plan file and run exact "
             f"(not_in_plan), {unknown[0]} first: calibrate what is compiled",
+            stacklevel=2,
+        )
+
+
+def _warn_of_idle_globs(report: Report, config: Config) -> None:
+    """A pattern that matches no site of a graph with sites does nothing: it may be misspelt."""
+    idle = config.idle(site.module for site in report.sites)
+    if idle and report.sites:
+        modules = ", ".join(dict.fromkeys(site.module or "(no module)" for site in report.sites[:3]))
+        warnings.warn(
+            f"prescore: {', '.join(idle)} matches no attention site of a graph with {len(report.sites)} ({modules}"
+            f"{', ...' if len(report.sites) > 3 else ''})",
             stacklevel=2,
         )
 
@@ -108,7 +126,7 @@ def stages(
     dynamic: bool | None = None,
 ) -> Log:
     """The stages of every graph of a call, captured as ``explain`` says; each ends with the rewritten graph."""
-    log = Log()
+    config, log = Config.of(config), Log()
 
     def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Compiled:
         rewrite(gm, config)
@@ -122,30 +140,58 @@ def stages(
         rewrite(gm, config)
         return gm.forward
 
-    call = fresh()
-    with listening(log):
+    call, own_args, own_kwargs = fresh(model, args, kwargs)
+    with listening(log), nullcontext() if dynamic else no_history():
         try:
-            torch.compile(call, backend=capture, dynamic=dynamic, fullgraph=True)(model, args, kwargs)
+            torch.compile(call, backend=capture, dynamic=dynamic, fullgraph=True)(*own_args, **own_kwargs)
         except _Captured:
             pass
-        except (torch._dynamo.exc.TorchDynamoException, GuardOnDataDependentSymNode):
+        except (torch._dynamo.exc.TorchDynamoException, GuardOnDataDependentSymNode) as error:
+            inner = getattr(error, "inner_exception", None)
+            if isinstance(inner, OptionError):
+                raise inner from None
             log.clear()
             with many_recompiles():
-                torch.compile(call, backend=capture_and_run, dynamic=dynamic)(model, args, kwargs)
+                again = fresh(model, args, kwargs)[0]
+                torch.compile(again, backend=capture_and_run, dynamic=dynamic)(*own_args, **own_kwargs)
             # The model's own code objects were compiled: give their recompiles back.
             torch._dynamo.reset()
     for graph in log.graphs:
-        if graph.function.startswith(f"{_call.__name__} ("):
-            graph.function = ""  # ours, which says nothing
-    log.absent = absent_from(config.site_plans if config else None, log.report.sites)
+        if graph.function.startswith(f"{_call.__name__} (") or len(log.graphs) == 1:
+            graph.function = ""  # ours, or what was asked about
+    log.absent = absent_from(config.site_plans, log.report.sites)
+    log.idle = config.idle(site.module for site in log.report.sites)
     return log
 
 
-def _call(self: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+def _call(self: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     return self(*args, **kwargs)
 
 
-def fresh() -> Compiled:
-    """A copy of ``_call`` with a code object of its own: Dynamo counts recompiles by code object, and
-    looking at a model must not use up the recompiles of its ``forward``."""
-    return FunctionType(_call.__code__.replace(), globals(), _call.__name__)
+def fresh(
+    model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> tuple[Compiled, Sequence[Any], Mapping[str, Any]]:
+    """What to compile, and to call with which arguments, to see what ``model(*args, **kwargs)`` does.
+
+    It has a code object of its own: Dynamo counts recompiles by code object, and looking at a model must not use up
+    the recompiles of its ``forward``. A function is copied, so that what it calls has the names that it has where the
+    function is compiled.
+    """
+    while isinstance(model, functools.partial):
+        args, kwargs = (*model.args, *args), {**model.keywords, **kwargs}
+        model = model.func
+    if isinstance(model, MethodType):
+        return _copied(model.__func__), (model.__self__, *args), kwargs
+    if isinstance(model, FunctionType):
+        return _copied(model), args, kwargs
+    return _copied(_call), (model, *args), kwargs
+
+
+def _copied(function: Any) -> Compiled:
+    if not isinstance(function, FunctionType):
+        return cast(Compiled, function)
+    code = function.__code__.replace()
+    made = FunctionType(code, function.__globals__, function.__name__, function.__defaults__, function.__closure__)
+    made.__kwdefaults__ = function.__kwdefaults__
+    made.__dict__.update(function.__dict__)
+    return made

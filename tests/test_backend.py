@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -234,3 +235,96 @@ def test_the_demo_on_the_real_model(tmp_path: Any) -> None:
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert (figures["sites"], figures["rewritten"], figures["kept"]) == (30, 30, 0)
     assert figures["perplexity_ratio"] <= 1.05 and figures["top1_agreement"] > 0.9
+
+
+class Attention(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = torch.nn.Linear(16, 48)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(x).unflatten(2, (3, 2, 8)).permute(2, 0, 3, 1, 4)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+
+
+class Named(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList([Attention()])
+        self.named = torch.nn.ModuleDict({"it's": Attention(), "conv[3x3]": Attention()})
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in [*self.layers, *self.named.values()]:
+            x = x + layer(x)
+        return x
+
+
+class This(Named):
+    def forward(this, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x)
+
+
+class NoGradient(Named):
+    @torch.no_grad()
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x)
+
+
+class Wrapped(Named):
+    def forward(self, *args: torch.Tensor) -> torch.Tensor:
+        return super().forward(*args)
+
+
+MODEL = Named().eval()
+PATHS = ["layers.0", "named.it's", "named.conv[3x3]"]
+
+
+def closure() -> Any:
+    inner = MODEL
+    return lambda x: inner(x)
+
+
+TARGETS: dict[str, tuple[Any, list[str]]] = {
+    "module": (MODEL, PATHS),
+    "sequential": (torch.nn.Sequential(Attention(), Attention()).eval(), ["0", "1"]),
+    "self by another name": (This().eval(), PATHS),
+    "no gradient": (NoGradient().eval(), PATHS),
+    "any arguments": (Wrapped().eval(), PATHS),
+    "forward": (MODEL.forward, PATHS),
+    "partial": (functools.partial(MODEL), PATHS),
+    "function": (lambda x: MODEL(x), [f"MODEL.{path}" for path in PATHS]),
+    "closure": (closure(), [f"inner.{path}" for path in PATHS]),
+}
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_a_site_has_one_name(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of ``named_modules()``, whoever compiles it; patterns and plan files go by it."""
+    model, paths = TARGETS[name]
+    seen: list[str] = []
+
+    def backend(gm: fx.GraphModule, _: Any) -> Any:
+        seen.extend(site.module for site in rewrite(gm, Config.exact())[1].sites)
+        return gm.forward
+
+    x = torch.randn(1, 40, 16)
+    torch.compile(model, backend=backend)(x)
+    assert seen == paths == [site.module for site in explain(model, x).sites]
+    if isinstance(model, torch.nn.Module):
+        assert set(paths) <= {path for path, _ in model.named_modules()}
+
+
+def test_a_pattern_that_matches_nothing_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    x = torch.randn(1, 40, 16)
+    options = QUICK | dict(inner="eager", exclude=["layers.0", "layer.1"])
+    assert str(explain(MODEL, x, config=Config(**options))).endswith("matches no site: exclude 'layer.1'")
+    with caplog.at_level("INFO"), pytest.warns(UserWarning, match="exclude 'layer.1' matches no attention site"):
+        torch.compile(MODEL, backend="prescore", options=options)(x)
+    assert "3 sites: 2 rewritten, 1 kept exact (1 excluded)" in caplog.text
+    first = explain(MODEL, x, config=Config(**options)).sites[0]
+    assert first.mask == "k <= q" and first.exact_cost == explain(MODEL, x, config=Config()).sites[0].exact_cost
+
+
+def test_what_was_looked_at_before_does_not_matter() -> None:
+    """Dynamo takes a length that changed for a dynamic one."""
+    assert [explain(MODEL, torch.randn(1, n, 16)).sites[0].shape["k_len"] for n in (40, 50)] == ["40", "50"]

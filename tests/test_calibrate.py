@@ -250,3 +250,110 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert main(["calibrate", target, "--budget", "2", "--out", str(out)]) == 2
     assert "up to 1" in capsys.readouterr().err
     assert main(["calibrate", str(tmp_path), "--budget", "1", "--out", str(out)]) == 2
+
+
+class Writes(Model):
+    """Its output is a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__(logits=False)
+        self.register_buffer("out", torch.zeros(1, 128, 11))
+
+    def forward(self, x: torch.Tensor) -> Any:
+        self.out.copy_(self.head(super().forward(x)))
+        return self.out
+
+
+class Appends(Model):
+    """Writes into its inputs, and adds to them."""
+
+    def forward(self, x: torch.Tensor, past: list[torch.Tensor]) -> Any:
+        past.append(x.mul_(1.5))
+        return super().forward(torch.cat(past, 1))
+
+
+class Counts(Model):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: torch.Tensor) -> Any:
+        self.calls += 1
+        return super().forward(x * self.calls)
+
+
+class Bad(Model):
+    def forward(self, x: torch.Tensor) -> Any:
+        found = super().forward(x)
+        found["logits"][..., 0] = float("nan")
+        return found
+
+
+QUIETLY: dict[str, Any] = dict(budget=0.5, candidates=CANDIDATES, progress=None)
+
+
+def test_outputs_and_inputs_are_each_runs_own() -> None:
+    found = calibrate(Writes(), [batch()], **QUIETLY)
+    assert found.drift > 0 and all(trial.drift > 0 for site in found.sites for trial in site.trials)
+    x, past = batch(), [torch.zeros(1, 16, 16)]
+    found = calibrate(Appends(), [{"x": x, "past": past}], **QUIETLY)
+    assert torch.equal(x, batch()) and len(past) == 1
+    assert all(trial.density < 1 for site in found.sites for trial in site.trials)
+
+
+def test_a_model_must_repeat_itself() -> None:
+    with pytest.raises(ValueError, match="differs from run to run"):
+        calibrate(Counts(), [batch()], **QUIETLY)
+    with pytest.raises(ValueError, match="not finite"):
+        calibrate(Bad(), [batch()], **QUIETLY)
+    model = Model()
+    model.layers[1].train()
+    with pytest.raises(OptionError, match=r"Block 'layers\.1' in training mode"):
+        calibrate(model, [batch()], **QUIETLY)
+
+
+def test_what_was_measured_otherwise_is_not_taken(found: Calibration) -> None:
+    assert found.measure == "kl"
+    with pytest.raises(OptionError, match="'measured': got 'kl'"):
+        calibrate(Model(), [batch()], measured=found, measure="cosine", **QUIETLY)
+    with pytest.raises(OptionError, match="'measure': got -"):
+        calibrate(Model(), [batch()], measure=lambda exact, other: -1.0, **QUIETLY)
+    with pytest.raises(OptionError, match="a list of batches"):
+        calibrate(Model(), batch(), **QUIETLY)
+
+
+TARGET = """
+import torch
+from test_calibrate import Model
+
+class Gains(Model):
+    def forward(self, x, gain=1.0):
+        if gain == 0:
+            raise RuntimeError("no gain")
+        return super().forward(x * gain)
+
+def plain():
+    return Gains(), (torch.ones(1, 1024, 16).cumsum(1).sin(),), {}
+
+def loud():
+    return Gains(), (torch.ones(1, 1024, 16).cumsum(1).sin(),), {"gain": 4.0}
+
+def broken():
+    return Gains(), (torch.ones(1, 1024, 16).cumsum(1).sin(),), {"gain": 0}
+"""
+
+
+def test_the_command_passes_keywords_and_says_who_failed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "target.py"
+    file.write_text(TARGET)
+    plans = {}
+    for name in ("plain", "loud"):
+        out = tmp_path / f"{name}.json"
+        arguments = ["--budget", "0.5", "--out", str(out), "--set", "chunk=16"]
+        assert main(["calibrate", f"{file}:{name}", *arguments]) == 0
+        plans[name] = load(out)
+    assert plans["loud"].drift != plans["plain"].drift
+    assert main(["calibrate", f"{file}:broken", "--budget", "0.5", "--out", str(tmp_path / "no.json")]) == 3
+    assert main(["calibrate", f"{file}:plain", "--budget", "0.5", "--out", "/nowhere/at/all.json"]) == 2
+    said = capsys.readouterr().err
+    assert "the model raised" in said and "no gain" in said and "allowed: a file in a folder that exists" in said

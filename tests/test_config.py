@@ -3,10 +3,13 @@ from __future__ import annotations
 import copy
 import pickle
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
-from prescore_compile import Config
+from prescore_compile import Config, attention, explain
 from prescore_compile.kernels.plan import OptionError, Plan
 from prescore_compile.passes import defaults
 
@@ -94,3 +97,39 @@ def test_globs() -> None:
 def test_exact_takes_options() -> None:
     config = Config.exact(inner="eager")
     assert config.window is None and config.routes == 0 and config.min_seq_len == 0 and config.inner == "eager"
+
+
+def test_what_was_given_is_not_lost() -> None:
+    with pytest.raises(TypeError, match=r"config\.changed"):
+        replace(Config(), min_seq_len=0)
+    assert Config().changed(min_seq_len=0).plan_for(True, "cpu", 8192) == Config().plan_for(True, "cpu", 8192)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"shares": 0.1}, "did you mean 'share'"),
+        ({"spread": 10**400}, "a number from 0 to below 1e"),
+        ({"threshold": 1e308}, "a number from 0 to below 1e"),
+        ({"clustering": ["kmeans", "pca_tree"]}, "one of pca_tree"),
+        (["share"], "a dict of options"),
+    ],
+)
+def test_odd_values_are_told_as_others_are(options: Any, message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        Config.from_options(options)
+
+
+@pytest.mark.parametrize("text", ["[" * 200_000, '{"version": 1, "density": ' + "9" * 400 + "}"])
+def test_odd_files_are_told_as_others_are(text: str, tmp_path: Path) -> None:
+    (tmp_path / "plan.json").write_text(text)
+    with pytest.raises(OptionError, match="plan"):
+        Config(plan=str(tmp_path / "plan.json"))
+
+
+def test_a_config_is_no_dict() -> None:
+    x: Any = torch.ones(1, 1, 1, 1)
+    with pytest.raises(OptionError, match="of a dict of options, Config"):
+        explain(lambda x: x, x, config={})  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match="of a dict of options, Config"):
+        attention(x, x, x, config={})  # type: ignore[arg-type]

@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import fx
+from torch import Tensor, fx, nn
 
 from prescore_compile.passes import GraphDiff, diff, snapshot
 
@@ -227,3 +227,41 @@ def calls_of(count: int) -> int:
 def test_the_work_grows_as_the_nodes_do() -> None:
     """Counted: a clock depends on what else runs. Ten thousand nodes take less than a second of an idle core."""
     assert calls_of(2500) < 2.2 * calls_of(1250)
+
+
+class Held(nn.Module):
+    def __init__(self, act: nn.Module, number: float, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.act = act
+        self.register_buffer("c", torch.full((5000,), number, dtype=dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(x) * self.c
+
+
+def of(function: Any, *args: Any) -> fx.Graph:
+    graph = fx.Graph()
+    graph.output(graph.call_function(function, (*args, graph.placeholder("x"))))
+    return graph
+
+
+def test_what_stands_behind_a_name_counts() -> None:
+    def graph(*held: Any) -> fx.GraphModule:
+        return fx.symbolic_trace(Held(*held))
+
+    base = graph(nn.LayerNorm(4), 1.0)
+    assert not diff(base, graph(nn.LayerNorm(4), 1.0))
+    for other in (
+        graph(nn.LayerNorm(4, eps=0.1), 1.0),
+        graph(nn.Sigmoid(), 1.0),
+        graph(nn.LayerNorm(4), 2.0),
+        graph(nn.LayerNorm(4), 1.0, torch.float64),
+    ):
+        found = diff(base, other)
+        assert len(found.rewired) == 1 and not found.removed and not found.added
+        assert len([line for line in str(found).splitlines() if line.startswith("~")]) == 2
+    assert diff(of(lambda v: v + 1), of(lambda v: v - 1)) and not diff(of(lambda v: v + 1), of(lambda v: v + 1))
+    assert diff(of(torch.einsum, "a" * 3000 + "x"), of(torch.einsum, "a" * 3000 + "y"))
+    before = snapshot(base)
+    base.c.zero_()
+    assert diff(before, base), "written in place"

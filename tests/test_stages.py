@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import operator
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -244,3 +245,23 @@ def test_bodies_of_higher_order_operators_are_graphs_of_their_own() -> None:
 def test_runs_of_modules_are_drawn_together() -> None:
     names = [f"h.{i}.attn" for i in (0, 1, 2, 5)] + ["h.attn", "encoder"]
     assert in_short(names) == "h.{0-2,5}.attn, h.attn, encoder"
+
+
+def test_one_thread_observes_at_a_time() -> None:
+    """Two would put back each other's hooks."""
+    before = fx.GraphModule.recompile
+    told: list[str] = []
+
+    def other() -> None:
+        try:
+            with observe():
+                pass
+        except RuntimeError as error:
+            told.append(str(error))
+
+    with observe():
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+    assert told == ["graphs are observed by another thread; one can at a time"]
+    assert fx.GraphModule.recompile is before

@@ -24,6 +24,8 @@ from .candidates import ladder
 from .drift import Drift, Measure, Reference, resolve
 from .switch import Call, Plans, Spent, Switch
 
+NOISE = 1e-5
+"""Drift from one run of the exact model to the next that is taken for rounding."""
 Tell = Callable[[str], None]
 Choices = dict[SiteKey, Option[Plan | None]]
 
@@ -56,9 +58,10 @@ def calibrate(
     plans that is some 200 forwards for a model of 30 layers. Memory: two outputs.
 
     Args:
-        model: a module in eval mode, or a function; what is compiled later must be the same one.
+        model: a module in eval mode, or a function; what is compiled later must be the same one. Its output must
+            depend on its input alone.
         batches: what it is called with: each a tensor, a tuple of positional or a dict of keyword arguments. Take
-            the lengths that will be run: what a plan costs and does depends on them.
+            the lengths that will be run: what a plan costs and does depends on them. Each run is given a copy.
         budget: the density that may be spent: pairs attended, routing counted in / exact pairs, over all sites
             that could be rewritten (one that is left exact spends all of its own).
         drift: the largest allowed drift; the cheapest plans found within it are taken, if only exact ones.
@@ -79,22 +82,26 @@ def calibrate(
 
     Raises:
         OptionError: an argument that does not hold what is allowed, a budget that no candidates meet.
-        ValueError: no site can be rewritten; the message says why.
+        ValueError: no site can be rewritten; the message says why. The exact model's output is not a number, or differs
+            from run to run.
     """
     tell = progress or _silent
     target = _target(budget, drift)
     config = _config(options)
+    if isinstance(batches, torch.Tensor):
+        raise OptionError("batches", "a tensor", "a list of batches, as in [tensor]")
     calls = [_call(batch) for batch in batches]
     if not calls:
         raise OptionError("batches", [], "one batch or more")
-    if isinstance(model, nn.Module) and model.training:
-        raise OptionError("model", type(model).__name__, "a model in eval mode: call model.eval()")
+    _check_mode(model)
     tried = _candidates(candidates)
+    earlier = None if measured is None else load(measured)
     switch = Switch(model, config)
     try:
         search = _Search(switch, calls, measure, tell)
+        search.check_exact()
         plans = search.candidates(tried, config)
-        search.sweep(plans, None if measured is None else load(measured))
+        search.sweep(plans, earlier)
         chosen = search.within(target[1]) if target[0] == "budget" else search.below(target[1])
         return search.result(chosen, target)
     finally:
@@ -114,6 +121,7 @@ class _Search:
             output, spent = switch.run(call, {})
             self.exact.add(spent)
         self.measure = resolve(measure, output)
+        self._last = Reference(output, calls[-1].kwargs, self.measure)
         if not switch.sites:
             kept = "; ".join(f"{site}: {reason}" for site, reason in switch.kept.items())
             raise ValueError(f"no attention site can be given a plan: {kept or 'no attention was found in a graph'}")
@@ -121,6 +129,21 @@ class _Search:
         self.reasons: dict[SiteKey, str] = {}
         self._reference: tuple[int, Reference] | None = None
         self._checked: dict[tuple[tuple[SiteKey, Plan], ...], tuple[float, float]] = {}
+
+    @property
+    def measure_name(self) -> str:
+        return self.measure if isinstance(self.measure, str) else getattr(self.measure, "__name__", "own")
+
+    def check_exact(self) -> None:
+        """Raise ``ValueError`` where the exact model does not repeat itself: its noise would be taken for drift."""
+        self._reference = len(self.calls) - 1, self._last
+        output, _ = self.switch.run(self.calls[-1], {})
+        again = self._last.drift(output).mean
+        if again > NOISE:
+            raise ValueError(
+                f"the exact model's output differs from run to run, by a drift of {again:.3g}: dropout, noise, or "
+                "something that it keeps from one call to the next"
+            )
 
     def candidates(self, given: Sequence[Plan] | None, config: Config) -> dict[SiteKey, list[Plan]]:
         """The plans to try at each site: those that it can run."""
@@ -142,6 +165,8 @@ class _Search:
 
     def sweep(self, plans: Mapping[SiteKey, Sequence[Plan]], measured: Calibration | None) -> None:
         """Run every plan at every site, alone, but for what is measured."""
+        if measured and measured.measure != self.measure_name:
+            raise OptionError("measured", measured.measure, f"a calibration by {self.measure_name!r}, as this one is")
         known = {(site.key, trial.plan): trial for site in measured.sites for trial in site.trials} if measured else {}
         wanted = [(key, plan) for key, some in plans.items() for plan in some]
         found = self._tried([pair for pair in wanted if pair not in known])
@@ -228,7 +253,7 @@ class _Search:
         self.tell(f"done in {time.perf_counter() - self.start:.0f} s")
         return Calibration(
             tuple(sites),
-            measure=self.measure if isinstance(self.measure, str) else getattr(self.measure, "__name__", "own"),
+            measure=self.measure_name,
             target=target,
             density=_short(density),
             predicted=_short(sum(option.drift for option in chosen.values())),
@@ -251,6 +276,14 @@ class _Search:
             output, _ = self.switch.run(self.calls[at], {})
             self._reference = at, Reference(output, self.calls[at].kwargs, self.measure)
         return self._reference[1]
+
+
+def _check_mode(model: object) -> None:
+    """Raise ``OptionError`` where a module, or one inside it, is in training mode."""
+    for name, module in model.named_modules() if isinstance(model, nn.Module) else ():
+        if module.training:
+            which = f"{type(module).__name__} {name!r}" if name else type(module).__name__
+            raise OptionError("model", f"{which} in training mode", "a model in eval mode: call model.eval()")
 
 
 def _silent(line: str) -> None:
@@ -295,6 +328,8 @@ def _candidates(candidates: object) -> list[Plan] | None:
 
 
 def _call(batch: Any) -> Call:
+    if isinstance(batch, Call):
+        return batch
     if isinstance(batch, Mapping):
         return Call(kwargs=dict(batch))
     if isinstance(batch, (tuple, list)):

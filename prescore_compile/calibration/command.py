@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ..inspection.command import DONE, TARGET_FAILED, WRONG_USAGE, option
+from ..inspection.command import guarded, option, say
 
 
 def add_to(commands: Any) -> None:
@@ -32,9 +32,16 @@ def add_to(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command; returns the exit code."""
-    from ..inspection.target import TargetError, TargetFailed, load
-    from .calibrate import calibrate
+    return guarded(arguments.command, lambda: _run(arguments))
 
+
+def _run(arguments: argparse.Namespace) -> None:
+    from ..inspection.target import TargetError, TargetFailed, load, told
+    from .calibrate import calibrate
+    from .switch import Call
+
+    if not arguments.out.absolute().parent.is_dir():
+        raise TargetError(f"--out: got {str(arguments.out)!r}; allowed: a file in a folder that exists")
     try:
         with contextlib.redirect_stdout(sys.stderr):
             options = dict(option(text) for text in arguments.options)
@@ -44,19 +51,16 @@ def run(arguments: argparse.Namespace) -> int:
             target = load(arguments.target, 1)
             found = calibrate(
                 target.model,
-                [target.kwargs if target.kwargs and not target.args else target.args],
+                [Call(tuple(target.args), target.kwargs)],
                 budget=arguments.budget,
                 drift=arguments.drift,
                 options=options,
                 measure=arguments.measure,
                 measured=arguments.measured,
             )
-        found.save(arguments.out)
-    except (TargetError, ValueError, OSError) as error:
-        print(f"prescore calibrate: {error}", file=sys.stderr)
-        return WRONG_USAGE
-    except TargetFailed as error:
-        print(f"prescore calibrate: {error}", file=sys.stderr)
-        return TARGET_FAILED
-    print(found)
-    return DONE
+    except (TargetError, TargetFailed, ValueError, OSError):
+        raise
+    except (Exception, SystemExit) as error:
+        raise TargetFailed(f"{arguments.target}: the model raised {told(error)}") from error
+    found.save(arguments.out)
+    say(str(found))

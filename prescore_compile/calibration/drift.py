@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from ..kernels.plan import OptionError
 
@@ -57,19 +57,26 @@ class Reference:
 
     def __init__(self, output: Any, batch: Mapping[str, Any], measure: str | Measure) -> None:
         self.measure = measure
-        if callable(measure):
-            self.output = output
+        if callable(measure):  # a copy: a model may write its next output where this one is
+            self.output = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, output)
             return
         tensor = _tensor(output)
         self.rows = _chosen(tensor, batch)
-        if not bool(torch.isfinite(tensor[self.rows]).any(-1).all()):
+        rows = tensor[self.rows]
+        # Logits may be -inf, where something forbids a token.
+        bad = ~torch.isfinite(rows) & ~((rows == -math.inf) & (measure == "kl"))
+        if bool(bad.any()) or not bool(torch.isfinite(rows).any(-1).all()):
             raise ValueError("the exact model's output is not finite, so nothing can be compared with it")
-        self.output = _logarithms(tensor) if measure == "kl" else tensor
+        self.output = _logarithms(tensor) if measure == "kl" else tensor.clone()
 
     def drift(self, output: Any) -> Drift:
         """Of another output for the same batch; infinite where it is not a number."""
         if callable(self.measure):
             found = Drift(float(self.measure(self.output, output)), 1)
+            if found.total < -1e-6:
+                raise OptionError(
+                    "measure", found.total, "a function that gives 0 for equal outputs, and more for others"
+                )
         else:
             exact, other = self.output[self.rows], _tensor(output)[self.rows]
             compare = _kl if self.measure == "kl" else _cosine

@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.utils._pytree import tree_map
 
 from ..backend import fresh
-from ..kernels.plan import Plan
+from ..kernels.plan import OptionError, Plan
 from ..passes import Config, Report, SiteReport, rewrite
 from ..passes.compat import many_recompiles
 from ..passes.find import bodies
@@ -28,6 +29,21 @@ class Call:
 
     args: tuple[Any, ...] = ()
     kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    def copied(self) -> Call:
+        """The same on inputs of its own: a model may write into what it is given, or add to it (caches).
+
+        Raises:
+            OptionError: an input that cannot be copied.
+        """
+        try:
+            return copy.deepcopy(Call(*tree_map(_detached, (self.args, dict(self.kwargs)))))
+        except Exception as error:
+            raise OptionError("batches", type(error).__name__, f"inputs that can be copied ({error})") from error
+
+
+def _detached(leaf: Any) -> Any:
+    return leaf.detach() if isinstance(leaf, torch.Tensor) else leaf
 
 
 @dataclass
@@ -62,13 +78,16 @@ class Switch:
         self._graphs: list[_Graph] = []
         self._plans: Plans = {}
         self._spent = Spent()
-        self._call = torch.compile(fresh(), backend=self._captured, dynamic=False)
+        self._compiled: Callable[..., Any] | None = None
 
     def run(self, call: Call, plans: Plans) -> tuple[Any, Spent]:
         """The model's output with these plans, and what they spent."""
         self._plans, self._spent = plans, Spent()
+        own = call.copied()
+        call_of, args, kwargs = fresh(self._model, own.args, own.kwargs)
+        self._compiled = self._compiled or torch.compile(call_of, backend=self._captured, dynamic=False)
         with torch.no_grad(), many_recompiles():
-            output = self._call(self._model, call.args, call.kwargs)
+            output = self._compiled(*args, **kwargs)
         return output, self._spent
 
     def refusals(self, plan: Plan) -> dict[SiteKey, str]:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from ..kernels.plan import OptionError
 from ..passes import Config
 from ..passes.sources import DEVICES
 
@@ -53,25 +54,47 @@ def add_to(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run one of the commands; returns the exit code."""
+    return guarded(arguments.command, lambda: _run(arguments))
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    # What the target prints must not end up inside JSON.
+    with contextlib.redirect_stdout(sys.stderr):
+        target, config = _target(arguments)
+    with uncollected():
+        with contextlib.redirect_stdout(sys.stderr):
+            inspection = _inspect(arguments, target, config)
+        _write(arguments, inspection)
+
+
+def guarded(command: str, work: Callable[[], None]) -> int:
+    """The exit code of a command's work; what went wrong is a line on standard error."""
     from .target import TargetError, TargetFailed
 
     try:
-        # What the target prints must not end up inside JSON.
-        with contextlib.redirect_stdout(sys.stderr):
-            target, config = _target(arguments)
-        with uncollected():
-            with contextlib.redirect_stdout(sys.stderr):
-                inspection = _inspect(arguments, target, config)
-            _write(arguments, inspection)
+        work()
     except BrokenPipeError:  # `prescore diff ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (TargetError, ValueError, OSError) as error:
-        print(f"prescore {arguments.command}: {error}", file=sys.stderr)
+        print(f"prescore {command}: {error}", file=sys.stderr)
         return WRONG_USAGE
     except TargetFailed as error:
-        print(f"prescore {arguments.command}: {error}", file=sys.stderr)
+        print(f"prescore {command}: {error}", file=sys.stderr)
         return TARGET_FAILED
     return DONE
+
+
+def say(text: str, page: bool = False) -> None:
+    """Print to standard output, if there is one: what its encoding lacks as escapes, but a ``page`` says UTF-8."""
+    if sys.stdout is None:  # closed by the shell: `>&-`
+        return
+    if page and hasattr(sys.stdout, "buffer"):
+        sys.stdout.buffer.write((text + "\n").encode("utf-8", "backslashreplace"))
+        sys.stdout.flush()
+        return
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    print(text, flush=True)
 
 
 @contextlib.contextmanager
@@ -108,6 +131,8 @@ def _inspect(arguments: argparse.Namespace, target: Any, config: Config) -> Any:
 
     try:
         log = stages(target.model, target.args, target.kwargs, config, arguments.dynamic or None)
+    except OptionError:
+        raise
     except (Exception, SystemExit) as error:
         raise TargetFailed(f"{arguments.target}: the model raised {told(error)}") from error
     return Inspection(target.title, log, arguments.device)
@@ -128,8 +153,7 @@ def _write(arguments: argparse.Namespace, inspection: Any) -> None:
     if arguments.format == "model-explorer":
         from . import explorer
 
-        for path in explorer.write(inspection, arguments.out):
-            print(path)
+        say("\n".join(str(path) for path in explorer.write(inspection, arguments.out)))
         return
     found = _formatted(arguments, inspection)
     if arguments.out is not None:
@@ -139,8 +163,7 @@ def _write(arguments: argparse.Namespace, inspection: Any) -> None:
         from .text import coloured
 
         found = coloured(found)
-    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
-    print(found, flush=True)
+    say(found, page=arguments.format == "html")
 
 
 def _formatted(arguments: argparse.Namespace, inspection: Any) -> str:
@@ -160,4 +183,9 @@ def wants_colour(choice: str) -> bool:
     """Whether text is coloured: ``auto`` is on a terminal, unless NO_COLOR is set (no-color.org)."""
     if choice != "auto":
         return choice == "always"
-    return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    return (
+        sys.stdout is not None
+        and sys.stdout.isatty()
+        and not os.environ.get("NO_COLOR")
+        and os.environ.get("TERM") != "dumb"
+    )

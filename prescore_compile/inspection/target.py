@@ -142,4 +142,7 @@ def told(error: BaseException) -> str:
         trace = trace.tb_next
     ours = trace is None or trace.tb_frame.f_code.co_filename == __file__
     where = "" if trace is None or ours else f" at {trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}"
-    return f"{type(error).__name__}: {error}{where}"
+    try:
+        return f"{type(error).__name__}: {error}{where}"
+    except Exception:  # of its own ``__str__``
+        return f"{type(error).__name__}{where}"

@@ -1,0 +1,67 @@
+"""What a node of a graph calls or reads beyond its name, as text: the same in every process."""
+
+from __future__ import annotations
+
+import hashlib
+from types import CodeType, FunctionType
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+READ = 4096
+"""The most numbers of a tensor that are looked at: of a larger one, as many as lie evenly apart."""
+
+
+def held(node: fx.Node) -> str:
+    """Of a ``get_attr`` or ``call_module``: the tensor's kind and a digest of its numbers, the module as it prints.
+
+    Of a function without a name of its own (a lambda, one inside another), a digest of its code. Else "".
+    """
+    if isinstance(node.target, FunctionType):
+        return digest(_code(node.target.__code__)) if "<" in node.target.__qualname__ else ""
+    value = holding(node)
+    if isinstance(value, torch.Tensor):
+        kind = f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+        try:
+            return kind if _no_numbers(value) else f"{kind} {digest(_numbers(value))}"
+        except RuntimeError:  # a dtype that nothing reads
+            return kind
+    return f"{type(value).__name__} {digest(repr(value))}" if isinstance(value, nn.Module) else ""
+
+
+def holding(node: fx.Node) -> Any:
+    """The object that a ``get_attr`` or ``call_module`` names; None where the graph does not say."""
+    value: Any = node.graph.owning_module
+    if value is None or node.op not in ("get_attr", "call_module"):
+        return None
+    for name in str(node.target).split("."):
+        value = getattr(value, name, None)
+    return value
+
+
+def writing(value: Any) -> tuple[Any, Any]:
+    """What changes where another object is held, or that one is written to."""
+    known = isinstance(value, torch.Tensor) and not value.is_inference()
+    return value, value._version if known else None
+
+
+def _no_numbers(tensor: torch.Tensor) -> bool:
+    plain = type(tensor) in (torch.Tensor, nn.Parameter, nn.Buffer)
+    return not plain or isinstance(tensor, FakeTensor) or tensor.layout is not torch.strided or tensor.is_meta
+
+
+def _numbers(tensor: torch.Tensor) -> str:
+    step = max(-(-tensor.numel() // READ), 1)
+    return str(torch.take(tensor.detach(), torch.arange(0, tensor.numel(), step, device=tensor.device)).tolist())
+
+
+def _code(code: CodeType) -> str:
+    consts = [_code(const) if isinstance(const, CodeType) else repr(const) for const in code.co_consts]
+    return f"{code.co_code.hex()} {consts} {code.co_names}"
+
+
+def digest(text: str) -> str:
+    """Twelve hexadecimal digits that another text does not have."""
+    return hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()[:12]
