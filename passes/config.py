@@ -80,6 +80,9 @@ class Config(Plan):
             if not isinstance(value, (list, tuple)) or not all(isinstance(glob, str) for glob in value):
                 raise OptionError(key, value, "a list or tuple of glob strings")
             object.__setattr__(self, key, tuple(value))
+        for key in ("method", "threshold"):
+            if key in self.given and not self.keep and getattr(self, key) != getattr(Plan(), key):
+                raise OptionError(key, getattr(self, key), "beside keep of 1 or more: without it no key is scored")
         if self.plan is not None:
             object.__setattr__(self, "plan", load(self.plan))
             if self.given:

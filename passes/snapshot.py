@@ -82,6 +82,8 @@ class Node:
         if self.op == "get_attr":
             return f"{HOLE} = {_path(self.target)}"
         parts = self.template.split(", ", 1)
+        if any(bracket in parts[0] for bracket in "([{"):  # the first argument has commas of its own
+            parts = [self.template]
         if self.op == "call_method":
             return f"{HOLE} = {parts[0]}{self.target}({''.join(parts[1:])})"
         if self.target == "operator.getitem" and len(parts) == 2:

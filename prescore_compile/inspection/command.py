@@ -41,7 +41,7 @@ def add_to(commands: Any) -> None:
         parser.add_argument("--format", choices=FORMATS[name], default="text", help="default: text")
         parser.add_argument("--out", type=Path, metavar="PATH", help="write there, not to standard output; "
                             "model-explorer writes a folder and needs it")  # fmt: skip
-        parser.add_argument("--seq-len", type=int, default=4096, metavar="N",
+        parser.add_argument("--seq-len", type=int, metavar="N",
                             help="tokens, for a Hugging Face config (default: 4096)")  # fmt: skip
         parser.add_argument("--set", action="append", default=[], metavar="OPTION=VALUE", dest="options",
                             help="an option of the backend, as in --set min_seq_len=0; can be repeated")  # fmt: skip
@@ -118,10 +118,12 @@ def _target(arguments: argparse.Namespace) -> tuple[Any, Config]:
 
     if arguments.format == "model-explorer" and arguments.out is None:
         raise ValueError("--format model-explorer: got no --out; allowed: a folder, for two graphs and their mapping")
-    if arguments.seq_len < 1:
-        raise ValueError(f"--seq-len: got {arguments.seq_len}; allowed: 1 or more")
+    seq_len = arguments.seq_len
+    if seq_len is not None and (seq_len < 1 or not Path(arguments.target).is_dir()):
+        allowed = "1 or more" if seq_len < 1 else "with the folder of a Hugging Face config; a function says its inputs"
+        raise ValueError(f"--seq-len: got {seq_len}; allowed: {allowed}")
     config = Config.from_options(dict(option(text) for text in arguments.options))
-    return load(arguments.target, arguments.seq_len), config
+    return load(arguments.target, seq_len or 4096), config
 
 
 def _inspect(arguments: argparse.Namespace, target: Any, config: Config) -> Any:
