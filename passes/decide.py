@@ -185,21 +185,23 @@ def _shape(attention: Attention, causal: bool) -> cost.Shape:
 
 
 @functools.cache
-def _costs(shape: cost.Shape, plan: Plan | None, length: int) -> tuple[int, int | None, float | None]:
-    """Exact and prescored multiply-adds, and the density: the same for all layers of a model."""
-    exact = round(cost.at(cost.exact_cost(shape), length))
+def _costs(shape: cost.Shape, plan: Plan | None, length: int) -> dict[str, Any]:
+    """Those fields of a ``SiteReport``: the same for all layers of a model."""
+    exact = cost.at(cost.exact_cost(shape), length)
     if plan is None:
-        return exact, None, None
-    prescored = round(cost.at(cost.prescored_cost(shape, plan), length))
-    return exact, prescored, cost.at(cost.density(plan, shape.causal), length)
+        return dict(exact_cost=round(exact))
+    return dict(
+        exact_cost=round(exact),
+        prescored_cost=round(cost.at(cost.prescored_cost(shape, plan), length)),
+        density=cost.at(cost.density(plan, shape.causal), length),
+        gain=exact / cost.at(cost.prescored_time(shape, plan), length),
+    )
 
 
 def describe(decision: Decision, kind: str, key: str = "") -> SiteReport:
     """The decision as data, with its costs at the sizes compiled for; ``key``: the site's name in a plan file."""
     site, plan, attention = decision.site, decision.plan, decision.site.attention
-    exact: int | None = None
-    prescored: int | None = None
-    share: float | None = None
+    costs: dict[str, Any] = {}
     sizes: dict[str, Any] = {}
     kernel: dict[str, Any] = {}
     device_type = ""
@@ -211,7 +213,7 @@ def describe(decision: Decision, kind: str, key: str = "") -> SiteReport:
         named["head_dim"] = (a.d,)
         sizes = {name: str(a.size(*coordinates)) for name, coordinates in named.items()}
         shape, length = _shape(a, decision.mask.causal), hint(a.size(a.k))
-        exact, prescored, share = _costs(shape, plan if length else None, length)
+        costs = _costs(shape, plan if length else None, length)
     return SiteReport(
         module=site.module,
         source=site.source,
@@ -222,9 +224,7 @@ def describe(decision: Decision, kind: str, key: str = "") -> SiteReport:
         plan=plan,
         mask=decision.mask.text,
         shape=sizes,
-        exact_cost=exact,
-        prescored_cost=prescored,
-        density=share,
+        **costs,
         rule=rule_of(site, kind),
         failed="" if decision.rewrite else failed_at(site, decision.reason),
         key=key,

@@ -28,6 +28,7 @@ class SiteReport:
         exact_cost, prescored_cost: multiply-adds at the sizes compiled for; the latter includes
             scoring and routing, and is None where no plan applies.
         density: attended pairs, routing counted in / exact pairs; None where kept.
+        gain: time of exact attention / that of all stages, as the cost model expects it; None where kept.
         rule: how it was recognised (rules.RULES). failed: ``file:line: code`` of the first condition that
             failed, where kept: the mask's line for a mask.
         key: the site's name in a plan file. value_dim, causal: what else a plan file checks.
@@ -44,9 +45,10 @@ class SiteReport:
     plan: Plan | None
     mask: str
     shape: dict[str, str]
-    exact_cost: int | None
-    prescored_cost: int | None
-    density: float | None
+    exact_cost: int | None = None
+    prescored_cost: int | None = None
+    density: float | None = None
+    gain: float | None = None
     rule: str = ""
     failed: str = ""
     key: str = ""
@@ -120,6 +122,7 @@ def _row(site: SiteReport) -> dict[str, Any]:
         "exact": _giga(site.exact_cost),
         "prescored": _giga(site.prescored_cost),
         "density": "-" if site.density is None else f"{100 * site.density:.1f}%",
+        "expected": "-" if site.gain is None else f"{site.gain:.1f}x",
     }
 
 

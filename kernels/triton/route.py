@@ -22,7 +22,8 @@ score in the same word as the bar reaches it.
 Heads that route together share a row; see ``route_scores``.
 
 With ``listed`` chunks (two levels) a tile walks only over the clusters of the chunks that any of its
-rows chose, and each row counts its own; see ``kernels.coarse``.
+rows chose, and each row counts its own; see ``kernels.coarse``. They are listed as in ``union``, so that no later query
+changes a sum; ties go to what is listed earlier.
 """
 
 from __future__ import annotations

@@ -73,13 +73,13 @@ IN_BLOCKS = """
 inside = (member < QUERIES * $heads)[:, None]
 tl.store(to[:, None] + which, number, mask=inside & (which < route_count))
 for begin in range($which, route_count, $which):
-    which = begin + tl.arange(0, $which)
-    here = live[:, None] & (which < route_count)[None, :]
+    which = begin + tl.arange(0, $which)[None, :]
+    here = live[:, None] & (which < route_count)
     cluster = tl.load(
-        pair_routes[:, None] + query_at.to(tl.int64)[:, None] * route_count + which[None, :], mask=here, other=-1
+        pair_routes[:, None] + query_at.to(tl.int64)[:, None] * route_count + which, mask=here, other=-1
     )
     number = tl.where(cluster >= 0, cluster * ROWS + member[:, None], $none)
-    tl.store(to[:, None] + which[None, :], number, mask=inside & (which < route_count)[None, :])
+    tl.store(to[:, None] + which, number, mask=inside & (which < route_count))
 """
 
 UNION = """

@@ -323,6 +323,7 @@
         ["read by", links(graph, graph.users[at])]]));
   }
   const percent = (share) => share === null ? "" : `${(100 * share).toFixed(1)}%`;
+  const times = (gain) => gain === null ? "" : `${gain.toFixed(1)}x as fast`;
   const costs = (cost) => cost === null ? "" : cost >= 1e12 ? `${(cost / 1e12).toPrecision(3)} TMAC` : cost >= 1e9 ? `${(cost / 1e9).toPrecision(3)} GMAC` : `${(cost / 1e6).toPrecision(3)} MMAC`;
   const meaning = (site) => data.reasons[site.reason.split(":")[0]] || "";
   function siteCard(site) {
@@ -335,6 +336,7 @@
       ["shape", Object.entries(site.shape).map(([key, value]) => `${key} ${value}`).join(", ")],
       ["cost", [[site.exact_cost, "exact"], [site.prescored_cost, "prescored"]].filter(([cost]) => cost !== null).map(([cost, name]) => `${costs(cost)} ${name}`).join(" → ")],
       ["density", percent(site.density)],
+      ["expected", times(site.gain)],
     ]));
   }
   function detail(r) {
@@ -440,6 +442,7 @@
     ["reason", (s) => s.reason, ""], ["rule", (s) => s.rule, ""], ["mask", (s) => s.mask, ""],
     ["heads", (s) => `${s.shape.heads ?? "?"}/${s.shape.kv_heads ?? "?"}`, "right"], ["keys", (s) => s.shape.k_len ?? "?", "right"],
     ["exact", (s) => s.exact_cost, "right"], ["prescored", (s) => s.prescored_cost, "right"], ["density", (s) => s.density, "right"],
+    ["expected", (s) => s.gain, "right"],
   ];
   let sorted = null, falling = false;
   const chosen = new Set();
@@ -466,6 +469,7 @@
     if (name === "mask") return el("td", {class: text.length < 40 ? "whole" : ""}, maths(text));
     if (name === "density") return el("td", {class: kind}, text === null ? "—" : [el("span", {class: "gauge"}, el("i", {style: `width:${Math.min(100, 100 * text).toFixed(1)}%`})), percent(text)]);
     if (name === "exact" || name === "prescored") return el("td", {class: kind}, costs(text) || "—");
+    if (name === "expected") return el("td", {class: kind, title: "faster by the cost model, all stages counted in"}, text === null ? "—" : `${text.toFixed(1)}x`);
     return el("td", {class: kind}, String(text));
   }
   const MOST = 1000;
