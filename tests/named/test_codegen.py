@@ -158,10 +158,10 @@ def check(code: str, graph: GraphLowering) -> None:
         assert not hasattr(value, "get_device") or value.get_device() in (None, torch.device("cuda", 0)), name
 
 
-FORWARD = ["rows", "attend", "route", "mark", "union", "attend"]
+FORWARD = ["rows", "attend", "route", "mark", "union", "arrange", "attend"]
 """With a share: the first adds up window and sinks."""
 SEGMENTS = ["segment_moments", "segment_assign_0", "segment_assign_1", "segment_rows"]
-LISTS = ["mark", "union"]
+LISTS = ["mark", "union", "arrange"]
 ROWS = ["rows_backward", "rows_backward"]
 CASES: dict[str, tuple[dict[str, Any], dict[str, bool], list[list[str]]]] = {
     "default": ({}, {}, [["cluster", *FORWARD]]),
