@@ -16,6 +16,8 @@ from .defaults import default_plan
 from .planfile import load
 from .plans import Calibration
 
+SCORING = ("method", "threshold")
+"""Settings without effect where no key is selected."""
 INNER = ("inductor", "aot_eager", "eager")
 
 
@@ -80,7 +82,7 @@ class Config(Plan):
             if not isinstance(value, (list, tuple)) or not all(isinstance(glob, str) for glob in value):
                 raise OptionError(key, value, "a list or tuple of glob strings")
             object.__setattr__(self, key, tuple(value))
-        for key in ("method", "threshold"):
+        for key in SCORING:
             if key in self.given and not self.keep and getattr(self, key) != getattr(Plan(), key):
                 raise OptionError(key, getattr(self, key), "beside keep of 1 or more: without it no key is scored")
         if self.plan is not None:
@@ -95,7 +97,7 @@ class Config(Plan):
         everything: dict[str, Any] = dict(
             window=None, sinks=0, keep=0, centroids=0, routes=0, min_seq_len=0, only_if_faster=False
         )
-        return cls.from_options(everything | options)
+        return cls.from_options(everything | {key: value for key, value in options.items() if key not in SCORING})
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any] | None) -> Config:
@@ -126,7 +128,7 @@ class Config(Plan):
         """With other settings; a ``plan`` takes the place of a plan's settings."""
         kept = [field.name for field in fields(self) if field.init and field.name not in PLAN_FIELDS]
         if settings.get("plan") is None:
-            kept += self.given
+            kept += [name for name in self.given if settings.get("keep") != 0 or name not in SCORING]
         return Config(**{name: getattr(self, name) for name in kept} | settings)
 
     def own_settings(self) -> dict[str, Any]:

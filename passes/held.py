@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from types import CodeType, FunctionType
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 READ = 4096
 """The most numbers of a tensor that are looked at: of a larger one, as many as lie evenly apart."""
@@ -22,13 +24,13 @@ def held(node: fx.Node) -> str:
     if isinstance(node.target, FunctionType):
         return digest(_code(node.target.__code__)) if "<" in node.target.__qualname__ else ""
     value = holding(node)
-    if isinstance(value, torch.Tensor):
-        kind = f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
-        try:
-            return kind if _no_numbers(value) else f"{kind} {digest(_numbers(value))}"
-        except RuntimeError:  # a dtype that nothing reads
-            return kind
-    return f"{type(value).__name__} {digest(repr(value))}" if isinstance(value, nn.Module) else ""
+    if not isinstance(value, (torch.Tensor, nn.Module)):
+        return ""
+    try:
+        with _disable_current_modes():  # whoever traces meanwhile must not see this
+            return _tensor(value) if isinstance(value, torch.Tensor) else _module(value)
+    except Exception:  # a dtype that nothing reads, a ``repr`` that raises
+        return type(value).__name__
 
 
 def holding(node: fx.Node) -> Any:
@@ -39,6 +41,15 @@ def holding(node: fx.Node) -> Any:
     for name in str(node.target).split("."):
         value = getattr(value, name, None)
     return value
+
+
+def _tensor(tensor: torch.Tensor) -> str:
+    kind = f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
+    return kind if _no_numbers(tensor) else f"{kind} {digest(_numbers(tensor))}"
+
+
+def _module(module: nn.Module) -> str:
+    return f"{type(module).__name__} {digest(re.sub(r' at 0x[0-9a-f]+', '', repr(module)))}"
 
 
 def writing(value: Any) -> tuple[Any, Any]:
@@ -58,7 +69,14 @@ def _numbers(tensor: torch.Tensor) -> str:
 
 
 def _code(code: CodeType) -> str:
-    consts = [_code(const) if isinstance(const, CodeType) else repr(const) for const in code.co_consts]
+    consts = [
+        _code(const)
+        if isinstance(const, CodeType)
+        else str(sorted(map(repr, const)))
+        if isinstance(const, frozenset)
+        else repr(const)
+        for const in code.co_consts
+    ]
     return f"{code.co_code.hex()} {consts} {code.co_names}"
 
 

@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import torch
 from torch import fx
-from torch._dynamo import lookup_backend
+from torch._dynamo import OptimizedModule, lookup_backend
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from .kernels.plan import OptionError
@@ -70,15 +70,12 @@ def _warn_of_a_foreign_plan(report: Report) -> None:
 
 
 def _warn_of_idle_globs(report: Report, config: Config) -> None:
-    """A pattern that matches no site of a graph with sites does nothing: it may be misspelt."""
+    """A pattern that matches no site may be misspelt, or of another graph: it is logged, which ends nothing."""
     idle = config.idle(site.module for site in report.sites)
     if idle and report.sites:
         modules = ", ".join(dict.fromkeys(site.module or "(no module)" for site in report.sites[:3]))
-        warnings.warn(
-            f"prescore: {', '.join(idle)} matches no attention site of a graph with {len(report.sites)} ({modules}"
-            f"{', ...' if len(report.sites) > 3 else ''})",
-            stacklevel=2,
-        )
+        more = ", ..." if len(report.sites) > 3 else ""
+        _LOG.warning("%s: no attention site of this graph (%s%s) matches", ", ".join(idle), modules, more)
 
 
 def compile_inner(
@@ -180,6 +177,8 @@ def fresh(
     while isinstance(model, functools.partial):
         args, kwargs = (*model.args, *args), {**model.keywords, **kwargs}
         model = model.func
+    if isinstance(model, OptimizedModule):
+        model = model._orig_mod
     if isinstance(model, MethodType):
         return _copied(model.__func__), (model.__self__, *args), kwargs
     if isinstance(model, FunctionType):

@@ -318,8 +318,12 @@ def test_a_pattern_that_matches_nothing_is_told(caplog: pytest.LogCaptureFixture
     x = torch.randn(1, 40, 16)
     options = QUICK | dict(inner="eager", exclude=["layers.0", "layer.1"])
     assert str(explain(MODEL, x, config=Config(**options))).endswith("matches no site: exclude 'layer.1'")
-    with caplog.at_level("INFO"), pytest.warns(UserWarning, match="exclude 'layer.1' matches no attention site"):
+    with caplog.at_level("INFO"):
         torch.compile(MODEL, backend="prescore", options=options)(x)
+    assert (
+        "exclude 'layer.1': no attention site of this graph (layers.0, named.it's, named.conv[3x3]) matches"
+        in caplog.text
+    )
     assert "3 sites: 2 rewritten, 1 kept exact (1 excluded)" in caplog.text
     first = explain(MODEL, x, config=Config(**options)).sites[0]
     assert first.mask == "k <= q" and first.exact_cost == explain(MODEL, x, config=Config()).sites[0].exact_cost

@@ -357,3 +357,25 @@ def test_the_command_passes_keywords_and_says_who_failed(tmp_path: Path, capsys:
     assert main(["calibrate", f"{file}:plain", "--budget", "0.5", "--out", "/nowhere/at/all.json"]) == 2
     said = capsys.readouterr().err
     assert "the model raised" in said and "no gain" in said and "allowed: a file in a folder that exists" in said
+
+
+class Zeroed(Model):
+    """Some of its rows are zeros; asks whether its inputs are one."""
+
+    def forward(self, q: torch.Tensor, k: torch.Tensor) -> Any:
+        assert q is k
+        return super().forward(q) * (torch.arange(128) < 100)[:, None]
+
+
+def test_zeros_inputs_that_are_one_and_inputs_of_a_graph() -> None:
+    x = batch()
+    found = calibrate(Zeroed(logits=False), [(x, x)], **QUIETLY)
+    assert found.measure == "cosine" and 0 < found.drift < 0.1
+    past = [torch.zeros(1, 16, 16, requires_grad=True) * 1.0]
+    assert calibrate(Appends(), [{"x": x, "past": past}], **QUIETLY).drift > 0 and len(past) == 1
+
+
+def test_methods_can_be_calibrated() -> None:
+    options = dict(method="norm", keep=4, chunk=16, sinks=2)
+    assert calibrate(Model(), [torch.randn(1, 1024, 16)], budget=0.6, options=options, progress=None).drift > 0
+    assert Config(method="norm", keep=4).changed(keep=0) == Config(keep=0)

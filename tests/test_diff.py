@@ -13,7 +13,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
+from prescore_compile import observe
 from prescore_compile.passes import GraphDiff, diff, snapshot
 
 UNARY = (torch.relu, torch.tanh, torch.exp)
@@ -265,3 +268,39 @@ def test_what_stands_behind_a_name_counts() -> None:
     before = snapshot(base)
     base.c.zero_()
     assert diff(before, base), "written in place"
+
+
+class Constant(nn.Module):
+    def __init__(self, broken: bool = False) -> None:
+        super().__init__()
+        self.register_buffer("c", torch.tensor([1.0, 2.0]))
+        self.broken = broken
+
+    def extra_repr(self) -> str:
+        if self.broken:
+            raise ValueError("boom")
+        return f"{self.extra_repr}"
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.c + torch.tensor([3.0, 4.0])
+
+
+def test_looking_changes_nothing_that_is_traced() -> None:
+    x = torch.ones(2)
+    for mode in ("real", "fake", "symbolic"):
+        plain = make_fx(lambda x: Constant()(x), tracing_mode=mode)(x)
+        with observe():
+            watched = make_fx(lambda x: Constant()(x), tracing_mode=mode)(x)
+            torch.compile(Constant(), backend="aot_eager")(x)
+        assert [node.name for node in watched.graph.nodes] == [node.name for node in plain.graph.nodes]
+    with FakeTensorMode():
+        assert snapshot(fx.symbolic_trace(Constant())).nodes
+
+
+def test_a_module_that_prints_badly() -> None:
+    def graph(module: nn.Module) -> fx.GraphModule:
+        found = fx.Graph()
+        found.output(found.call_module("m", (found.placeholder("x"),)))
+        return fx.GraphModule({"m": module}, found)
+
+    assert not diff(graph(Constant()), graph(Constant())) and not diff(graph(Constant(True)), graph(Constant(True)))

@@ -95,7 +95,7 @@ def fakes(tensors: tuple[Any, ...], device: str) -> tuple[Any, ...]:
 
 
 def prefixed(plan: Plan) -> list[str]:
-    return ["mark", "union"] * bool(plan.routes) + ["centroids"] * plan.residual
+    return ["mark", "union", "arrange"] * bool(plan.routes) + ["centroids"] * plan.residual
 
 
 @pytest.mark.parametrize("name", PLANS)
@@ -139,7 +139,7 @@ def test_autograd_and_dynamic_lengths(dynamic: bool, monkeypatch: pytest.MonkeyP
     for tensor in (*tensors[:3], *tensors[8:10]):
         tensor.requires_grad_()
     graph = graph_of(lambda *t: ops.attend(*t, plan.text, True, 0.25, "", []), *tensors, dynamic=dynamic)
-    assert list(kernels(graph)) == ["mark", "union", "attend"]
+    assert list(kernels(graph)) == ["mark", "union", "arrange", "attend"]
     sizes = [node for node in graph.nodes if isinstance(node.meta.get("val"), torch.SymInt)]
     assert bool(sizes) == dynamic
 

@@ -95,7 +95,7 @@ def test_route(name: str) -> None:
     with FakeTensorMode():
         tensors = fakes(real, "cuda")
         graph = graph_of(lambda *t: ops.route(*t[:5], plan.text, True, 200, 0.25, "", [], t[5]), *tensors)
-    assert launched(graph) == (["route", "mark", "union", "route"] if plan.coarse else ["route"])
+    assert launched(graph) == (["route", "mark", "union", "arrange", "route"] if plan.coarse else ["route"])
 
 
 def test_mass() -> None:

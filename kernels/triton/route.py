@@ -390,6 +390,10 @@ def _walk(
     # Where shared memory is less, two stages of many features do not fit every plan.
     stages = 1 if spec.dim > 128 and devices.is_small(query.device) else spec.tile.stages
     launch(load(text, "route"), grid, values | lists, warps=spec.tile.warps, stages=stages)
+    if lists and plan.routes > SORTED:  # what bisection finds is in the order of the list
+        nothing = torch.iinfo(torch.int32).max
+        routes = routes.masked_fill(routes < 0, nothing).sort(3).values
+        routes = routes.masked_fill(routes == nothing, -1)
     return routes
 
 

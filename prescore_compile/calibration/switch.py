@@ -13,7 +13,7 @@ from torch import fx
 from torch.utils._pytree import tree_map
 
 from ..backend import fresh
-from ..kernels.plan import OptionError, Plan
+from ..kernels.plan import Plan
 from ..passes import Config, Report, SiteReport, rewrite
 from ..passes.compat import many_recompiles
 from ..passes.find import bodies
@@ -33,17 +33,19 @@ class Call:
     def copied(self) -> Call:
         """The same on inputs of its own: a model may write into what it is given, or add to it (caches).
 
-        Raises:
-            OptionError: an input that cannot be copied.
+        What is one object stays one. An object that cannot be copied is passed as it is; its tensors, where it is a
+        container that torch knows, are copies.
         """
+        known: dict[int, Any] = {}
+
+        def detached(leaf: Any) -> Any:
+            return known.setdefault(id(leaf), leaf.detach().clone()) if isinstance(leaf, torch.Tensor) else leaf
+
+        own = Call(*tree_map(detached, (self.args, dict(self.kwargs))))
         try:
-            return copy.deepcopy(Call(*tree_map(_detached, (self.args, dict(self.kwargs)))))
-        except Exception as error:
-            raise OptionError("batches", type(error).__name__, f"inputs that can be copied ({error})") from error
-
-
-def _detached(leaf: Any) -> Any:
-    return leaf.detach() if isinstance(leaf, torch.Tensor) else leaf
+            return copy.deepcopy(own)
+        except Exception:  # of locks, or of tensors that were computed with gradients
+            return own
 
 
 @dataclass

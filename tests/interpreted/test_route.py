@@ -265,6 +265,16 @@ def test_later_queries_do_not_change_earlier_routes(group: bool) -> None:
     assert torch.equal(route(query, summary, plan, True, 250, site.scale, mass=near)[:, :, :237], base[:, :, :237])
 
 
+def test_routes_of_two_levels_ascend_whatever_finds_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bisection finds them in the order of the tile's list; who lists them in turn merges rows that ascend."""
+    monkeypatch.setattr(of_route, "SORTED", 4)
+    plan = Plan(chunk=32, window=0, sinks=2, routes=5, coarse=3)
+    site = operands(230, batch=1, heads=2, kv_heads=1, dim=8)
+    got = route(site.query, summary_of(site, plan), plan, True, 230, site.scale)
+    last = got.masked_fill(got < 0, 2**30)
+    assert (got[:, :, -1] >= 0).all() and torch.equal(last, last.sort(3).values)
+
+
 def test_continuing_a_cache_strides_and_no_window() -> None:
     plan = ROUTED["routes"]
     site = operands(150)
