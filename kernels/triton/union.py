@@ -102,19 +102,20 @@ def union(
         last = real & (following // ROWS != cluster)
         place = found + tl.cumsum(last.to(tl.int32), 0) - 1
         to = tile * list_size + place
-        tl.store(listed + to, cluster, mask=last)
+        fits = last & (place < list_size)  # always, but for routes that do not ascend
+        tl.store(listed + to, cluster, mask=fits)
         row = number % ROWS
         bit = tl.where(real & (number != previous), 1 << (row % 32), 0)
         $words
         found += tl.sum(last.to(tl.int32), 0)
         begin += BLOCK
-    tl.store(listed_count + tile, found)
+    tl.store(listed_count + tile, tl.minimum(found, list_size))
 """
 
 WORD = """
 in_$word = tl.where(row // 32 == $word, bit, 0)
 running = tl.add(sum_$word, tl.cumsum(in_$word, 0), sanitize_overflow=False)
-tl.store(listed_rows + to * $words + $word, running, mask=last)
+tl.store(listed_rows + to * $words + $word, running, mask=fits)
 sum_$word = tl.add(sum_$word, tl.sum(in_$word, 0), sanitize_overflow=False)
 """
 

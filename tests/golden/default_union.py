@@ -32,17 +32,18 @@ def union(
         last = real & (following // ROWS != cluster)
         place = found + tl.cumsum(last.to(tl.int32), 0) - 1
         to = tile * list_size + place
-        tl.store(listed + to, cluster, mask=last)
+        fits = last & (place < list_size)  # always, but for routes that do not ascend
+        tl.store(listed + to, cluster, mask=fits)
         row = number % ROWS
         bit = tl.where(real & (number != previous), 1 << (row % 32), 0)
         in_0 = tl.where(row // 32 == 0, bit, 0)
         running = tl.add(sum_0, tl.cumsum(in_0, 0), sanitize_overflow=False)
-        tl.store(listed_rows + to * 2 + 0, running, mask=last)
+        tl.store(listed_rows + to * 2 + 0, running, mask=fits)
         sum_0 = tl.add(sum_0, tl.sum(in_0, 0), sanitize_overflow=False)
         in_1 = tl.where(row // 32 == 1, bit, 0)
         running = tl.add(sum_1, tl.cumsum(in_1, 0), sanitize_overflow=False)
-        tl.store(listed_rows + to * 2 + 1, running, mask=last)
+        tl.store(listed_rows + to * 2 + 1, running, mask=fits)
         sum_1 = tl.add(sum_1, tl.sum(in_1, 0), sanitize_overflow=False)
         found += tl.sum(last.to(tl.int32), 0)
         begin += BLOCK
-    tl.store(listed_count + tile, found)
+    tl.store(listed_count + tile, tl.minimum(found, list_size))
