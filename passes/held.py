@@ -29,7 +29,7 @@ def held(node: fx.Node) -> str:
     try:
         with _disable_current_modes():  # whoever traces meanwhile must not see this
             return _tensor(value) if isinstance(value, torch.Tensor) else _module(value)
-    except Exception:  # a dtype that nothing reads, a ``repr`` that raises
+    except Exception:  # a dtype that nothing reads
         return type(value).__name__
 
 
@@ -49,7 +49,7 @@ def _tensor(tensor: torch.Tensor) -> str:
 
 
 def _module(module: nn.Module) -> str:
-    return f"{type(module).__name__} {digest(re.sub(r' at 0x[0-9a-f]+', '', repr(module)))}"
+    return f"{type(module).__name__} {digest(plain(module))}"
 
 
 def writing(value: Any) -> tuple[Any, Any]:
@@ -78,6 +78,15 @@ def _code(code: CodeType) -> str:
         for const in code.co_consts
     ]
     return f"{code.co_code.hex()} {consts} {code.co_names}"
+
+
+def plain(value: Any) -> str:
+    """Its ``repr`` without addresses; where that raises, which error."""
+    try:
+        text = repr(value)
+    except Exception as error:
+        text = f"<{type(value).__name__}: {type(error).__name__} in its repr>"
+    return re.sub(r" at 0x[0-9a-f]+", "", text)
 
 
 def digest(text: str) -> str:

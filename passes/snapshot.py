@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from .compat import module_path, origins, source_line, value_of
-from .held import digest, held, holding, writing
+from .held import digest, held, holding, plain, writing
 
 if TYPE_CHECKING:
     import networkx
@@ -304,9 +304,5 @@ def _constant(value: Any) -> str:
         return repr(value)
     if isinstance(value, type) or (callable(value) and hasattr(value, "__qualname__")):
         return f"{getattr(value, '__module__', None) or 'builtins'}.{value.__qualname__}"
-    try:
-        text = repr(value)
-    except Exception as error:
-        text = f"<{type(value).__name__}: {type(error).__name__} in its repr>"
-    text = re.sub(r" at 0x[0-9a-f]+", "", text).replace(HOLE, "\\0")
+    text = plain(value).replace(HOLE, "\\0")
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}... ({digest(text)} in all)"

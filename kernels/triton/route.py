@@ -41,7 +41,7 @@ from ..plan import Plan
 from ..summary import Summary
 from . import device as devices
 from .cache import launch, load
-from .loops import chooser, mask_parameters, mask_values, names, precision, tile, words
+from .loops import mask_parameters, mask_values, names, precision, tile, words
 from .network import EXCHANGE, falling, rank, rising
 from .render import arguments, fill, source
 from .route_scores import blocks, in_parts
@@ -400,4 +400,4 @@ def _walk(
 def _chosen(spec: Spec) -> str:
     """``chosen`` ``[ROWS, COLUMNS]``: the row is one of those that listed the column's chunk; see ``union``."""
     lines, word = words(spec)
-    return f"{lines}\nchosen = (({word} >> ({chooser(spec)} % 32)[:, None]) & 1) != 0"
+    return f"{lines}\nchosen = (({word} >> (member % 32)[:, None]) & 1) != 0"
