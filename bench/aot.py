@@ -29,7 +29,7 @@ from unittest import mock
 
 import sympy
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from prescore_compile.kernels.logits import NOTHING, B, H, K, Logits, Q, by_chunk
 from prescore_compile.kernels.ops import _empty_summary
@@ -259,6 +259,7 @@ def source_of(launch: Launch, wide: bool = False) -> Any:
         aligned = True
         if isinstance(value, torch.Tensor):
             signature[name] = "*" + TYPES[value.dtype]
+            aligned = isinstance(value, FakeTensor) or value.data_ptr() % 16 == 0
         elif isinstance(value, float):
             signature[name], aligned = "fp32", False
         elif value is None or (value == 1 and not wide):

@@ -26,7 +26,8 @@ from prescore_compile.kernels.reference import Operands
 from prescore_compile.kernels.summary import Summary
 
 # Run by test_triton.py, each file in a process of its own.
-collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreted"]
+COMPILED = os.environ.get("PRESCORE_COMPILED", "")
+collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" or COMPILED else ["interpreted"]
 collect_ignore += [] if os.environ.get("PRESCORE_NAMED") == "1" else ["named"]
 
 # Minutes each: begun with, so that no process is left alone with one of them at the end.
@@ -63,6 +64,12 @@ EVERYTHING = {
 @pytest.fixture(autouse=True, scope="session")
 def _watched() -> Iterator[None]:
     """Interpreted kernels do nothing that a GPU would not stand."""
+    if COMPILED:
+        from bench.ptx.launch import compiled_launches
+
+        with compiled_launches(COMPILED):
+            yield
+        return
     if os.environ.get("TRITON_INTERPRET") != "1":
         yield
         return

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import in_double, operands
+from conftest import COMPILED, in_double, operands
 from triton.runtime import interpreter
 
 from prescore_compile.kernels import ops
@@ -25,6 +25,8 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 
 TOLERANCE = {"leverage": dict(atol=1e-5, rtol=1e-4)}
 """Of float32 scores; elsewhere 10^-5 of each and 10^-6."""
+if COMPILED:  # what weighs a key may have more bits than TF32 passes take: one that is its own median is nearly there
+    TOLERANCE["kmedian"] = dict(atol=1e-5, rtol=1e-5)
 
 
 @pytest.fixture(params=["float32", "tensor cores"])
