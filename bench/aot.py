@@ -350,7 +350,7 @@ WITHOUT_PRODUCTS = (
     "cluster", "mark", "union", "arrange", "centroids", "merge", "rows", "rows_backward",
     "select", "select_segments", "segment_moments", "segment_rows",
 )  # fmt: skip
-"""Kernels whose source has no product of matrices."""
+"""Kernels whose source has no product of matrices, or not for all inputs."""
 
 
 def _noted(assembly: str, key: str) -> int:

@@ -12,7 +12,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from prescore_compile.kernels.clusterings.pca_tree import POWER_ITERATIONS
 from prescore_compile.kernels.plan import Plan
 from prescore_compile.kernels.triton.mass import FEATURES
 from prescore_compile.passes import cost
@@ -70,11 +69,15 @@ SCORE_LANES = {
 SCORE_LANES_A_HEAD = {"peak": (1910, 2780), "query": (700, 900)}
 """More of them for each query head of the KV head."""
 SCORE_STALLS = 2.0
-"""By how much the barriers of a score kernel, of which one to four run on a multiprocessor, slow it down; assumed."""
+"""By how much barriers slow down a kernel of scores, clusters or centroids, of which one to four run on a
+multiprocessor; assumed."""
 SELECT_LANES = 1460
 """Instructions of a lane for one key: to select it in its chunk, and a segment's program without its steps."""
 SEGMENT_LANES = 1770
 """The same of one step of a segment's program, for each key that it reads; counted too."""
+CLUSTER_LANES = (4840, 7570)
+"""The same to cluster one key of 64 or 128 features, for each level that its chunk is halved on: executed, as
+`bench/ptx` counts it for sm_90 (chunks of 256, down to clusters of 16)."""
 CENTROID_LANES = (6070, 10_500)
 """The same of one key, for up to 16 centroids of one of its segments: moments and two Lloyd iterations."""
 NUMBER_BYTES = 2
@@ -180,7 +183,7 @@ def select(site: Site) -> Work:
 
 
 def summarize(site: Site) -> Work:
-    """Clusters of each chunk: a read of keys and values, and the power iterations of each level; rows and centroids."""
+    """Clusters of each chunk: a read of keys and values, and the halving of each level; rows and centroids."""
     plan, dim = site.plan, site.shape.head_dim
     copied = site.keys * plan.keep / plan.chunk * 2 * NUMBER_BYTES * _features(site)
     if plan.centroids:  # of plans without routes; keys and values are read three times for each segment
@@ -190,10 +193,10 @@ def summarize(site: Site) -> Work:
     if not plan.routes:
         return Work(traffic=copied, launches=1)
     levels = (plan.chunk // plan.cluster).bit_length() - 1
-    iterations = levels * (POWER_ITERATIONS + 1) * 4 * dim  # two products, each a multiplication and a sum
+    lanes = levels * CLUSTER_LANES[int(dim > 64)] * SCORE_STALLS
     written = 4 + (8 * dim + 4) / plan.cluster
     traffic = site.keys * (NUMBER_BYTES * _features(site) + written) + copied
-    return Work(lanes=site.keys * iterations, traffic=traffic, launches=2)
+    return Work(lanes=site.keys * lanes, traffic=traffic, launches=2)
 
 
 def mass(site: Site) -> Work:

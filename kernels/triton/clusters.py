@@ -5,8 +5,10 @@ The tree of ``kernels.clusterings.pca_tree``, level by level. No copy of a chunk
 each step of the power iteration. So the chunk comes from memory once, and from the caches after that, widened from
 16 bits and centred on the way. A part's covariance is never made: a step of the power iteration is the two
 products ``centred^T (centred direction)`` of a matrix and a vector, 4 L D flops a level where the
-covariance alone would be 2 L D^2; there is nothing in it for a tensor core. A part is ordered by a sorting
+covariance alone would be 2 L D^2. A part is ordered by a sorting
 network on numbers of 64 bits: the coordinate, then the place (so that equal keys keep their order), then the key.
+
+On NVIDIA's GPUs, keys of bfloat16 are projected on tensor cores instead: see ``projection``.
 
 A chunk of more than ``CHUNK`` keys takes ``summary.clusters``, whose torch operations are linear in n as well.
 """
@@ -23,10 +25,12 @@ from .. import summary as summaries
 from ..clusterings.pca_tree import POWER_ITERATIONS
 from ..layout import chunk_count
 from ..plan import Plan
+from . import projection
 from .cache import launch, load
 from .network import EXCHANGE, rising
 from .render import arguments, fill, source
-from .spec import MOST_FEATURES, SummarySpec, power_of_two
+from .route import target
+from .spec import DTYPES, MOST_FEATURES, SummarySpec, power_of_two
 
 CHUNK = 256
 """Keys of the largest chunk."""
@@ -180,7 +184,7 @@ LEVEL = """
 # Halve each part of $part keys along the direction in which it is widest.
 part_at = tl.reshape(order, [$parts, $part])
 $part_here
-along = tl.reshape(coordinates($given, $part, $at_once, $block), [$parts, $part])
+along = tl.reshape(coordinates($given, $sizes), [$parts, $part])
 # Floats as integers of the same order; what is no member comes last, but before NaN.
 along = tl.where(along == 0.0, 0.0, along)
 bits = tl.where(part_here, along, float("inf")).to(tl.int32, bitcast=True)
@@ -195,7 +199,21 @@ order = chunk * CHUNK + tl.reshape((number & (CHUNK - 1)).to(tl.int32), [CHUNK])
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterSpec(SummarySpec):
-    """What the source depends on."""
+    """What the source depends on; ``target``: ``cuda`` or ``hip``."""
+
+    dtype: str
+    target: str
+
+    @property
+    def on_tensor_cores(self) -> bool:
+        """Whether keys are projected by products of matrices."""
+        return projection.fits(self.dtype, self.target, self.settings.chunk, tile_of(self.dim))
+
+    @property
+    def warps(self) -> int:
+        """Of a program."""
+        few = self.on_tensor_cores and self.settings.chunk * tile_of(self.dim) <= projection.MANY
+        return WARPS // 2 if few else WARPS
 
     @property
     def keys(self) -> int:
@@ -239,20 +257,23 @@ def cluster_source(spec: ClusterSpec) -> str:
     parts["points"] = fill(POINTS, parts)
     parts["direction"] = fill(DIRECTION, parts)
     given = ["order", "key_head", "key_n", *["members"] * spec.valid, "k_len"]
-    constants = ", ".join(f"{name}: tl.constexpr" for name in ("PART", "PARTS", "BLOCK"))
+    sizes = ("PART",) if spec.on_tensor_cores else ("PART", "PARTS", "BLOCK")
+    constants = ", ".join(f"{name}: tl.constexpr" for name in sizes)
     parts |= {"given": ", ".join(given), "parameters": f"{', '.join(given)}, {constants}"}
     levels, part = [], plan.chunk
     while part > plan.cluster:
         log = part.bit_length() - 1
         block = min(part, spec.keys)
         own = {"part": part, "parts": plan.chunk // part, "log": log, "rising": rising("number", range(log))}
-        own |= {"block": block, "at_once": min(plan.chunk // part, spec.keys // block)}
+        at_once = (part, min(plan.chunk // part, spec.keys // block), block)
+        own["sizes"] = ", ".join(map(str, at_once[: len(sizes)]))
         own["part_here"] = fill(HERE, parts | {"at": "part_at", "here": "part_here"})
         levels.append(fill(LEVEL, parts | own))
         part //= 2
     parts["levels"] = "\n\n".join(levels)
     about = {"plan": spec.plan, "stage": "summarize, the clusters of a chunk"}
-    helpers = EXCHANGE + fill(COORDINATES, parts) + "\n" if levels else ""
+    along = projection.coordinates(parts) if spec.on_tensor_cores else fill(COORDINATES, parts)
+    helpers = EXCHANGE + along + "\n" if levels else ""
     return source("cluster", about, helpers + fill(KERNEL, parts))
 
 
@@ -271,7 +292,10 @@ def clusters(
     spread = torch.empty_like(mean)
     bias = key.new_empty((batch, heads, count), dtype=torch.float32)
     key, value = (t if t.stride(3) == 1 else t.contiguous() for t in (key, value))
-    spec = ClusterSpec(dim=int(dim), value_dim=int(value.shape[3]), plan=plan.text, valid=member is not None)
+    spec = ClusterSpec(
+        dim=int(dim), value_dim=int(value.shape[3]), plan=plan.text, valid=member is not None,
+        dtype=DTYPES[key.dtype], target=target(),
+    )  # fmt: skip
     values = dict(
         key=key, value=value, member=member, order_out=order, mean=mean, spread=spread, bias=bias,
         key_b=key.stride(0), key_h=key.stride(1), key_n=key.stride(2),
@@ -279,7 +303,7 @@ def clusters(
         kv_heads=heads, k_len=k_len, chunks=chunks,
     )  # fmt: skip
     kernel = load(cluster_source(spec), "cluster")
-    launch(kernel, (batch * heads * chunks,), values, warps=WARPS, stages=1)
+    launch(kernel, (batch * heads * chunks,), values, warps=spec.warps, stages=1)
     return order, mean, spread, bias
 
 

@@ -103,7 +103,10 @@ def all_sources(forward: Spec, site: str) -> dict[str, str]:
     if plan.keep and scores.fits(plan, forward.dim, forward.dtype):
         found["score"] = scores.score_source(score_spec(forward))
     if plan.routes and fits(plan, forward.dim, forward.value_dim):
-        clusters = ClusterSpec(dim=forward.dim, value_dim=forward.value_dim, plan=forward.plan, valid=forward.valid)
+        clusters = ClusterSpec(
+            dim=forward.dim, value_dim=forward.value_dim, plan=forward.plan, valid=forward.valid,
+            dtype=forward.dtype, target=forward.target,
+        )  # fmt: skip
         found["cluster"] = cluster_source(clusters)
     if select.fits(plan):
         found["select"] = select.select_source(select.SelectSpec(plan=forward.plan, valid=forward.valid))

@@ -86,19 +86,21 @@ def test_low_precision_and_strides(dtype: torch.dtype) -> None:
 @pytest.mark.usefixtures("at_once")
 @pytest.mark.parametrize("what", ["key", "value"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_what_is_not_finite_taints_its_cluster(what: str, bad: float) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_not_finite_taints_its_cluster(what: str, bad: float, dtype: torch.dtype) -> None:
     plan = Plan(chunk=32, sinks=2)
-    site = operands(70)
+    site = operands(70, dtype=dtype)
     getattr(site, what)[0, 1, 40, 3] = bad
     got = run(site, plan)
     tainted = got.bias.isnan().nonzero()
     assert len(tainted) == 1 and 40 in got.order.view(2, 2, -1, 16)[tuple(tainted[0])]
 
 
-def test_a_chunk_of_256_keys() -> None:
-    """In blocks of 64 keys at two levels, four and eight parts at once after that."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_chunk_of_256_keys(dtype: torch.dtype) -> None:
+    """In blocks of 64 keys at two levels, four and eight parts at once after that; or all of it on tensor cores."""
     plan = Plan(chunk=256, sinks=3)
-    site = operands(300, batch=1, heads=1, kv_heads=1, dim=48, value_dim=20)
+    site = operands(300, batch=1, heads=1, kv_heads=1, dim=48, value_dim=20, dtype=dtype)
     got, want = run(site, plan), summary_of(site, plan)
     assert (got.order == want.order).float().mean() > 0.95
     describes(got, site, plan)
@@ -113,6 +115,16 @@ def test_equal_keys_and_no_keys() -> None:
     assert (got.order == -1).all() and (got.bias == -math.inf).all() and (got.mean == 0).all()
     got = run(site._replace(valid=None), plan)
     assert torch.equal(got.order, summary_of(site._replace(valid=None), plan).order) and (got.spread == 0).all()
+
+
+def test_a_centre_far_from_zero() -> None:
+    """Keys are not centred on tensor cores: what their centre adds is taken off products that it is most of."""
+    plan = Plan(chunk=128, sinks=0)
+    site = operands(128, batch=1, heads=1, kv_heads=1, dtype=torch.bfloat16)
+    site = site._replace(key=site.key + 30.0)
+    got, want = run(site, plan), summary_of(site._replace(key=site.key.double()), plan)
+    assert (got.order == want.order).float().mean() > 0.95
+    describes(got, site, plan)
 
 
 def test_a_chunk_that_does_not_fit_takes_the_reference() -> None:
