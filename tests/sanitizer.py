@@ -29,6 +29,8 @@ import torch
 import triton.language as tl
 from triton.runtime import interpreter
 
+from bench.ptx.machine import spans
+
 SHIFTS = ("create_shl", "create_lshr", "create_ashr")
 DIVISIONS = ("create_sdiv", "create_srem")
 MANY = -1
@@ -43,15 +45,8 @@ class Launch:
     """Who wrote and who read each element of a launch's tensors."""
 
     def __init__(self, name: str, tensors: Sequence[torch.Tensor]) -> None:
-        spans: list[list[int]] = []
-        for first, last in sorted(_span(tensor) for tensor in tensors if tensor.numel()):
-            if spans and first <= spans[-1][1]:
-                spans[-1][1] = max(spans[-1][1], last)
-            else:
-                spans.append([first, last])
         self.name, self.program = name, 0
-        self.first = np.array([first for first, _ in spans], dtype=np.int64)
-        self.last = np.array([last for _, last in spans], dtype=np.int64)
+        self.first, self.last = spans(tensors)
         sizes = self.last - self.first
         self.offset = np.concatenate([[0], np.cumsum(sizes)])
         self.writer = np.zeros(self.offset[-1], dtype=np.int32)
@@ -185,9 +180,3 @@ def watching() -> Iterator[None]:
 def _accessed(pointers: Any, mask: Any) -> tuple[np.ndarray, np.ndarray]:
     """Addresses, and of which of them a load or a store is."""
     return pointers.data.astype(np.int64), np.broadcast_to(mask.data.astype(bool), pointers.data.shape)
-
-
-def _span(tensor: torch.Tensor) -> tuple[int, int]:
-    """The first byte of a tensor's elements and the one after the last."""
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()

@@ -16,7 +16,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS = 5400
-ALL = ("attend", "clusters", "logits", "random", "residual", "route", "rows", "scores", "segments", "union")
+ALL = ("attend", "clusters", "defaults", "logits", "random", "residual", "route", "rows", "scores", "segments", "union")
 """Files of ``interpreted/``; the others are of the interpreter, or of no kernel."""
 FEW = {
     "sm_80": (

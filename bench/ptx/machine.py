@@ -24,21 +24,32 @@ class Fault(Exception):
     """What a GPU would not do, or do with another result."""
 
 
+def spans(tensors: Sequence[torch.Tensor]) -> tuple[np.ndarray, np.ndarray]:
+    """The first bytes of tensors' elements, ascending, and those after the last; tensors that touch are one."""
+    found: list[list[int]] = []
+    for first, last in sorted(_span(tensor) for tensor in tensors if tensor.numel()):
+        if found and first <= found[-1][1]:
+            found[-1][1] = max(found[-1][1], last)
+        else:
+            found.append([first, last])
+    both = np.array(found, dtype=np.int64).reshape(-1, 2)
+    return both[:, 0], both[:, 1]
+
+
+def _span(tensor: torch.Tensor) -> tuple[int, int]:
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
+
+
 class Global:
     """The memory of a launch's tensors, at the addresses that they have."""
 
     def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
-        spans: list[list[int]] = []
-        for first, last in sorted(_span(tensor) for tensor in tensors if tensor.numel()):
-            if spans and first <= spans[-1][1]:
-                spans[-1][1] = max(spans[-1][1], last)
-            else:
-                spans.append([first, last])
-        self.first = np.array([first for first, _ in spans], dtype=np.int64)
-        self.last = np.array([last for _, last in spans], dtype=np.int64)
-        self.base = int(self.first.min()) // 16 * 16 if spans else 0
-        size = (int(self.last.max()) - self.base + 15) // 16 * 16 if spans else 0
-        whole = np.frombuffer((c_uint8 * size).from_address(self.base), np.uint8) if spans else np.empty(0, np.uint8)
+        self.first, self.last = spans(tensors)
+        self.base = int(self.first.min()) // 16 * 16
+        size = (int(self.last.max()) - self.base + 15) // 16 * 16
+        # From the first tensor to the last, whatever lies between them: only what ``places`` lets through is touched.
+        whole = np.frombuffer((c_uint8 * size).from_address(self.base), np.uint8)
         self.views = {each: whole.view(kind) for each, kind in UNSIGNED.items()}
 
     def places(self, address: Any, offset: int, size: int, count: int) -> Any:
@@ -262,11 +273,6 @@ class Machine:
             for each in self.kernel.instructions[first : self.blocks[first].last]:
                 found[".".join(each.name), each.line] += times
         return found
-
-
-def _span(tensor: torch.Tensor) -> tuple[int, int]:
-    storage = tensor.untyped_storage()
-    return storage.data_ptr(), storage.data_ptr() + storage.nbytes()
 
 
 def translated(kernel: Kernel) -> dict[int, Block]:

@@ -32,6 +32,24 @@ SPECIAL = {
 } | {"%laneid": "m.laneid", "%warpid": "m.warpid"}
 
 
+FLOATS = {
+    "add": "{0} + {1}", "sub": "{0} - {1}", "mul": "{0} * {1}", "div": "{0} / {1}", "fma": "L.fused({0}, {1}, {2})",
+    "neg": "-{0}", "abs": "np.abs({0})", "copysign": "np.copysign({1}, {0})",
+    "min": "np.fmin({0}, {1})", "max": "np.fmax({0}, {1})",
+    "min.NaN": "np.minimum({0}, {1})", "max.NaN": "np.maximum({0}, {1})",
+    "sqrt": "np.sqrt({0})", "rsqrt": "{kind}(1) / np.sqrt({0})", "rcp": "{kind}(1) / {0}",
+    "ex2": "np.exp2({0})", "lg2": "np.log2({0})", "sin": "np.sin({0})", "cos": "np.cos({0})", "tanh": "np.tanh({0})",
+}  # fmt: skip
+"""What instructions make of their operands."""
+INTEGERS = {
+    "add": "{0} + {1}", "sub": "{0} - {1}", "div": "L.quotient({0}, {1})", "rem": "L.remainder({0}, {1})",
+    "and": "{0} & {1}", "or": "{0} | {1}", "xor": "{0} ^ {1}", "not": "~{0}",
+    "neg": "({kind}(0) - {0})", "abs": "np.abs({0})", "min": "np.minimum({0}, {1})", "max": "np.maximum({0}, {1})",
+    "brev": "L.reversed_bits({0})",
+}  # fmt: skip
+"""The same of integers; those that need more than their operands have methods."""
+
+
 class Unknown(Exception):
     """An instruction that this machine does not have."""
 
@@ -153,45 +171,8 @@ class Translator:
         return self.write(each, to, text, kind)
 
     def _arithmetic(self, each: Instruction, kind: str, given: Sequence[str]) -> str:
-        name, is_float = each.name[0], kind[0] == "f"
-        if name in ("add", "sub"):
-            return f"{given[0]} {'+' if name == 'add' else '-'} {given[1]}"
-        if name == "mul" and is_float:
-            return f"{given[0]} * {given[1]}"
-        if name == "mul" and "lo" in each.name:
-            return f"{given[0]} * {given[1]}"
-        if name == "mad" and "lo" in each.name:
-            return f"{given[0]} * {given[1]} + {given[2]}"
-        if name == "fma":
-            return f"L.fused({', '.join(given)})"
-        if name == "div":
-            return f"{given[0]} / {given[1]}" if is_float else f"L.quotient({given[0]}, {given[1]})"
-        if name == "rem":
-            return f"L.remainder({given[0]}, {given[1]})"
-        if name in ("and", "or", "xor"):
-            return f"{given[0]} {dict(zip(('and', 'or', 'xor'), '&|^', strict=True))[name]} {given[1]}"
-        if name == "not":
-            return f"~{given[0]}"
-        if name == "neg":
-            return f"-{given[0]}" if is_float else f"({kind}(0) - {given[0]})"
-        if name == "abs":
-            return f"np.abs({given[0]})"
-        if name in ("min", "max"):
-            numpy = f"{name}imum" if not is_float or "NaN" in each.name else f"f{name}"
-            return f"np.{numpy}({given[0]}, {given[1]})"
-        if name in ("ex2", "lg2", "sin", "cos", "tanh"):
-            return f"np.{dict(ex2='exp2', lg2='log2').get(name, name)}({given[0]})"
-        if name == "sqrt":
-            return f"np.sqrt({given[0]})"
-        if name == "rsqrt":
-            return f"{kind}(1) / np.sqrt({given[0]})"
-        if name == "rcp":
-            return f"{kind}(1) / {given[0]}"
-        if name == "copysign":
-            return f"np.copysign({given[1]}, {given[0]})"
-        if name == "brev":
-            return f"L.reversed_bits({given[0]})"
-        raise ValueError(name)
+        name = f"{each.name[0]}.NaN" if "NaN" in each.name else each.name[0]
+        return (FLOATS if kind[0] == "f" else INTEGERS)[name].format(*given, kind=kind)
 
     def _small(self, each: Instruction) -> list[str]:
         """Arithmetic of one or two numbers of 16 bits: each result is rounded."""
