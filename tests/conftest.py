@@ -25,8 +25,9 @@ from prescore_compile.kernels.plan import Plan
 from prescore_compile.kernels.reference import Operands
 from prescore_compile.kernels.summary import Summary
 
-# Run by test_triton.py, each file in a process of its own.
+# The target that kernels are compiled for and run: see test_compiled.py.
 COMPILED = os.environ.get("PRESCORE_COMPILED", "")
+# Run by test_triton.py and test_compiled.py, in processes of their own.
 collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" or COMPILED else ["interpreted"]
 collect_ignore += [] if os.environ.get("PRESCORE_NAMED") == "1" else ["named"]
 

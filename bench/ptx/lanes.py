@@ -50,6 +50,13 @@ def high(bits: Array) -> Array:
     return (bits >> U32(16)).astype(U16)
 
 
+def as_floats(bits: Array, kind: str) -> Array:
+    """What tensor cores read: numbers of 16 bits, or of 32, of which TF32 is without the last 13."""
+    if kind == "tf32":
+        return (bits & U32(0xFFFFE000)).view(F32)
+    return from_bf16(bits) if kind == "bf16" else from_f16(bits)
+
+
 def to_tf32(value: Array) -> Array:
     """``cvt.rna``: 10 bits of mantissa, ties away from 0."""
     bits = value.view(U32)
@@ -253,9 +260,8 @@ def _numbers(kind: str, register: Array, lanes: int) -> Array:
     """Eight rows of each warp: a lane has two numbers of 16 bits, or one of TF32, whose last 13 bits are not read."""
     bits = by_warp(register, lanes)
     if kind == "tf32":
-        return (bits & U32(0xFFFFE000)).view(F32).reshape(-1, 8, 4)
-    halves = np.stack([low(bits), high(bits)], -1)
-    return (from_bf16(halves) if kind == "bf16" else from_f16(halves)).reshape(-1, 8, 8)
+        return as_floats(bits, kind).reshape(-1, 8, 4)
+    return as_floats(np.stack([low(bits), high(bits)], -1), kind).reshape(-1, 8, 8)
 
 
 def left_factor(kind: str, registers: list[Array], lanes: int) -> Array:

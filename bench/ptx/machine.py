@@ -93,10 +93,8 @@ class Shared(Global):
     def __init__(self, programs: int, threads: int, size: int) -> None:
         self.size = -(-size // 16) * 16
         self.start = np.repeat(np.arange(programs, dtype=np.int64) * self.size, threads)
-        self.views = {each: kind for each, kind in UNSIGNED.items()}  # type: ignore[misc]
         whole = np.full(programs * self.size, 0xFF, np.uint8)
         self.views = {each: whole.view(kind) for each, kind in UNSIGNED.items()}
-        self.active: Any = None
 
     def load(self, address: Any, offset: int, size: int, count: int, active: Any) -> list[Any]:
         return super().load(self.own(address), offset, size, count, active)
@@ -158,7 +156,6 @@ class Machine:
         block = self.blocks[current]
         here = at == current
         everybody = bool(here.all())
-        self.done = at == DONE
         self.executed[current] += int(here.reshape(-1, lanes.WARP).any(1).sum())
         block.run(registers, None if everybody else here, self)
         jump = self.kernel.instructions[block.last - 1]
@@ -187,18 +184,18 @@ class Machine:
 
     def whole_warps(self, active: Any) -> None:
         """Instructions of a warp need all of its lanes."""
-        if active is not None:
-            taking = lanes.by_warp(active, self.lanes)
-            if (taking.any(1) & ~taking.all(1)).any():
-                raise Fault("an instruction of a whole warp, where some of its lanes are elsewhere")
+        self._together(active, lanes.WARP, "an instruction of a whole warp, where some of its lanes are elsewhere")
 
     def barrier(self, active: Any) -> None:
         """All of a program's lanes meet here."""
-        if active is None:
-            return
-        taking = np.broadcast_to(active, self.lanes).reshape(-1, self.threads)
-        if (taking.any(1) & ~taking.all(1)).any():
-            raise Fault("a barrier that a part of a program's lanes reach")
+        self._together(active, self.threads, "a barrier that a part of a program's lanes reach")
+
+    def _together(self, active: Any, count: int, fault: str) -> None:
+        """Each ``count`` lanes take part, or none of them."""
+        if active is not None:
+            taking = np.broadcast_to(active, self.lanes).reshape(-1, count)
+            if (taking.any(1) & ~taking.all(1)).any():
+                raise Fault(fault)
 
     def copy(self, to: Any, at: int, address: Any, offset: int, size: int, read: Any, active: Any) -> None:
         """``cp.async``: ``read`` of ``size`` bytes, then zeros."""
@@ -258,13 +255,14 @@ class Machine:
         self, descriptor: Any, kind: str, size: int, count: int, depth: int, transposed: bool, active: Any
     ) -> Any:
         first = np.broadcast_to(descriptor, self.lanes).reshape(-1, warpgroup.GROUP)
+        self._together(active, warpgroup.GROUP, "a product of four warps, of which some lanes are elsewhere")
         taking = np.broadcast_to(True if active is None else active, self.lanes).reshape(first.shape)
-        if (taking.any(1) & ~taking.all(1)).any() or ((first != first[:, :1]) & taking).any():
-            raise Fault("a product of four warps, of which some lanes are elsewhere or have another matrix")
+        if ((first != first[:, :1]) & taking).any():
+            raise Fault("a product of four warps, of which some lanes have another matrix")
         first = np.where(taking, first, first[taking.argmax() // warpgroup.GROUP, 0])
         at = warpgroup.places(first[:, 0], size, count, depth, transposed)
         start = self.shared.start[:: warpgroup.GROUP, None, None] << 32
-        return warpgroup.numbers(self.shared.views[size][self.shared.places(start + at, 0, size, 1)], kind)
+        return lanes.as_floats(self.shared.views[size][self.shared.places(start + at, 0, size, 1)], kind)
 
     def counts(self) -> Counter[tuple[str, int]]:
         """Instructions that were executed, a warp each: by name and line of the source."""

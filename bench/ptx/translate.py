@@ -42,7 +42,8 @@ FLOATS = {
 }  # fmt: skip
 """What instructions make of their operands."""
 INTEGERS = {
-    "add": "{0} + {1}", "sub": "{0} - {1}", "div": "L.quotient({0}, {1})", "rem": "L.remainder({0}, {1})",
+    "add": "{0} + {1}", "sub": "{0} - {1}", "mul": "{0} * {1}",
+    "div": "L.quotient({0}, {1})", "rem": "L.remainder({0}, {1})",
     "and": "{0} & {1}", "or": "{0} | {1}", "xor": "{0} ^ {1}", "not": "~{0}",
     "neg": "({kind}(0) - {0})", "abs": "np.abs({0})", "min": "np.minimum({0}, {1})", "max": "np.maximum({0}, {1})",
     "brev": "L.reversed_bits({0})",
@@ -61,7 +62,6 @@ class Block:
     first: int
     last: int
     run: Callable[[list[Any], Any, Any], None]
-    text: str
 
 
 @dataclass
@@ -96,7 +96,7 @@ class Translator:
         names: dict[str, Any] = {"np": np, "L": lanes, "C": self.constants, "W": _written, "B": _both}
         names |= {name: kind for name, kind in TYPES.items()}
         exec(compile(text, f"<block {first} of {self.kernel.name}>", "exec"), names)
-        return Block(first, last, names["run"], text)
+        return Block(first, last, names["run"])
 
     # ---- operands
 
@@ -158,17 +158,13 @@ class Translator:
             return []
         if each.name[-1] in SMALL and name not in ("cvt", "mma", "setp", "wgmma"):
             return self._small(each)
-        special = getattr(self, f"_{name}", None)
-        if special is not None:
-            return list(special(each))
-        kind = each.name[-1]
-        ftz = "ftz" in each.name
-        to, *operands = each.operands
-        given = [self.read(operand, kind) for operand in operands]
-        text = self._arithmetic(each, kind, given)
-        if ftz and kind == "f32":
-            text = f"L.flushed({text})"
-        return self.write(each, to, text, kind)
+        return list(getattr(self, f"_{name}", self._plain)(each))
+
+    def _plain(self, each: Instruction) -> list[str]:
+        """Operands and a result of one type."""
+        kind, (to, *operands) = each.name[-1], each.operands
+        text = self._arithmetic(each, kind, [self.read(operand, kind) for operand in operands])
+        return self.write(each, to, f"L.flushed({text})" if "ftz" in each.name and kind == "f32" else text, kind)
 
     def _arithmetic(self, each: Instruction, kind: str, given: Sequence[str]) -> str:
         name = f"{each.name[0]}.NaN" if "NaN" in each.name else each.name[0]
@@ -197,10 +193,7 @@ class Translator:
         if "wide" in each.name:
             wide = f"{kind[0]}{2 * int(kind[1:])}"
             return self.write(each, each.operands[0], f"({one}).astype({wide}) * ({two}).astype({wide})", wide)
-        text = f"{one} * {two}"
-        return self.write(
-            each, each.operands[0], f"L.flushed({text})" if "ftz" in each.name and kind == "f32" else text, kind
-        )
+        return self._plain(each)
 
     def _mad(self, each: Instruction) -> list[str]:
         kind = each.name[-1]

@@ -38,13 +38,6 @@ def places(descriptor: Any, size: int, count: int, depth: int, transposed: bool)
     return at ^ ((at >> 7 & mask) << 4)
 
 
-def numbers(bits: Any, kind: str) -> Any:
-    """As float32."""
-    if kind == "tf32":
-        return (bits & np.uint32(0xFFFFE000)).view(np.float32)
-    return lanes.from_bf16(bits) if kind == "bf16" else lanes.from_f16(bits)
-
-
 def rows_of(registers: list[Any], kind: str, count: int) -> Any:
     """(groups, 64, depth): the left factor, where it lies in registers, 16 rows a warp."""
     return lanes.left_factor(kind, registers, count).reshape(count // GROUP, 64, -1)
