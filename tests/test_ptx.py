@@ -65,6 +65,7 @@ def numbers(body: str, *given: int, **more: Any) -> list[int]:
         ("bfi.b32 %r4, %r3, 255, 4, 2;", 0b01, 0xDF),
         ("prmt.b32 %r4, %r3, 0, 0x3012U;", 0x11223344, 0x11443322),
         ("mul.hi.u32 %r4, %r3, -1;", 3, 2),
+        ("cvt.u16.u32 %rs1, %r3;\nmul.hi.u16 %rs2, %rs1, 21846;\ncvt.u32.u16 %r4, %rs2;", 10, 3),
         ("popc.b32 %r4, %r3;", -1, 32),
         ("clz.b32 %r4, %r3;", 1, 31),
         ("brev.b32 %r4, %r3;", 2, 1 << 30),

@@ -90,11 +90,11 @@ def remainder(one: Array, two: Array) -> Array:
 
 
 def upper_half(one: Array, two: Array) -> Array:
-    """``mul.hi``: of two integers of 32 or 64 bits."""
+    """``mul.hi``: of two integers of 16, 32 or 64 bits."""
     kind = one.dtype.type
-    if one.dtype.itemsize == 4:
+    if one.dtype.itemsize < 8:
         wide = np.int64 if one.dtype.kind == "i" else U64
-        return ((one.astype(wide) * two.astype(wide)) >> wide(32)).astype(kind)
+        return ((one.astype(wide) * two.astype(wide)) >> wide(8 * one.dtype.itemsize)).astype(kind)
     a, b, half, mask = one.astype(U64), two.astype(U64), U64(32), U64(0xFFFFFFFF)
     across = (a >> half) * (b & mask)
     other = (a & mask) * (b >> half) + (across & mask) + ((a & mask) * (b & mask) >> half)
