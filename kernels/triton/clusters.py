@@ -27,7 +27,7 @@ from ..layout import chunk_count
 from ..plan import Plan
 from . import projection
 from .cache import launch, load
-from .network import EXCHANGE, rising
+from .network import exchange, rising
 from .render import arguments, fill, source
 from .route import target
 from .spec import DTYPES, MOST_FEATURES, SummarySpec, power_of_two
@@ -264,7 +264,7 @@ def cluster_source(spec: ClusterSpec) -> str:
     while part > plan.cluster:
         log = part.bit_length() - 1
         block = min(part, spec.keys)
-        own = {"part": part, "parts": plan.chunk // part, "log": log, "rising": rising("number", range(log))}
+        own = {"part": part, "parts": plan.chunk // part, "log": log, "rising": rising("number", range(log), log)}
         at_once = (part, min(plan.chunk // part, spec.keys // block), block)
         own["sizes"] = ", ".join(map(str, at_once[: len(sizes)]))
         own["part_here"] = fill(HERE, parts | {"at": "part_at", "here": "part_here"})
@@ -273,7 +273,7 @@ def cluster_source(spec: ClusterSpec) -> str:
     parts["levels"] = "\n\n".join(levels)
     about = {"plan": spec.plan, "stage": "summarize, the clusters of a chunk"}
     along = projection.coordinates(parts) if spec.on_tensor_cores else fill(COORDINATES, parts)
-    helpers = EXCHANGE + along + "\n" if levels else ""
+    helpers = exchange() + along + "\n" if levels else ""
     return source("cluster", about, helpers + fill(KERNEL, parts))
 
 

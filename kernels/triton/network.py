@@ -1,9 +1,8 @@
 """A sorting network on chip, as text.
 
 Bitonic (Batcher 1968): the places of a row are axes of two, so that one step orders all pairs along
-one axis. An exchange is a minimum and a maximum and moves nothing but the values; what must travel
-with a value is packed into its low bits (integers only). ``tl.sort`` does the same with an exchange that Triton's
-interpreter takes minutes for.
+one axis. An exchange is a minimum or a maximum and moves nothing but the values; what must travel
+with a value is packed into its low bits (integers only). ``tl.sort`` does the same with the bits in their own order, written out.
 
 Which axis stands for which bit of a place is free: ``bits[b]`` is the bit of the place in memory that
 the network takes for its bit b. Its low bits take part in the most steps, so they should be those
@@ -12,7 +11,10 @@ that lie in the registers of one lane, where an exchange needs no shuffle.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+
+from .render import fill
 
 EXCHANGE = """def exchange(values, axis: tl.constexpr, turn: tl.constexpr, up: tl.constexpr):
     # The larger first; the smaller first where `up`, or at the second places along `turn`.
@@ -20,9 +22,8 @@ EXCHANGE = """def exchange(values, axis: tl.constexpr, turn: tl.constexpr, up: t
     second = tl.reshape(tl.arange(0, 2), [1] * axis + [2] + [1] * (axes - 1 - axis))
     if turn > 0:
         second = second ^ tl.reshape(tl.arange(0, 2), [1] * turn + [2] + [1] * (axes - 1 - turn))
-    most = tl.max(values, axis, keep_dims=True)
-    least = tl.min(values, axis, keep_dims=True)
-    return tl.where(second == up, most, least)
+    other = $other
+    return tl.where(second == up, tl.maximum(values, other), tl.minimum(values, other))
 
 
 @triton.jit
@@ -35,19 +36,49 @@ def turned(values, axis: tl.constexpr):
 
 @triton.jit
 """
-"""Stands before a kernel that sorts."""
+
+IN_LOOP = """
+for merge in range($first, $last + 1):
+    turn = tl.where(merge == $last, -1, -(($place >> merge) & 1))
+    $name ^= turn
+    $exchanges
+    $name ^= turn
+"""
 
 
-def rising(name: str, bits: Sequence[int], own: int | None = None, done: int = 0) -> str:
+def exchange() -> str:
+    """Functions that stand before a kernel that sorts."""
+    # One shuffle brings the other value of a pair. Triton's interpreter takes minutes for ``xor_sum``.
+    other = "tl.xor_sum(values, axis, keep_dims=True) ^ values"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        other = "tl.sub(tl.sum(values, axis, keep_dims=True), values, sanitize_overflow=False)"
+    return fill(EXCHANGE, {"other": other}) + "\n"
+
+
+def in_loop(name: str, place: str, log: int, done: int = 0, last: int | str | None = None) -> str:
+    """Lines that sort runs of 2^``last`` (None: all) of ``name`` ``[1, 2, 2, ...]``, ``log`` times 2, the smallest first.
+
+    A loop over the sizes of runs that are merged, whose text is as long as one merge: networks of some thousand numbers,
+    written out, take the assembler a minute. ``place``: an int32 tensor of the same shape, of places. Runs of
+    2^``done`` are sorted already: the largest first, and every second one the smallest first.
+    """
+    last = log if last is None else last
+    always = done if isinstance(last, int) else 0
+    lines = []
+    for bit in reversed(range(log)):
+        line = f"{name} = exchange({name}, {log - bit}, 0, 0)"
+        lines += [line] if bit <= always else [f"if merge > {bit}:", "    " + line]
+    return fill(IN_LOOP, dict(first=done + 1, last=last, place=place, name=name, exchanges="\n".join(lines)))
+
+
+def rising(name: str, bits: Sequence[int], own: int) -> str:
     """Lines that sort the rows of ``name`` ``[M, 2, 2, ...]``, the smallest first.
 
-    Of ``bits``, the first ``own`` lie in one lane (None: it does not matter). Inside a lane, which of an exchange is
+    Of ``bits``, the first ``own`` lie in one lane. Inside a lane, which of an exchange is
     larger is known when the text is compiled. A run whose direction depends on the lane is sorted in one direction,
-    its numbers turned before and after. Runs of 2^``done`` are sorted already: the largest first, and every second one
-    the smallest first.
+    its numbers turned before and after.
     """
-    log = len(bits)
-    return "\n".join(_run(name, bits, size, log if own is None else own) for size in range(done + 1, log + 1))
+    return "\n".join(_run(name, bits, size, own) for size in range(1, len(bits) + 1))
 
 
 def falling(name: str, bits: Sequence[int]) -> str:

@@ -42,7 +42,7 @@ from ..summary import Summary
 from . import device as devices
 from .cache import launch, load
 from .loops import mask_parameters, mask_values, names, precision, tile, words
-from .network import EXCHANGE, falling, rank, rising
+from .network import exchange, falling, rank, rising
 from .render import arguments, fill, source
 from .route_scores import blocks, in_parts
 from .spec import DTYPES, NOTHING, Lifted, Spec, Tile, power_of_two
@@ -309,7 +309,7 @@ def route_source(spec: Spec, per_chunk: int, listed: bool, compact: bool = False
     parts["own_routes"] = fill(OWN_ROUTES, parts)
     parts["choose"] = fill(BY_SORTING if sort else BY_BISECTION, parts)
     about = {"plan": spec.plan, "stage": "route, " + ("of listed chunks" if listed else "all of a level")}
-    return source("route", about, (EXCHANGE if sort else "") + fill(KERNEL, parts))
+    return source("route", about, (exchange() if sort else "") + fill(KERNEL, parts))
 
 
 def tiled(spec: Spec) -> Spec:

@@ -23,7 +23,7 @@ import torch
 
 from .cache import launch, load
 from .loops import names, tile
-from .network import EXCHANGE, rising
+from .network import exchange, in_loop
 from .render import arguments, fill, source
 from .spec import Spec, cdiv, power_of_two
 
@@ -59,10 +59,11 @@ def mark(
     )
     # What names no cluster comes last.
     number = tl.where(cluster >= 0, cluster * ROWS + member[:, None], $none)
+    at = tl.arange(0, ROWS * $which)  #? on_chip
+    place = tl.reshape(at, [1] + [2] * $log)  #? on_chip
     rise = tl.reshape(number, [1] + [2] * $log)  #? on_chip
     $rising
     number = tl.reshape(rise, [ROWS * $which])  #? on_chip
-    at = tl.arange(0, ROWS * $which)  #? on_chip
     to = numbers + (pair * tiles + tile) * size  #? on_chip
     tl.store(to + at, number, mask=at < size)  #? on_chip
     to = numbers + (pair * tiles + tile) * size + member * route_count  #? not on_chip
@@ -178,6 +179,7 @@ def mark_source(spec: Spec, sorts: bool) -> str:
     which = power_of_two(spec.settings.routes) if sorts else AT_ONCE // power_of_two(spec.choosers)
     own = ["routes", "numbers", "kv_heads", "q_len", "k_len", *["first_block"] * spec.aligned]
     rows, heads = power_of_two(spec.choosers), 1 if spec.together else names(spec)["heads"]
+    merges = sorts and rows > 1
     parts = names(spec) | dict(
         arguments=arguments([*own, "route_count", "size", "tiles"]),
         tile=tile(replace(spec, splits=1), rows=rows, heads=heads),
@@ -185,14 +187,14 @@ def mark_source(spec: Spec, sorts: bool) -> str:
         heads=heads,
         which=which,
         log=log,
-        rising=rising("rise", range(log), 0, done=which.bit_length() - 1) if sorts else "",
+        rising=in_loop("rise", "place", log, which.bit_length() - 1) if merges else "",
         none=NONE,
         on_chip=sorts,
-        merges=sorts and rows > 1,
+        merges=merges,
     )
     parts["in_blocks"] = "" if sorts else fill(IN_BLOCKS, parts)
     about = {"plan": spec.plan, "stage": "attend, the numbers (cluster, row) of a tile"}
-    return source("mark", about, (EXCHANGE if sorts else "") + fill(MARK, parts))
+    return source("mark", about, (exchange() if sorts else "") + fill(MARK, parts))
 
 
 @functools.cache
