@@ -27,7 +27,7 @@ from ..layout import chunk_count
 from ..plan import Plan
 from . import projection
 from .cache import launch, load
-from .network import exchange, rising
+from .network import exchange, in_loop
 from .render import arguments, fill, source
 from .route import target
 from .spec import DTYPES, MOST_FEATURES, SummarySpec, power_of_two
@@ -36,7 +36,10 @@ CHUNK = 256
 """Keys of the largest chunk."""
 WARPS = 8
 AT_ONCE = 4096
-"""Numbers that are held at once, 16 registers a lane for each copy. Twice as many spill."""
+"""Numbers that are held at once for a step of the power iteration, 16 registers a lane for each copy. Twice as many
+spill."""
+HELD = 64
+"""Numbers that a lane holds where clusters are described."""
 
 KERNEL = """
 def cluster(
@@ -53,39 +56,39 @@ def cluster(
     key_head = key + pair // kv_heads * key_b + pair % kv_heads * key_h
     value_head = value + pair // kv_heads * value_b + pair % kv_heads * value_h
     members = member + pair // kv_heads * k_len  #? valid
-    feature = tl.arange(0, $dim_tile)
-    value_feature = tl.arange(0, $value_tile)
     order = chunk * CHUNK + tl.arange(0, CHUNK)
     $levels
 
-    # Each cluster: its keys, their mean and spread, and whether all of it is finite.
-    all_at = tl.reshape(order, [$blocks, $some, CLUSTER])
-    for block in range(0, $blocks):
-        at = tl.sum(tl.where(tl.arange(0, $blocks)[:, None, None] == block, all_at, 0), 0)
+    # Each cluster: its keys, their mean and spread, and whether all of it is finite; some features at a time, and the
+    # keys of a cluster along the first axis, so that one lane has most of what it sums.
+    at = tl.trans(tl.reshape(order, [CLUSTERS, CLUSTER]))
+    $here
+    count = tl.sum(here.to(tl.float32), 0)
+    factor = $spread_factor * tl.log(tl.maximum(count, 1.0)) / tl.maximum(count, 1.0)
+    own = chunk * CLUSTERS + tl.arange(0, CLUSTERS)
+    place = own[None, :] * CLUSTER + tl.arange(0, CLUSTER)[:, None]
+    tl.store(order_out + pair * chunks * CHUNK + place, tl.where(here, at, -1))
+    own += pair * chunks * CLUSTERS
+    taint = tl.zeros([CLUSTER, CLUSTERS], tl.float32)  # 0 * x is NaN for what is not finite
+    for begin in range(0, $dim_tile, $features):
+        feature = begin + tl.arange(0, $features)
         $points
-        count = tl.sum(here.to(tl.float32), 1)
-        mean_tile = tl.sum(points, 1) / tl.maximum(count, 1.0)[:, None]
-        off = tl.where(here[:, :, None], points - mean_tile[:, None, :], 0.0)
-        factor = $spread_factor * tl.log(tl.maximum(count, 1.0)) / tl.maximum(count, 1.0)
-        spread_tile = tl.sum(off * off, 1) * factor[:, None]
+        taint += tl.sum(points * 0.0, 2)
+        mean_tile = tl.sum(points, 0) / tl.maximum(count, 1.0)[:, None]
+        off = tl.where(here[:, :, None], points - mean_tile[None, :, :], 0.0)
+        to = own[:, None] * DIM + feature[None, :]
+        inside = tl.broadcast_to((feature < DIM)[None, :], [CLUSTERS, $features])
+        tl.store(mean + to, mean_tile, mask=inside)
+        tl.store(spread + to, tl.sum(off * off, 0) * factor[:, None], mask=inside)
+    for begin in range(0, $value_tile, $value_features):
+        feature = begin + tl.arange(0, $value_features)
         values = tl.load(
-            value_head + at.to(tl.int64)[:, :, None] * value_n + value_feature[None, None, :],
-            mask=here[:, :, None] & (value_feature < VALUE_DIM)[None, None, :],
+            value_head + at.to(tl.int64)[:, :, None] * value_n + feature[None, None, :],
+            mask=here[:, :, None] & (feature < VALUE_DIM)[None, None, :],
             other=0.0,
         ).to(tl.float32)
-        # 0 * x is NaN for what is not finite.
-        taint = tl.sum(tl.sum(points * 0.0, 2) + tl.sum(values * 0.0, 2), 1)
-        bias_row = tl.where(count > 0, taint, float("-inf"))
-
-        own = block * $some + tl.arange(0, $some)
-        place = chunk * CHUNK + own[:, None] * CLUSTER + tl.arange(0, CLUSTER)[None, :]
-        tl.store(order_out + pair * chunks * CHUNK + place, tl.where(here, at, -1))
-        first = pair * chunks * CLUSTERS + chunk * CLUSTERS
-        to = (first + own)[:, None] * DIM + feature[None, :]
-        inside = tl.broadcast_to((feature < DIM)[None, :], [$some, $dim_tile])
-        tl.store(mean + to, mean_tile, mask=inside)
-        tl.store(spread + to, spread_tile, mask=inside)
-        tl.store(bias + first + own, bias_row)
+        taint += tl.sum(values * 0.0, 2)
+    tl.store(bias + own, tl.where(count > 0, tl.sum(taint, 0), float("-inf")))
 """
 
 POINTS = """
@@ -98,8 +101,8 @@ points = tl.load(
 """
 
 HERE = """
-$here = ($at < k_len) & ($at >= $sinks)  #? not valid
-$here = tl.load(members + $at, mask=$at < k_len, other=0) != 0  #? valid
+here = (at < k_len) & (at >= $sinks)  #? not valid
+here = tl.load(members + at, mask=at < k_len, other=0) != 0  #? valid
 """
 
 # Of the key that is farthest from the centre; ``at_most`` is one more than its place, 0: the part has no key.
@@ -113,7 +116,7 @@ direction = tl.where((at_most > 0)[:, None], direction - centre, 0.0)
 """
 
 # A function of its own, so that its names are its own at every level.
-COORDINATES = """def coordinates($parameters):
+COORDINATES = """def coordinates($given, PART: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr):
     # Where each key lies along the direction in which its part of PART keys is widest: PARTS parts at a time, or
     # one, BLOCK of its keys at a time.
     DIM: tl.constexpr = $dim
@@ -179,21 +182,31 @@ COORDINATES = """def coordinates($parameters):
 @triton.jit
 """
 
+ORDERED = """def ordered(order, along, here, log):
+    # The keys of each part of 2^log by where they lie; what is no member comes last, but before NaN.
+    CHUNK: tl.constexpr = $chunk
+    place = tl.arange(0, CHUNK)
+    # Floats as integers of the same order.
+    along = tl.where(along == 0.0, 0.0, along)
+    bits = tl.where(here, along, float("inf")).to(tl.int32, bitcast=True)
+    bits = tl.where(bits < 0, bits ^ 2147483647, bits)
+    bits = tl.where(here & (along != along), 2147483647, bits)
+    number = (bits.to(tl.int64) << 32) | (place * CHUNK + order % CHUNK)
+    number = tl.reshape(number, [1] + [2] * $log)
+    place = tl.reshape(place, [1] + [2] * $log)
+    $sorted
+    return order // CHUNK * CHUNK + tl.reshape((number & (CHUNK - 1)).to(tl.int32), [CHUNK])
+
+
+@triton.jit
+"""
+
 LEVEL = """
 
 # Halve each part of $part keys along the direction in which it is widest.
-part_at = tl.reshape(order, [$parts, $part])
-$part_here
-along = tl.reshape(coordinates($given, $sizes), [$parts, $part])
-# Floats as integers of the same order; what is no member comes last, but before NaN.
-along = tl.where(along == 0.0, 0.0, along)
-bits = tl.where(part_here, along, float("inf")).to(tl.int32, bitcast=True)
-bits = tl.where(bits < 0, bits ^ 2147483647, bits)
-bits = tl.where(part_here & (along != along), 2147483647, bits)
-number = (bits.to(tl.int64) << 32) | (tl.arange(0, $part)[None, :] * CHUNK + part_at % CHUNK)
-number = tl.reshape(number, [$parts] + [2] * $log)
-$rising
-order = chunk * CHUNK + tl.reshape((number & (CHUNK - 1)).to(tl.int32), [CHUNK])
+at = order
+$here
+order = ordered(order, coordinates($given, $part, $together, $block), here, $part_log)
 """
 
 
@@ -217,8 +230,13 @@ class ClusterSpec(SummarySpec):
 
     @property
     def keys(self) -> int:
-        """Keys that are held at once."""
-        return min(self.settings.chunk, AT_ONCE // tile_of(max(self.dim, self.value_dim)))
+        """Keys of which all features are held at once."""
+        return min(self.settings.chunk, AT_ONCE // tile_of(self.dim))
+
+    @property
+    def features(self) -> int:
+        """Features that are held at once of all keys."""
+        return max(16, HELD * 32 * self.warps // self.settings.chunk)
 
 
 def fits(plan: Plan, dim: int, value_dim: int) -> bool:
@@ -250,31 +268,33 @@ def cluster_source(spec: ClusterSpec) -> str:
         spread_factor=plan.spread_factor,
         steps=POWER_ITERATIONS,
         valid=spec.valid,
-        some=max(1, spec.keys // plan.cluster),
-        blocks=plan.chunk // max(spec.keys, plan.cluster),
+        features=min(tile_of(spec.dim), spec.features),
+        value_features=min(tile_of(spec.value_dim), spec.features),
     )
-    parts["here"] = fill(HERE, parts | {"at": "at", "here": "here"})
+    parts["here"] = fill(HERE, parts)
     parts["points"] = fill(POINTS, parts)
     parts["direction"] = fill(DIRECTION, parts)
-    given = ["order", "key_head", "key_n", *["members"] * spec.valid, "k_len"]
-    sizes = ("PART",) if spec.on_tensor_cores else ("PART", "PARTS", "BLOCK")
-    constants = ", ".join(f"{name}: tl.constexpr" for name in sizes)
-    parts |= {"given": ", ".join(given), "parameters": f"{', '.join(given)}, {constants}"}
+    given = ", ".join(["order", "key_head", "key_n", *["members"] * spec.valid, "k_len"])
+    parts |= {"given": given, "log": plan.chunk.bit_length() - 1}
+    parts["sorted"] = in_loop("number", "place", parts["log"], last="log")
+    along, levels = projection.texts(parts) if spec.on_tensor_cores else _levels(spec, parts)
+    parts["levels"] = levels
+    about = {"plan": spec.plan, "stage": "summarize, the clusters of a chunk"}
+    helpers = exchange() + fill(ORDERED, parts) + "\n" + along + "\n" if levels else ""
+    return source("cluster", about, helpers + fill(KERNEL, parts))
+
+
+def _levels(spec: ClusterSpec, parts: dict[str, Any]) -> tuple[str, str]:
+    """The function ``coordinates``, and a text for each level."""
+    plan = spec.settings
     levels, part = [], plan.chunk
     while part > plan.cluster:
-        log = part.bit_length() - 1
         block = min(part, spec.keys)
-        own = {"part": part, "parts": plan.chunk // part, "log": log, "rising": rising("number", range(log), log)}
-        at_once = (part, min(plan.chunk // part, spec.keys // block), block)
-        own["sizes"] = ", ".join(map(str, at_once[: len(sizes)]))
-        own["part_here"] = fill(HERE, parts | {"at": "part_at", "here": "part_here"})
+        own = dict(part=part, part_log=part.bit_length() - 1, block=block)
+        own["together"] = min(plan.chunk // part, spec.keys // block)
         levels.append(fill(LEVEL, parts | own))
         part //= 2
-    parts["levels"] = "\n\n".join(levels)
-    about = {"plan": spec.plan, "stage": "summarize, the clusters of a chunk"}
-    along = projection.coordinates(parts) if spec.on_tensor_cores else fill(COORDINATES, parts)
-    helpers = exchange() + along + "\n" if levels else ""
-    return source("cluster", about, helpers + fill(KERNEL, parts))
+    return fill(COORDINATES, parts), "\n\n".join(levels)
 
 
 def clusters(

@@ -2,13 +2,12 @@
 
 A step of a power iteration is two products of a matrix and a vector, ``centred^T (centred direction)``. Here the
 directions of all parts of a level, up to eight, are the columns of one matrix, so that a step is two products of the
-chunk's keys, which stay in shared memory: ``keys directions``, of which each key reads the column of its part, and
-``keys^T`` times what was read, each in the column of its part. Keys are not centred; what their centre adds
+chunk's keys, which stay in shared memory: ``keys directions``, of which each key needs the column of its part, and
+``keys^T`` times those, each in the column of its part. Keys are not centred; what their centre adds
 is taken off the products. Keys are bfloat16, and the other factor, float32, is three columns of 8 bits each
-(as in ``scores.products``), so that no product rounds: 16 columns for up to four parts, 32 for eight.
+(as in ``scores.products``), so that no product rounds: 16 columns for up to four parts, 32 for eight. All levels run
+the same text, in a loop: written out four times, it took half a minute to compile.
 
-The first direction is that of the key farthest from its part's centre, by squares that the centre is a part of: where
-that is a thousand times as far from zero as the keys are from it, rounding may take another key.
 A number that is not finite reaches all columns, so that a chunk that has one is cut as its keys come.
 """
 
@@ -23,13 +22,35 @@ NUMBERS = 32_768
 """Keys times features of the largest chunk."""
 MANY = 16_384
 """From more than these on, a chunk takes eight warps; on four, one of 32,768 numbers spills on sm_80."""
+FEW_PARTS = 4
+"""Whose columns are half as many."""
 
-COORDINATES = """def coordinates($parameters):
-    # Where each key lies along the direction in which its part of PART keys is widest.
+FUNCTIONS = """def distances($given):
+    # The first key, and how far each is from it, squared: from near by, rounding does not hide which is the farthest.
+    DIM: tl.constexpr = $dim
+    at = order
+    $here
+    first_key = tl.min(tl.where(here, at, k_len), 0)
+    far = tl.zeros([$chunk], tl.float32)
+    for begin in range(0, $dim_tile, $some):  # all of them as float32 would spill
+        feature = begin + tl.arange(0, $some)
+        wide = tl.load(
+            key_head + at.to(tl.int64)[:, None] * key_n + feature[None, :],
+            mask=here[:, None] & (feature < DIM)[None, :],
+            other=0.0,
+        ).to(tl.float32)
+        $origin
+        wide -= origin[None, :]
+        far += tl.sum(wide * wide, 1)
+    return far, first_key
+
+
+@triton.jit
+def coordinates($given, far, first_key, log, SLOTS: tl.constexpr):
+    # Where each key lies along the direction in which its part, of 2^log keys, is widest; up to SLOTS parts.
     DIM: tl.constexpr = $dim
     CHUNK: tl.constexpr = $chunk
-    SLOTS: tl.constexpr = CHUNK // PART if CHUNK // PART > 4 else 4  # of parts
-    COLUMNS: tl.constexpr = 4 * SLOTS
+    place = tl.arange(0, CHUNK)
     at = order
     $here
     feature = tl.arange(0, $dim_tile)
@@ -38,58 +59,64 @@ COORDINATES = """def coordinates($parameters):
         mask=here[:, None] & (feature < DIM)[None, :],
         other=0.0,
     )
-    column = tl.arange(0, COLUMNS)
-    third = (column // SLOTS)[None, :]
-    place = tl.arange(0, CHUNK)
-    own = (place[:, None] // PART == (column % SLOTS)[None, :]) & here[:, None]
+    own = here[:, None] & ((place >> log)[:, None] == tl.arange(0, SLOTS)[None, :])
     count = tl.maximum(tl.sum(own.to(tl.float32), 0), 1.0)[None, :]
-    once = (own & (third == 0)).to(tl.float32).to(tl.bfloat16)
-    centre = gathered(tl.dot(tl.trans(points)$wide_type, once$wide_type), SLOTS) / count
-    # The first direction is that of the key that is farthest from the centre: |x|^2 - 2 x c is the greatest.
-    far = tl.zeros([CHUNK], tl.float32)
-    for first in range(0, $dim_tile, $some):  # all of them as float32 would spill
-        features = first + tl.arange(0, $some)
-        wide = tl.load(
-            key_head + at.to(tl.int64)[:, None] * key_n + features[None, :],
-            mask=here[:, None] & (features < DIM)[None, :],
-            other=0.0,
-        ).to(tl.float32)
-        far += tl.sum(wide * wide, 1)
-    towards = tl.dot(points$wide_type, thirds(centre, third).to(tl.bfloat16)$wide_type)
-    far -= 2.0 * tl.sum(tl.where(own, towards, 0.0), 1)
-    farthest = tl.argmax(tl.where(own, far[:, None], float("-inf")), 0)
-    once = (own & (third == 0) & (place[:, None] == farthest[None, :])).to(tl.float32).to(tl.bfloat16)
-    direction = gathered(tl.dot(tl.trans(points)$wide_type, once$wide_type), SLOTS) - centre
-    along = tl.zeros([CHUNK], tl.float32)
+    centre = products(tl.trans(points), own.to(tl.float32)) / count
+    # The first direction is that of the key x that is farthest from the centre c: |x - o|^2 - 2 x (c - o) is the
+    # greatest, o being any key.
+    $origin
+    apart = tl.gather(far, order % CHUNK, 0)[:, None] - 2.0 * products(points, centre - origin[:, None])
+    farthest = tl.argmax(tl.where(own, apart, float("-inf")), 0)
+    direction = products(tl.trans(points), (own & (place[:, None] == farthest[None, :])).to(tl.float32)) - centre
+    along = tl.zeros([CHUNK, SLOTS], tl.float32)
     for step in range(0, $steps + 1):
-        direction /= tl.maximum(tl.sqrt(tl.sum(direction * direction, 0)), 1e-12)[None, :]
-        offset = tl.where(third == 0, tl.sum(direction * centre, 0)[None, :], 0.0)
-        towards = tl.dot(points$wide_type, thirds(direction, third).to(tl.bfloat16)$wide_type)
-        along = tl.sum(tl.where(own, towards - offset, 0.0), 1)
-        weight = tl.where(own, thirds(along[:, None], third), 0.0).to(tl.bfloat16)
-        whole = tl.sum(tl.where(own, along[:, None], 0.0), 0)[None, :]
-        direction = gathered(tl.dot(tl.trans(points)$wide_type, weight$wide_type), SLOTS) - centre * whole
-    return along
+        both = tl.sum(tl.join(direction * direction, direction * centre), 0)
+        length, offset = tl.split(both)
+        length = tl.maximum(tl.sqrt(length), 1e-12)
+        direction /= length[None, :]
+        along = tl.where(own, products(points, direction) - (offset / length)[None, :], 0.0)
+        direction = products(tl.trans(points), along) - centre * tl.sum(along, 0)[None, :]
+    return tl.sum(along, 1)
 
 
 @triton.jit
-def thirds(wide, third):
-    # Which of the three numbers of 8 bits, whose sum a float32 number is, each column holds; the fourth holds none.
+def products(keys, wide):
+    # keys wide: each number of float32 as the three of 8 bits whose sum it is, in columns of their own.
+    SLOTS: tl.constexpr = wide.shape[1]
     high = (wide.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
     rest = wide - high
     middle = (rest.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
-    return tl.where(third == 0, high, tl.where(third == 1, middle, tl.where(third == 2, rest - middle, 0.0)))
+    # The bits of a column's number: of the number of 8 bits, the part's, and again one of the former. The first and
+    # the last are those that one lane holds.
+    columns = tl.join(tl.join(high, rest - middle), tl.join(middle, tl.zeros_like(high)))
+    columns = tl.reshape(tl.permute(columns, (0, 2, 1, 3)), [wide.shape[0], 4 * SLOTS]).to(tl.bfloat16)
+    sums = tl.dot(keys$wide_type, columns$wide_type)
+    return tl.sum(tl.sum(tl.reshape(sums, [keys.shape[0], 2, SLOTS, 2]), 3), 1)
 
 
 @triton.jit
-def gathered(sums, SLOTS: tl.constexpr):
-    # The sums of the thirds, in each of a part's columns.
-    ROWS: tl.constexpr = sums.shape[0]
-    whole = tl.sum(tl.reshape(sums, [ROWS, 4, SLOTS]), 1)
-    return tl.reshape(tl.broadcast_to(whole[:, None, :], [ROWS, 4, SLOTS]), [ROWS, 4 * SLOTS])
+"""
 
+ORIGIN = """
+origin = tl.load(
+    key_head + first_key.to(tl.int64) * key_n + feature, mask=(feature < DIM) & (first_key < k_len), other=0.0
+).to(tl.float32)
+"""
 
-@triton.jit
+LEVELS = """
+
+# Halve parts of 2^log keys along the directions in which they are widest, level by level.
+far, first_key = distances($given)
+for level in range(0, $levels):
+    log = $log - level
+    at = order
+    $here
+    if level > $few_levels:  #? many
+        along = coordinates($given, far, first_key, log, $slots)  #? many
+    else:  #? many
+        along = coordinates($given, far, first_key, log, $few)  #? many
+    along = coordinates($given, far, first_key, log, $few)  #? not many
+    order = ordered(order, along, here, log)
 """
 
 
@@ -98,6 +125,11 @@ def fits(dtype: str, target: str, chunk: int, dim_tile: int) -> bool:
     return dtype == "bfloat16" and target == "cuda" and chunk * dim_tile <= NUMBERS
 
 
-def coordinates(parts: dict[str, Any]) -> str:
-    """The function ``coordinates``, with the parameters that ``clusters`` calls it with."""
-    return fill(COORDINATES, parts | {"wide_type": widened("bfloat16"), "some": min(32, parts["dim_tile"])})
+def texts(parts: dict[str, Any]) -> tuple[str, str]:
+    """The functions, and the levels that call them, or no text where there are none; ``parts``: of ``clusters``."""
+    parts = parts | {"wide_type": widened("bfloat16"), "some": min(32, parts["dim_tile"])}
+    parts["origin"] = fill(ORIGIN, parts)
+    few_levels = FEW_PARTS.bit_length() - 1
+    parts |= dict(levels=parts["clusters"].bit_length() - 1, few=FEW_PARTS, few_levels=few_levels)
+    parts |= dict(many=parts["levels"] > few_levels + 1, slots=2 * FEW_PARTS)
+    return fill(FUNCTIONS, parts), fill(LEVELS, parts) if parts["levels"] else ""
