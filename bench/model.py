@@ -75,9 +75,10 @@ SELECT_LANES = 1460
 """Instructions of a lane for one key: to select it in its chunk, and a segment's program without its steps."""
 SEGMENT_LANES = 1770
 """The same of one step of a segment's program, for each key that it reads; counted too."""
-CLUSTER_LANES = (4840, 7570)
+CLUSTER_LANES = (2420, 3850)
 """The same to cluster one key of 64 or 128 features, for each level that its chunk is halved on: executed, as
-`bench/ptx` counts it for sm_90 (chunks of 256, down to clusters of 16)."""
+`bench/ptx` counts it for sm_90 (chunks of 256, down to clusters of 16). What products read from shared memory, 80 times
+a chunk, takes two thirds as long, beside it."""
 CENTROID_LANES = (6070, 10_500)
 """The same of one key, for up to 16 centroids of one of its segments: moments and two Lloyd iterations."""
 NUMBER_BYTES = 2

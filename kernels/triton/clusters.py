@@ -8,7 +8,7 @@ products ``centred^T (centred direction)`` of a matrix and a vector, 4 L D flops
 covariance alone would be 2 L D^2. A part is ordered by a sorting
 network on numbers of 64 bits: the coordinate, then the place (so that equal keys keep their order), then the key.
 
-On NVIDIA's GPUs, keys of bfloat16 are projected on tensor cores instead: see ``projection``.
+On NVIDIA's GPUs, a chunk of 16-bit keys that fits in shared memory is projected on tensor cores instead: see ``projection``.
 
 A chunk of more than ``CHUNK`` keys takes ``summary.clusters``, whose torch operations are linear in n as well.
 """
@@ -25,7 +25,7 @@ from .. import summary as summaries
 from ..clusterings.pca_tree import POWER_ITERATIONS
 from ..layout import chunk_count
 from ..plan import Plan
-from . import projection
+from . import device, projection
 from .cache import launch, load
 from .network import exchange, in_loop
 from .render import arguments, fill, source
@@ -55,6 +55,7 @@ def cluster(
     chunk = program % chunks
     key_head = key + pair // kv_heads * key_b + pair % kv_heads * key_h
     value_head = value + pair // kv_heads * value_b + pair % kv_heads * value_h
+    piece = pieces + pair * k_len * DIM  #? more
     members = member + pair // kv_heads * k_len  #? valid
     order = chunk * CHUNK + tl.arange(0, CHUNK)
     $levels
@@ -212,20 +213,23 @@ order = ordered(order, coordinates($given, $part, $together, $block), here, $par
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterSpec(SummarySpec):
-    """What the source depends on; ``target``: ``cuda`` or ``hip``."""
+    """What the source depends on; ``target``: ``cuda`` or ``hip``; ``small``: see ``device.is_small``."""
 
     dtype: str
     target: str
+    small: bool = False
 
     @property
     def on_tensor_cores(self) -> bool:
         """Whether keys are projected by products of matrices."""
-        return projection.fits(self.dtype, self.target, self.settings.chunk, tile_of(self.dim))
+        return projection.fits(self.dtype, self.target, self.small, self.settings.chunk, tile_of(self.dim))
 
     @property
     def warps(self) -> int:
         """Of a program."""
-        few = self.on_tensor_cores and self.settings.chunk * tile_of(self.dim) <= projection.MANY
+        if not self.on_tensor_cores:
+            return WARPS
+        few = projection.numbers(self.dtype, self.settings.chunk, tile_of(self.dim)) <= projection.MANY
         return WARPS // 2 if few else WARPS
 
     @property
@@ -253,8 +257,9 @@ def tile_of(dim: int) -> int:
 def cluster_source(spec: ClusterSpec) -> str:
     """Source of ``cluster``."""
     plan = spec.settings
-    names = ["key", "value", *["member"] * spec.valid, "order_out", "mean", "spread", "bias"]
-    names += ["key_b", "key_h", "key_n", "value_b", "value_h", "value_n", "kv_heads", "k_len", "chunks"]
+    more = spec.on_tensor_cores and spec.dtype == "float16"
+    names = ["key", *["pieces", "piece_size"] * more, "value", *["member"] * spec.valid, "order_out", "mean", "spread"]
+    names += ["bias", "key_b", "key_h", "key_n", "value_b", "value_h", "value_n", "kv_heads", "k_len", "chunks"]
     parts: dict[str, Any] = dict(
         arguments=arguments(names),
         dim=spec.dim,
@@ -268,16 +273,17 @@ def cluster_source(spec: ClusterSpec) -> str:
         spread_factor=plan.spread_factor,
         steps=POWER_ITERATIONS,
         valid=spec.valid,
+        more=more,
         features=min(tile_of(spec.dim), spec.features),
         value_features=min(tile_of(spec.value_dim), spec.features),
     )
     parts["here"] = fill(HERE, parts)
     parts["points"] = fill(POINTS, parts)
     parts["direction"] = fill(DIRECTION, parts)
-    given = ", ".join(["order", "key_head", "key_n", *["members"] * spec.valid, "k_len"])
+    given = ", ".join(["order", "key_head", "key_n", *["piece", "piece_size"] * more, *["members"] * spec.valid, "k_len"])
     parts |= {"given": given, "log": plan.chunk.bit_length() - 1}
     parts["sorted"] = in_loop("number", "place", parts["log"], last="log")
-    along, levels = projection.texts(parts) if spec.on_tensor_cores else _levels(spec, parts)
+    along, levels = projection.texts(parts, spec.dtype) if spec.on_tensor_cores else _levels(spec, parts)
     parts["levels"] = levels
     about = {"plan": spec.plan, "stage": "summarize, the clusters of a chunk"}
     helpers = exchange() + fill(ORDERED, parts) + "\n" + along + "\n" if levels else ""
@@ -314,7 +320,7 @@ def clusters(
     key, value = (t if t.stride(3) == 1 else t.contiguous() for t in (key, value))
     spec = ClusterSpec(
         dim=int(dim), value_dim=int(value.shape[3]), plan=plan.text, valid=member is not None,
-        dtype=DTYPES[key.dtype], target=target(),
+        dtype=DTYPES[key.dtype], target=target(), small=device.is_small(key.device),
     )  # fmt: skip
     values = dict(
         key=key, value=value, member=member, order_out=order, mean=mean, spread=spread, bias=bias,
@@ -322,6 +328,8 @@ def clusters(
         value_b=value.stride(0), value_h=value.stride(1), value_n=value.stride(2),
         kv_heads=heads, k_len=k_len, chunks=chunks,
     )  # fmt: skip
+    if spec.on_tensor_cores:
+        values |= dict(pieces=projection.pieces(key), piece_size=key.numel())
     kernel = load(cluster_source(spec), "cluster")
     launch(kernel, (batch * heads * chunks,), values, warps=spec.warps, stages=1)
     return order, mean, spread, bias

@@ -15,10 +15,8 @@ def exchange(values, axis: tl.constexpr, turn: tl.constexpr, up: tl.constexpr):
     second = tl.reshape(tl.arange(0, 2), [1] * axis + [2] + [1] * (axes - 1 - axis))
     if turn > 0:
         second = second ^ tl.reshape(tl.arange(0, 2), [1] * turn + [2] + [1] * (axes - 1 - turn))
-    most = tl.max(values, axis, keep_dims=True)
-    least = tl.min(values, axis, keep_dims=True)
-    return tl.where(second == up, most, least)
-
+    other = tl.xor_sum(values, axis, keep_dims=True) ^ values
+    return tl.where(second == up, tl.maximum(values, other), tl.minimum(values, other))
 
 @triton.jit
 def turned(values, axis: tl.constexpr):
@@ -26,7 +24,6 @@ def turned(values, axis: tl.constexpr):
     axes: tl.constexpr = len(values.shape)
     second = tl.reshape(tl.arange(0, 2), [1] * axis + [2] + [1] * (axes - 1 - axis))
     return values ^ -second
-
 
 @triton.jit
 def route(

@@ -96,9 +96,9 @@ def test_what_is_not_finite_taints_its_cluster(what: str, bad: float, dtype: tor
     assert len(tainted) == 1 and 40 in got.order.view(2, 2, -1, 16)[tuple(tainted[0])]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_chunk_of_256_keys(dtype: torch.dtype) -> None:
-    """In blocks of 64 keys at two levels, four and eight parts at once after that; or all of it on tensor cores."""
+    """In blocks of 64 keys at two levels, four and eight parts at once after that; or four on tensor cores."""
     plan = Plan(chunk=256, sinks=3)
     site = operands(300, batch=1, heads=1, kv_heads=1, dim=48, value_dim=20, dtype=dtype)
     got, want = run(site, plan), summary_of(site, plan)
@@ -117,11 +117,13 @@ def test_equal_keys_and_no_keys() -> None:
     assert torch.equal(got.order, summary_of(site._replace(valid=None), plan).order) and (got.spread == 0).all()
 
 
-def test_a_centre_far_from_zero() -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("offset", "features"), [(30, 16), (1024, 1)])
+def test_a_centre_far_from_zero(offset: float, features: int, dtype: torch.dtype) -> None:
     """Keys are not centred on tensor cores: what their centre adds is taken off products that it is most of."""
     plan = Plan(chunk=128, sinks=0)
-    site = operands(128, batch=1, heads=1, kv_heads=1, dtype=torch.bfloat16)
-    site = site._replace(key=site.key + 30.0)
+    site = operands(128, batch=1, heads=1, kv_heads=1, dtype=dtype)
+    site.key[..., :features] += offset
     got, want = run(site, plan), summary_of(site._replace(key=site.key.double()), plan)
     assert (got.order == want.order).float().mean() > 0.95
     describes(got, site, plan)
