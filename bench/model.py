@@ -52,10 +52,12 @@ CHUNK_UNION = (1.2, 0.3)
 """The same of chunks on the first of two levels."""
 BACKWARD = 2.5
 """Products of a backward, for each of its forward: five of them, not two."""
-ROUTE_PAIR = (68, 72)
+ROUTE_PAIR = (67, 71)
 """Instructions of a lane for one pair of row and representative of 64 or 128 features: counted in sm_90's binary."""
-ROUTE_TOGETHER = ((18, 19), (57, 61))
+ROUTE_TOGETHER = ((12.3, 13.5), (51, 54))
 """The same of heads that route together: for each head, and for each query."""
+ROUTE_LISTED = 8
+"""More of them for each query where its chunks are listed."""
 LISTED_ROUTE = (235, 120)
 """Instructions of a lane to sort one route of a tile, and to find its cluster's others where it is taken: of a tile of
 64 that choose, 64 routes each, and of one of 16, as where the heads of a group of 4 route together; counted too."""
@@ -219,13 +221,16 @@ def route(site: Site) -> Work:
     pairs, launches, listed = exact / plan.cluster, 1, 0.0
     if plan.coarse:
         walked = site.rows * plan.coarse * (plan.chunk // plan.cluster) * site.chunk_union
-        pairs, launches = exact / plan.chunk + min(walked, pairs), 13
+        walked = min(walked, pairs)
+        pairs, launches = exact / plan.chunk + walked, 13
         listed = _lists(site, LISTED_ROUTE[0] * plan.coarse, plan.coarse * site.chunk_union)
     traffic = site.rows * (NUMBER_BYTES * shape.head_dim + 4 * plan.routes)
     wide = int(shape.head_dim > 64)
     lanes = pairs * ROUTE_PAIR[wide]
     if site.together > 1:
         lanes = pairs * (ROUTE_TOGETHER[0][wide] + ROUTE_TOGETHER[1][wide] / site.together)
+    if plan.coarse:
+        lanes += walked * ROUTE_LISTED / site.together
     return Work(4 * pairs * shape.head_dim, lanes, traffic, launches, lists=listed)
 
 

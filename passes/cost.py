@@ -80,7 +80,7 @@ PRICES = {
     # 4 query heads a KV head. kernel_kmeans, window_peak, random and a user's scorer are torch operations there:
     # what they read and write, or their launches where that is more.
     "cuda": Prices(
-        attend=1.5, route=0.28, route_pair=646.0, route_head=0.28, lists=3_000.0, union=4.3, union_together=2.8,
+        attend=1.5, route=0.28, route_pair=646.0, route_head=0.17, lists=3_000.0, union=4.3, union_together=2.8,
         chunk_union=1.5, per_key=79_900.0, per_feature=1_785.0, centroids=210_000, fixed=1.04e10,
         score={
             "kmeans": 114_000, "kmeans_relative": 120_000, "kmedian": 416_000, "leverage": 1_600_000,

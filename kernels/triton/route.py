@@ -11,8 +11,8 @@ as they need, and the score's fraction has what is left of 23: 10 with 8192 clus
 7 (bfloat16) or 10 (float16). Scores that a word does not tell apart are ties. float32 has words of 64 bits and loses
 nothing.
 
-On sm_90 a lane spends 59 instructions on a pair of row and representative with D = 64 and 63 with D = 128, with a
-share 68 and 72 (64 routes; counted in the binary), more than half of them in the network; the products are 4 D flops of
+On sm_90 a lane spends 58 instructions on a pair of row and representative with D = 64 and 61 with D = 128, with a
+share 67 and 71 (64 routes; counted in the binary), more than half of them in the network; the products are 4 D flops of
 tensor cores a pair. More routes than ``SORTED`` take a threshold by bisection over the bits of a float instead, and
 write what is above it: 34 walks in all.
 
@@ -44,7 +44,7 @@ from .cache import launch, load
 from .loops import mask_parameters, mask_values, names, precision, tile, words
 from .network import exchange, falling, rank, rising
 from .render import arguments, fill, source
-from .route_scores import blocks, in_parts
+from .route_scores import LOG2E, blocks, in_parts
 from .spec import DTYPES, NOTHING, Lifted, Spec, Tile, power_of_two
 from .union import union
 
@@ -88,7 +88,7 @@ def route(
     list_at = (pair * tiles + tile) * list_size  #? listed
     stop = tl.load(listed_count + pair * tiles + tile) * PER_CHUNK  #? listed
 
-    sign = tl.where(scale < 0.0, -1.0, 1.0)
+    scale *= $log2e  #? together
     $start
     $choose
 """
@@ -101,6 +101,7 @@ slot = number // PER_CHUNK  #? listed
 at = tl.load(listed + list_at + slot, mask=there, other=0) * PER_CHUNK + number % PER_CHUNK  #? listed
 $read_representatives
 own = tl.load(own_bias + at, mask=there, other=float("-inf"))
+own *= $log2e  #? together
 c = (tl.minimum(at, clusters - 1) // PER_CHUNK)[None, :]  #? lifted
 k_low = c * CHUNK  #? lifted
 k_high = tl.minimum(k_low + CHUNK, k_len) - 1  #? lifted
@@ -125,7 +126,7 @@ for begin in range(0, stop, COLUMNS):
     $score
     $sum
     bits = score.to(tl.int32, bitcast=True)
-    bits = (bits & 2147483647) ^ (bits >> 31)
+    bits = (bits & 2147483647) ^ (bits >> 31)  #? not together
     word = (bits & ~below) | (~number & below)[None, :]  #? not exact
     word = (bits.to(tl.int64) << 32) | (number ^ 2147483647)[None, :]  #? exact
     rise = tl.reshape(word, [ROWS] + [2] * $log)
@@ -138,11 +139,13 @@ rank = ($rank)[None, :]
 number = ~best & below  #? not exact
 number = best.to(tl.int32) ^ 2147483647  #? exact
 best = best >> 32  #? exact
-taken = (rank < route_count) & (best > (below | -2139095041))  # that of -inf  #? not exact
-taken = (rank < route_count) & (best > -2139095041)  # that of -inf  #? exact
+taken = (rank < route_count) & (best > (below | -2139095041))  # that of -inf  #? not exact and not together
+taken = (rank < route_count) & (best > -2139095041)  # that of -inf  #? exact and not together
+taken = (rank < route_count) & (best > below)  # that of 0  #? not exact and together
+taken = (rank < route_count) & (best > 0)  #? exact and together
 $bar
 bits = bar.to(tl.int32, bitcast=True)  #? share
-bits = (bits & 2147483647) ^ (bits >> 31)  #? share
+bits = (bits & 2147483647) ^ (bits >> 31)  #? share and not together
 taken &= best >= (bits & ~below)[:, None]  #? share and not exact
 taken &= best >= bits[:, None]  #? share and exact
 slot = number // PER_CHUNK  #? listed
@@ -290,6 +293,8 @@ def route_source(spec: Spec, per_chunk: int, listed: bool, compact: bool = False
         compact=compact,
         sides=not spec.causal and plan.window != 0,
         share=plan.share,
+        sorts=plan.routes <= SORTED,
+        log2e=LOG2E,
         exact=spec.dtype == "float32",
         in_parts=in_parts(spec),
         dtype=spec.dtype,
@@ -300,16 +305,15 @@ def route_source(spec: Spec, per_chunk: int, listed: bool, compact: bool = False
     )
     parts |= blocks(spec, parts)
     parts["score"] = fill(SCORE, parts)
-    sort = plan.routes <= SORTED
     bits = order_of_bits(wide)
     parts |= dict(rising=rising("rise", bits, len(bits) - 2), falling=falling("best", bits), rank=rank("place", bits))
     parts |= dict(word="tl.int64", least=-(2**63)) if parts["exact"] else dict(word="tl.int32", least=-(2**31))
     each = spec.together and not compact
     parts |= {name: fill(EACH_HEAD, {"text": text}) if each else text for name, text in STORES.items()}
     parts["own_routes"] = fill(OWN_ROUTES, parts)
-    parts["choose"] = fill(BY_SORTING if sort else BY_BISECTION, parts)
+    parts["choose"] = fill(BY_SORTING if parts["sorts"] else BY_BISECTION, parts)
     about = {"plan": spec.plan, "stage": "route, " + ("of listed chunks" if listed else "all of a level")}
-    return source("route", about, (exchange() if sort else "") + fill(KERNEL, parts))
+    return source("route", about, (exchange() if parts["sorts"] else "") + fill(KERNEL, parts))
 
 
 def tiled(spec: Spec) -> Spec:
@@ -333,6 +337,8 @@ def route(
     ``lifted`` says which chunks a query can reach and what is added there (``logits.Logits.reach``), ``tensors``
     what it reads; ``mass`` where the plan needs it.
     """
+    if scale < 0:
+        query, scale = -query, -scale
     more = (lifted, tensors or {}, mass)
     if not plan.coarse or plan.window is None:
         return _walk(query, summary, plan, causal, k_len, scale, plan.chunk // plan.cluster, {}, *more)

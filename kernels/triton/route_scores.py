@@ -16,6 +16,7 @@ from ..reference import MOST_GAIN
 from .render import fill
 from .spec import Spec
 
+LOG2E = math.log2(math.e)
 FEATURES = 32
 """Of a part of them, in float32."""
 
@@ -41,10 +42,10 @@ spread_tile = tl.load(own_spread + where, mask=inside, other=0.0).to(tl.$square_
 """
 
 EXPECTED = """
-score = tl.sqrt(tl.dot(square_tile$wide_type, tl.trans(spread_tile)$wide_type$precision)) * sign
+score = tl.sqrt(tl.dot(square_tile$wide_type, tl.trans(spread_tile)$wide_type$precision))
 score = tl.dot(query_tile$wide_type, tl.trans(mean_tile)$wide_type, score$precision) * scale
 score += own[None, :]
-score += tl.cast($bias, tl.float32)  #? bias
+$add_bias
 """
 
 # As the factors of three TF32 passes, representatives of more features would not fit in shared memory.
@@ -57,9 +58,14 @@ for begin_feature in range(0, DIM_TILE, $features):
     $read_representatives
     deviation = tl.dot(square_tile, tl.trans(spread_tile), deviation$precision)
     score = tl.dot(query_tile, tl.trans(mean_tile), score$precision)
-score = (tl.sqrt(deviation) * sign + score) * scale
+score = (tl.sqrt(deviation) + score) * scale
 score += own[None, :]
-score += tl.cast($bias, tl.float32)  #? bias
+$add_bias
+"""
+
+ADD_BIAS = """
+score += tl.cast($bias, tl.float32)  #? bias and not together
+score += tl.cast($bias, tl.float32) * $log2e  #? bias and together
 """
 
 OF_A_HEAD = """
@@ -70,7 +76,7 @@ score = tl.where(eligible[None, :], score, float("-inf"))
 score = tl.where($allowed, score, float("-inf"))  #? allowed
 """
 
-# What cannot be chosen adds nothing; NaN adds the most.
+# In powers of 2. What cannot be chosen adds nothing; NaN adds the most.
 OF_HEADS = """
 gain = tl.zeros([ROWS, COLUMNS], tl.float32)
 for one in range(HEADS):
@@ -80,10 +86,11 @@ for one in range(HEADS):
     near = tl.load(mass + row + one * q_len, mask=live, other=float("inf"))
     $expected
     score = tl.where($allowed, score, float("-inf"))  #? allowed
-    score -= tl.where(near == float("-inf"), 0.0, near)[:, None]
+    score -= tl.where(near == float("-inf"), 0.0, near * $log2e)[:, None]
     score = tl.where(score < $most_gain, score, $most_gain)
-    gain += tl.where((near < float("inf"))[:, None], tl.exp(score), 0.0)
-score = tl.where(gain > 0.0, gain, float("-inf"))
+    gain += tl.where((near < float("inf"))[:, None], tl.exp2(score), 0.0)
+score = gain  #? sorts
+score = tl.where(gain > 0.0, gain, float("-inf"))  #? not sorts
 """
 
 START_OF_A_HEAD = """
@@ -114,7 +121,10 @@ for one in range(HEADS):
     total += tl.where(tl.abs(near) < float("inf"), 1.0, 0.0)
 """
 
-SUM_OF_HEADS = "total += tl.sum(tl.maximum(score, 0.0), 1)"
+SUM_OF_HEADS = """
+total += tl.sum(score, 1)  #? plain
+total += tl.sum(tl.maximum(score, 0.0), 1)  #? not plain
+"""
 
 BAR_OF_HEADS = """
 # The least score of a cluster that is expected to have $share of the heads' softmaxes, in the mean.
@@ -134,7 +144,12 @@ def blocks(spec: Spec, parts: dict[str, Any]) -> dict[str, str]:
     """
     share = spec.settings.share
     heads = bool(spec.together)
-    parts = parts | dict(most_gain=MOST_GAIN, log_share=math.log(share) if share else 0.0, features=FEATURES)
+    parts = parts | dict(
+        most_gain=MOST_GAIN * LOG2E, log2e=LOG2E, log_share=math.log(share) if share else 0.0, features=FEATURES,
+        # Nothing is -inf that the sum must leave out.
+        plain=parts["sorts"] and not parts["listed"] and not parts["sides"],
+    )  # fmt: skip
+    parts["add_bias"] = fill(ADD_BIAS, parts)
     queries, representatives = fill(READ_QUERIES, parts), fill(READ_REPRESENTATIVES, parts)
     parts |= dict(read_queries=queries, read_representatives=representatives)
     parts |= dict(expected=fill(EXPECTED_IN_PARTS if in_parts(spec) else EXPECTED, parts))
@@ -146,6 +161,6 @@ def blocks(spec: Spec, parts: dict[str, Any]) -> dict[str, str]:
         read_representatives="" if in_parts(spec) else representatives,
         score_of=fill(OF_HEADS if heads else OF_A_HEAD, parts),
         start=start if share else "",
-        sum=total if share else "",
+        sum=fill(total, parts) if share else "",
         bar=fill(bar, parts) if share else "",
     )
