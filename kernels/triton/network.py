@@ -38,11 +38,12 @@ def turned(values, axis: tl.constexpr):
 """
 
 IN_LOOP = """
+turn = ($place & ((1 << $last) - 1)) | (1 << $last)  # which runs of 2^bit rise: every second one, at last all
+$name ^= -((turn >> $first) & 1)
+turn ^= turn >> 1
 for merge in range($first, $last + 1):
-    turn = tl.where(merge == $last, -1, -(($place >> merge) & 1))
-    $name ^= turn
     $exchanges
-    $name ^= turn
+    $name ^= -((turn >> merge) & 1)
 """
 
 

@@ -78,7 +78,6 @@ def route(
     near = tl.load(mass + row, mask=live, other=float("-inf"))
     stop = tl.maximum(block, 0) * PER_CHUNK
 
-    sign = tl.where(scale < 0.0, -1.0, 1.0)
     # The exponentials of the scores, and of what the query attends anyway: their sum, over that of the largest.
     most = near
     total = tl.where(near > float("-inf"), 1.0, 0.0)
@@ -97,7 +96,7 @@ def route(
         mean_tile = tl.load(own_mean + where, mask=inside, other=0.0).to(tl.bfloat16)
         spread_tile = tl.load(own_spread + where, mask=inside, other=0.0).to(tl.bfloat16)
         own = tl.load(own_bias + at, mask=there, other=float("-inf"))
-        score = tl.sqrt(tl.dot(square_tile, tl.trans(spread_tile))) * sign
+        score = tl.sqrt(tl.dot(square_tile, tl.trans(spread_tile)))
         score = tl.dot(query_tile, tl.trans(mean_tile), score) * scale
         score += own[None, :]
         score = tl.where(score != score, float("inf"), score)

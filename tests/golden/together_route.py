@@ -71,7 +71,7 @@ def route(
     row = pair * HEADS * q_len + query_at  # of the first of the heads that route together
     stop = tl.maximum(block, 0) * PER_CHUNK
 
-    sign = tl.where(scale < 0.0, -1.0, 1.0)
+    scale *= 1.4426950408889634
     # The sum of the scores, and of what the queries attend anyway, which is 1 in each head.
     total = tl.zeros([ROWS], tl.float32)
     for one in range(HEADS):
@@ -92,6 +92,7 @@ def route(
         mean_tile = tl.load(own_mean + where, mask=inside, other=0.0).to(tl.bfloat16)
         spread_tile = tl.load(own_spread + where, mask=inside, other=0.0).to(tl.bfloat16)
         own = tl.load(own_bias + at, mask=there, other=float("-inf"))
+        own *= 1.4426950408889634
         gain = tl.zeros([ROWS, COLUMNS], tl.float32)
         for one in range(HEADS):
             of_one = kv_head * HEADS + one
@@ -103,16 +104,15 @@ def route(
             )
             square_tile = (query_tile.to(tl.float32) * query_tile.to(tl.float32)).to(tl.bfloat16)
             near = tl.load(mass + row + one * q_len, mask=live, other=float("inf"))
-            score = tl.sqrt(tl.dot(square_tile, tl.trans(spread_tile))) * sign
+            score = tl.sqrt(tl.dot(square_tile, tl.trans(spread_tile)))
             score = tl.dot(query_tile, tl.trans(mean_tile), score) * scale
             score += own[None, :]
-            score -= tl.where(near == float("-inf"), 0.0, near)[:, None]
-            score = tl.where(score < 70.0, score, 70.0)
-            gain += tl.where((near < float("inf"))[:, None], tl.exp(score), 0.0)
-        score = tl.where(gain > 0.0, gain, float("-inf"))
-        total += tl.sum(tl.maximum(score, 0.0), 1)
+            score -= tl.where(near == float("-inf"), 0.0, near * 1.4426950408889634)[:, None]
+            score = tl.where(score < 100.98865286222744, score, 100.98865286222744)
+            gain += tl.where((near < float("inf"))[:, None], tl.exp2(score), 0.0)
+        score = gain
+        total += tl.sum(score, 1)
         bits = score.to(tl.int32, bitcast=True)
-        bits = (bits & 2147483647) ^ (bits >> 31)
         word = (bits & ~below) | (~number & below)[None, :]
         rise = tl.reshape(word, [ROWS] + [2] * 6)
         rise = exchange(rise, 6, 3, 0)
@@ -151,11 +151,10 @@ def route(
     place = tl.arange(0, COLUMNS)
     rank = ((((place) >> 0) & 1) << 0 | (((place) >> 3) & 1) << 1 | (((place) >> 4) & 1) << 2 | (((place) >> 5) & 1) << 3 | (((place) >> 1) & 1) << 4 | (((place) >> 2) & 1) << 5)[None, :]
     number = ~best & below
-    taken = (rank < route_count) & (best > (below | -2139095041))  # that of -inf
+    taken = (rank < route_count) & (best > below)  # that of 0
     # The least score of a cluster that is expected to have 0.0014 of the heads' softmaxes, in the mean.
     bar = total * 0.0014
     bits = bar.to(tl.int32, bitcast=True)
-    bits = (bits & 2147483647) ^ (bits >> 31)
     taken &= best >= (bits & ~below)[:, None]
     # Ascending; what is not taken comes last.
     rise = tl.reshape(tl.where(taken, number, 2147483647), [ROWS] + [2] * 6)
