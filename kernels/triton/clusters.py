@@ -8,7 +8,7 @@ products ``centred^T (centred direction)`` of a matrix and a vector, 4 L D flops
 covariance alone would be 2 L D^2. A part is ordered by a sorting
 network on numbers of 64 bits: the coordinate, then the place (so that equal keys keep their order), then the key.
 
-On NVIDIA's GPUs, a chunk of 16-bit keys that fits in shared memory is projected on tensor cores instead: see ``projection``.
+On NVIDIA's GPUs, a chunk of 16-bit keys that fits in shared memory is projected on tensor cores: see ``projection``.
 
 A chunk of more than ``CHUNK`` keys takes ``summary.clusters``, whose torch operations are linear in n as well.
 """
@@ -280,7 +280,9 @@ def cluster_source(spec: ClusterSpec) -> str:
     parts["here"] = fill(HERE, parts)
     parts["points"] = fill(POINTS, parts)
     parts["direction"] = fill(DIRECTION, parts)
-    given = ", ".join(["order", "key_head", "key_n", *["piece", "piece_size"] * more, *["members"] * spec.valid, "k_len"])
+    given = ", ".join(
+        ["order", "key_head", "key_n", *["piece", "piece_size"] * more, *["members"] * spec.valid, "k_len"]
+    )
     parts |= {"given": given, "log": plan.chunk.bit_length() - 1}
     parts["sorted"] = in_loop("number", "place", parts["log"], last="log")
     along, levels = projection.texts(parts, spec.dtype) if spec.on_tensor_cores else _levels(spec, parts)

@@ -2,7 +2,8 @@
 
 Bitonic (Batcher 1968): the places of a row are axes of two, so that one step orders all pairs along
 one axis. An exchange is a minimum or a maximum and moves nothing but the values; what must travel
-with a value is packed into its low bits (integers only). ``tl.sort`` does the same with the bits in their own order, written out.
+with a value is packed into its low bits (integers only). ``tl.sort`` does the same with the bits in their own order,
+written out.
 
 Which axis stands for which bit of a place is free: ``bits[b]`` is the bit of the place in memory that
 the network takes for its bit b. Its low bits take part in the most steps, so they should be those
@@ -57,11 +58,14 @@ def exchange() -> str:
 
 
 def in_loop(name: str, place: str, log: int, done: int = 0, last: int | str | None = None) -> str:
-    """Lines that sort runs of 2^``last`` (None: all) of ``name`` ``[1, 2, 2, ...]``, ``log`` times 2, the smallest first.
+    """Lines that sort runs of 2^``last`` (None: all) numbers of ``name``, the smallest first.
 
-    A loop over the sizes of runs that are merged, whose text is as long as one merge: networks of some thousand numbers,
-    written out, take the assembler a minute. ``place``: an int32 tensor of the same shape, of places. Runs of
-    2^``done`` are sorted already: the largest first, and every second one the smallest first.
+    A loop over the sizes of runs that are merged, whose text is as long as one merge: networks of some thousand
+    numbers, written out, take the assembler a minute.
+
+    Args:
+        name: ``[1, 2, 2, ...]``, ``log`` times 2. place: int32 of the same shape, from 0.
+        done: runs of 2^``done`` are sorted already, the largest first, and every second one the smallest first.
     """
     last = log if last is None else last
     always = done if isinstance(last, int) else 0

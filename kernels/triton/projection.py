@@ -4,10 +4,10 @@ A step of a power iteration is two products of a matrix and a vector, ``centred^
 directions of a level's parts, up to four, are the columns of one matrix, so that a step is two products of the
 chunk's keys, which stay in shared memory: ``keys directions``, of which each key needs the column of its part, and
 ``keys^T`` times those, each in the column of its part. Keys are not centred; what their centre adds
-is taken off the products. A factor is split into bfloat16 numbers of 8 bits each (as in ``scores.products``), so that no
-product rounds: keys of float16 into two, the other factor, float32, into three columns (and one of zeros). All
-levels run the same text, in a loop: written out four times, it took half a minute to compile. Keys of float32 have too
-many bits for that: where a part's keys lie near each other and far from zero, what rounding leaves would not order them.
+is taken off the products. A factor is split into bfloat16 numbers of 8 bits each (as in ``scores.products``), so that
+no product rounds: keys of float16 into two, the other factor, float32, into three columns (and one of zeros). Keys of
+float32 have too many bits for that: where a part's keys lie near each other and far from zero, what rounding leaves
+would not order them. All levels run the same text, in a loop: written out four times, it took half a minute to compile.
 
 A number that is not finite reaches all columns, so that a chunk that has one is cut as its keys come.
 """

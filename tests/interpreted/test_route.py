@@ -80,6 +80,12 @@ def test_routes_are_the_references(name: str, length: int, heads: int, kv_heads:
     check(site, summary_of(site, ROUTED[name]), ROUTED[name])
 
 
+@pytest.mark.parametrize("name", ["routes", "together"])
+def test_a_negative_scale(name: str) -> None:
+    site = operands(97, heads=4, kv_heads=2, dim=20, causal=True)._replace(scale=-0.3)
+    check(site, summary_of(site, PLANS[name]), PLANS[name])
+
+
 @pytest.mark.parametrize(("name", "causal"), [("two levels", True), ("share", False)])
 def test_more_heads_than_a_tile_has_rows(name: str, causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nineteen share a KV head: ten are in one tile, nine in another."""
