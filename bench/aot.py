@@ -63,7 +63,7 @@ CHOSEN_FOR = ("sm_80", "sm_90", "gfx942")
 """Targets that tiles were chosen for: default plans spill nothing. The others have figures of ``WIDELY`` alone."""
 MILD = 192
 """Bytes a lane that default plans may spill on the others."""
-TWO_PIECES = 256
+TWO_PIECES = 288
 """The same of ``cluster`` where keys are float16, on any target: they are two numbers each there."""
 PRODUCTS = {
     "sm_80": r"\bmma\.sync", "sm_89": r"\bmma\.sync", "sm_90": r"\bwgmma\.mma_async|\bmma\.sync",

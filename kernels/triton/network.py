@@ -41,10 +41,9 @@ def turned(values, axis: tl.constexpr):
 IN_LOOP = """
 turn = ($place & ((1 << $last) - 1)) | (1 << $last)  # which runs of 2^bit rise: every second one, at last all
 $name ^= -((turn >> $first) & 1)
-turn ^= turn >> 1
 for merge in range($first, $last + 1):
     $exchanges
-    $name ^= -((turn >> merge) & 1)
+    $name ^= -(((turn >> merge) ^ (turn >> (merge + 1))) & 1)
 """
 
 

@@ -87,8 +87,9 @@ for one in range(HEADS):
     $expected
     score = tl.where($allowed, score, float("-inf"))  #? allowed
     score -= tl.where(near == float("-inf"), 0.0, near * $log2e)[:, None]
-    score = tl.where(score < $most_gain, score, $most_gain)
-    gain += tl.where((near < float("inf"))[:, None], tl.exp2(score), 0.0)
+    grown = tl.exp2(score)
+    grown = tl.where(grown < $most, grown, $most)
+    gain += tl.where((near < float("inf"))[:, None], grown, 0.0)
 score = gain  #? sorts
 score = tl.where(gain > 0.0, gain, float("-inf"))  #? not sorts
 """
@@ -145,7 +146,7 @@ def blocks(spec: Spec, parts: dict[str, Any]) -> dict[str, str]:
     share = spec.settings.share
     heads = bool(spec.together)
     parts = parts | dict(
-        most_gain=MOST_GAIN * LOG2E, log2e=LOG2E, log_share=math.log(share) if share else 0.0, features=FEATURES,
+        most=math.exp(MOST_GAIN), log2e=LOG2E, log_share=math.log(share) if share else 0.0, features=FEATURES,
         # Nothing is -inf that the sum must leave out.
         plain=parts["sorts"] and not parts["listed"] and not parts["sides"],
     )  # fmt: skip
