@@ -154,6 +154,7 @@ number = tl.load(listed + list_at + slot, mask=taken, other=0) * PER_CHUNK + num
 rise = tl.reshape(tl.where(taken, number, 2147483647), [ROWS] + [2] * $log)
 place = tl.reshape(place, [1] + [2] * $log)
 $in_loop
+rank = tl.arange(0, COLUMNS)[None, :]
 cluster = tl.reshape(rise, [ROWS, COLUMNS])
 cluster = tl.where(cluster == 2147483647, -1, cluster)
 $own_routes

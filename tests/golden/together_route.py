@@ -175,6 +175,7 @@ def route(
             rise = exchange(rise, 5, 0, 0)
         rise = exchange(rise, 6, 0, 0)
         rise ^= -(((turn >> merge) ^ (turn >> (merge + 1))) & 1)
+    rank = tl.arange(0, COLUMNS)[None, :]
     cluster = tl.reshape(rise, [ROWS, COLUMNS])
     cluster = tl.where(cluster == 2147483647, -1, cluster)
     own_routes = routes + row * route_count
