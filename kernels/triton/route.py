@@ -42,7 +42,7 @@ from ..summary import Summary
 from . import device as devices
 from .cache import launch, load
 from .loops import mask_parameters, mask_values, names, precision, tile, words
-from .network import exchange, falling, in_loop, rank, rising
+from .network import exchange, falling, rank, rising
 from .render import arguments, fill, source
 from .route_scores import LOG2E, blocks, in_parts
 from .spec import DTYPES, NOTHING, Lifted, Spec, Tile, power_of_two
@@ -152,9 +152,7 @@ slot = number // PER_CHUNK  #? listed
 number = tl.load(listed + list_at + slot, mask=taken, other=0) * PER_CHUNK + number % PER_CHUNK  #? listed
 # Ascending; what is not taken comes last.
 rise = tl.reshape(tl.where(taken, number, 2147483647), [ROWS] + [2] * $log)
-place = tl.reshape(place, [1] + [2] * $log)
-$in_loop
-rank = tl.arange(0, COLUMNS)[None, :]
+$rising
 cluster = tl.reshape(rise, [ROWS, COLUMNS])
 cluster = tl.where(cluster == 2147483647, -1, cluster)
 $own_routes
@@ -308,7 +306,6 @@ def route_source(spec: Spec, per_chunk: int, listed: bool, compact: bool = False
     parts |= blocks(spec, parts)
     parts["score"] = fill(SCORE, parts)
     bits = order_of_bits(wide)
-    parts["in_loop"] = in_loop("rise", "place", wide.bit_length() - 1)
     parts |= dict(rising=rising("rise", bits, len(bits) - 2), falling=falling("best", bits), rank=rank("place", bits))
     parts |= dict(word="tl.int64", least=-(2**63)) if parts["exact"] else dict(word="tl.int32", least=-(2**31))
     each = spec.together and not compact

@@ -156,23 +156,31 @@ def route(
     taken &= best >= (bits & ~below)[:, None]
     # Ascending; what is not taken comes last.
     rise = tl.reshape(tl.where(taken, number, 2147483647), [ROWS] + [2] * 6)
-    place = tl.reshape(place, [1] + [2] * 6)
-    turn = (place & ((1 << 6) - 1)) | (1 << 6)  # which runs of 2^bit rise: every second one, at last all
-    rise ^= -((turn >> 1) & 1)
-    for merge in range(1, 6 + 1):
-        if merge > 5:
-            rise = exchange(rise, 1, 0, 0)
-        if merge > 4:
-            rise = exchange(rise, 2, 0, 0)
-        if merge > 3:
-            rise = exchange(rise, 3, 0, 0)
-        if merge > 2:
-            rise = exchange(rise, 4, 0, 0)
-        if merge > 1:
-            rise = exchange(rise, 5, 0, 0)
-        rise = exchange(rise, 6, 0, 0)
-        rise ^= -(((turn >> merge) ^ (turn >> (merge + 1))) & 1)
-    rank = tl.arange(0, COLUMNS)[None, :]
+    rise = exchange(rise, 6, 3, 0)
+    rise = exchange(rise, 3, 2, 0)
+    rise = exchange(rise, 6, 2, 0)
+    rise = exchange(rise, 2, 1, 0)
+    rise = exchange(rise, 3, 1, 0)
+    rise = exchange(rise, 6, 1, 0)
+    rise = turned(rise, 5)
+    rise = exchange(rise, 1, 0, 0)
+    rise = exchange(rise, 2, 0, 0)
+    rise = exchange(rise, 3, 0, 0)
+    rise = exchange(rise, 6, 0, 0)
+    rise = turned(rise, 5)
+    rise = turned(rise, 4)
+    rise = exchange(rise, 5, 0, 0)
+    rise = exchange(rise, 1, 0, 0)
+    rise = exchange(rise, 2, 0, 0)
+    rise = exchange(rise, 3, 0, 0)
+    rise = exchange(rise, 6, 0, 0)
+    rise = turned(rise, 4)
+    rise = exchange(rise, 4, 0, 1)
+    rise = exchange(rise, 5, 0, 1)
+    rise = exchange(rise, 1, 0, 1)
+    rise = exchange(rise, 2, 0, 1)
+    rise = exchange(rise, 3, 0, 1)
+    rise = exchange(rise, 6, 0, 1)
     cluster = tl.reshape(rise, [ROWS, COLUMNS])
     cluster = tl.where(cluster == 2147483647, -1, cluster)
     own_routes = routes + row * route_count
