@@ -218,10 +218,9 @@ def route(site: Site) -> Work:
     if not plan.routes:
         return Work()
     exact = cost.at(cost.exact_pairs(shape.causal), site.length) * shape.batch * shape.heads
-    pairs, launches, listed = exact / plan.cluster, 1, 0.0
+    pairs, launches, listed, walked = exact / plan.cluster, 1, 0.0, 0.0
     if plan.coarse:
-        walked = site.rows * plan.coarse * (plan.chunk // plan.cluster) * site.chunk_union
-        walked = min(walked, pairs)
+        walked = min(site.rows * plan.coarse * (plan.chunk // plan.cluster) * site.chunk_union, pairs)
         pairs, launches = exact / plan.chunk + walked, 13
         listed = _lists(site, LISTED_ROUTE[0] * plan.coarse, plan.coarse * site.chunk_union)
     traffic = site.rows * (NUMBER_BYTES * shape.head_dim + 4 * plan.routes)
@@ -229,8 +228,7 @@ def route(site: Site) -> Work:
     lanes = pairs * ROUTE_PAIR[wide]
     if site.together > 1:
         lanes = pairs * (ROUTE_TOGETHER[0][wide] + ROUTE_TOGETHER[1][wide] / site.together)
-    if plan.coarse:
-        lanes += walked * ROUTE_LISTED / site.together
+    lanes += walked * ROUTE_LISTED / site.together
     return Work(4 * pairs * shape.head_dim, lanes, traffic, launches, lists=listed)
 
 

@@ -225,6 +225,11 @@ class ClusterSpec(SummarySpec):
         return projection.fits(self.dtype, self.target, self.small, self.settings.chunk, tile_of(self.dim))
 
     @property
+    def in_pieces(self) -> bool:
+        """Whether each number of a key is the sum of several that tensor cores take: ``projection.pieces``."""
+        return self.on_tensor_cores and projection.PIECES[self.dtype] > 1
+
+    @property
     def warps(self) -> int:
         """Of a program."""
         if not self.on_tensor_cores:
@@ -257,7 +262,7 @@ def tile_of(dim: int) -> int:
 def cluster_source(spec: ClusterSpec) -> str:
     """Source of ``cluster``."""
     plan = spec.settings
-    more = spec.on_tensor_cores and spec.dtype == "float16"
+    more = spec.in_pieces
     names = ["key", *["pieces", "piece_size"] * more, "value", *["member"] * spec.valid, "order_out", "mean", "spread"]
     names += ["bias", "key_b", "key_h", "key_n", "value_b", "value_h", "value_n", "kv_heads", "k_len", "chunks"]
     parts: dict[str, Any] = dict(
@@ -330,7 +335,7 @@ def clusters(
         value_b=value.stride(0), value_h=value.stride(1), value_n=value.stride(2),
         kv_heads=heads, k_len=k_len, chunks=chunks,
     )  # fmt: skip
-    if spec.on_tensor_cores:
+    if spec.in_pieces:
         values |= dict(pieces=projection.pieces(key), piece_size=key.numel())
     kernel = load(cluster_source(spec), "cluster")
     launch(kernel, (batch * heads * chunks,), values, warps=spec.warps, stages=1)

@@ -149,13 +149,11 @@ def fits(dtype: str, target: str, small: bool, chunk: int, dim_tile: int) -> boo
     return dtype in PIECES and target == "cuda" and numbers(dtype, chunk, dim_tile) <= NUMBERS >> small
 
 
-def pieces(key: torch.Tensor) -> torch.Tensor | None:
-    """Keys ``[B, H, N, D]`` of float16 as sums of bfloat16 numbers ``[2, B, H, N, D]``; None: they are bfloat16.
+def pieces(key: torch.Tensor) -> torch.Tensor:
+    """Keys ``[B, H, N, D]`` of float16 as sums of bfloat16 numbers ``[2, B, H, N, D]``.
 
     In memory, since a product takes from shared memory what was loaded, but in registers what was calculated.
     """
-    if key.dtype == torch.bfloat16:
-        return None
     high = key.bfloat16()
     return torch.stack((high, (key.float() - high.float()).bfloat16()))
 

@@ -60,7 +60,7 @@ def mark(
     # What names no cluster comes last.
     number = tl.where(cluster >= 0, cluster * ROWS + member[:, None], $none)
     at = tl.arange(0, ROWS * $which)  #? on_chip
-    place = tl.reshape(at, [1] + [2] * $log)  #? on_chip
+    place = tl.reshape(at, [1] + [2] * $log)  #? merges
     rise = tl.reshape(number, [1] + [2] * $log)  #? on_chip
     $rising
     number = tl.reshape(rise, [ROWS * $which])  #? on_chip
@@ -194,7 +194,7 @@ def mark_source(spec: Spec, sorts: bool) -> str:
     )
     parts["in_blocks"] = "" if sorts else fill(IN_BLOCKS, parts)
     about = {"plan": spec.plan, "stage": "attend, the numbers (cluster, row) of a tile"}
-    return source("mark", about, (exchange() if sorts else "") + fill(MARK, parts))
+    return source("mark", about, (exchange() if merges else "") + fill(MARK, parts))
 
 
 @functools.cache
