@@ -83,7 +83,7 @@ PRICES = {
         attend=1.5, route=0.28, route_pair=646.0, route_head=0.17, lists=3_000.0, union=4.3, union_together=2.8,
         chunk_union=1.5, per_key=79_900.0, per_feature=1_785.0, centroids=210_000, fixed=1.04e10,
         score={
-            "kmeans": 114_000, "kmeans_relative": 120_000, "kmedian": 416_000, "leverage": 1_600_000,
+            "kmeans": 114_000, "kmeans_relative": 120_000, "kmedian": 416_000, "leverage": 956_000,
             "peak": 300_000, "query": 103_000, "norm": 26_000, "inverse_norm": 26_000,
             "kernel_kmeans": 9_000_000, "window_peak": 20_000_000, "random": 1_000_000,
         },

@@ -6,7 +6,8 @@ NVIDIA's compute-sanitizer does on a device (its tools memcheck and racecheck):
 
 - an address that is in none of the launch's tensors;
 - an element written by two programs, or written by one and read by another: programs run in any order, at once;
-- an element read by the program that wrote it: the threads that do so may not be the same, and nothing waits;
+- an element read by the program that wrote it, or written by one that read it, with no barrier between: the threads
+  that do so may not be the same, and nothing waits;
 - an element written twice, with two values, by one store;
 - a sum, a difference or a product of 32-bit integers that overflows, but where ``sanitize_overflow=False`` says that it
   may; a shift by more bits than there are; a division by zero; a float that has no integer of the type that it becomes;
@@ -51,22 +52,29 @@ class Launch:
         self.offset = np.concatenate([[0], np.cumsum(sizes)])
         self.writer = np.zeros(self.offset[-1], dtype=np.int32)
         self.reader = np.zeros(self.offset[-1], dtype=np.int32)
+        self.barriers = 0
+        # How many barriers were behind when the program wrote and read.
+        self.written = np.full(self.offset[-1], -1, dtype=np.int32)
+        self.read = np.full(self.offset[-1], -1, dtype=np.int32)
 
     def load(self, addresses: np.ndarray, size: int) -> None:
         """Elements of ``size`` bytes are read."""
         places = self._places(addresses, size, "read")
         writer = self.writer[places]
         self.check("read by a program and written by another", (writer != 0) & (writer != self.program))
-        self.check("read by the program that wrote it", writer == self.program)
+        self.check("read by the program that wrote it", self.written[places] == self.barriers)
         reader = self.reader[places]
         self.reader[places] = np.where((reader == 0) | (reader == self.program), self.program, MANY)
+        self.read[places] = self.barriers
 
     def store(self, addresses: np.ndarray, values: np.ndarray) -> None:
         """Elements are written."""
         places = self._places(addresses, values.itemsize, "written")
         for what, who in (("written", self.writer[places]), ("read", self.reader[places])):
             self.check(f"written by a program and {what} by another", (who != 0) & (who != self.program))
+        self.check("written by the program that read it", self.read[places] == self.barriers)
         self.writer[places] = self.program
+        self.written[places] = self.barriers
         order = np.argsort(places, kind="stable")
         twice = np.diff(places[order]) == 0
         bits = values.reshape(-1)[order].view(f"u{values.itemsize}")
@@ -110,7 +118,11 @@ def watching() -> Iterator[None]:
 
     def next_program(self: Any, *place: int) -> None:
         launch.program += 1
+        launch.barriers += 1
         program(self, *place)
+
+    def waited(self: Any) -> None:
+        launch.barriers += 1
 
     def loaded(self: Any, pointers: Any, mask: Any, other: Any, *how: Any) -> Any:
         addresses, active = _accessed(pointers, mask)
@@ -167,6 +179,7 @@ def watching() -> Iterator[None]:
             "create_masked_load": loaded,
             "create_masked_store": stored,
             "create_assert": asserted,
+            "create_barrier": waited,
             "create_fp_to_si": rounded,
             "create_maxnumf": lambda self, one, other: self.binary_op(one, other, np.fmax),
             "create_minnumf": lambda self, one, other: self.binary_op(one, other, np.fmin),

@@ -32,10 +32,18 @@ def total(x, y):
 
 
 @triton.jit
-def through_memory(x, y, SIZE: tl.constexpr):
+def through_memory(x, y, SIZE: tl.constexpr, BARRIERS: tl.constexpr):
     at = tl.arange(0, SIZE)
     tl.store(y + at, tl.load(x + at))
+    if BARRIERS:
+        tl.debug_barrier()
     tl.store(x + at, tl.load(y + SIZE - 1 - at))
+
+
+@triton.jit
+def in_place(x, y, SIZE: tl.constexpr):
+    at = tl.arange(0, SIZE)
+    tl.store(x + at, tl.load(x + SIZE - 1 - at))
 
 
 @triton.jit
@@ -73,6 +81,9 @@ def test_what_is_well_passes() -> None:
     x, y = torch.arange(20.0), torch.empty(20)
     add_one[(2,)](x, y, 20, SIZE=16, AHEAD=0)
     assert torch.equal(y, x + 1)
+    x, y = torch.arange(16.0), torch.empty(16)
+    through_memory[(1,)](x, y, SIZE=16, BARRIERS=True)
+    assert torch.equal(x, torch.arange(15.0, -1, -1))
 
 
 @pytest.mark.parametrize(
@@ -83,7 +94,8 @@ def test_what_is_well_passes() -> None:
         (shift, 1, {"SIZE": 16}, "program 0: 12 of 16 elements written outside"),
         (shift, 2, {"SIZE": 8}, "program 1: 8 of 8 elements read by a program and written by another"),
         (total, 2, {}, "program 1: 1 of 1 elements written by a program and written by another"),
-        (through_memory, 1, {"SIZE": 16}, "elements read by the program that wrote it"),
+        (through_memory, 1, {"SIZE": 16, "BARRIERS": False}, "elements read by the program that wrote it"),
+        (in_place, 1, {"SIZE": 16}, "elements written by the program that read it"),
         (scatter, 1, {"SIZE": 16}, "8 of 15 elements written twice by one store"),
         (far, 1, {"SIZE": 16}, "1 of 16 elements int32 overflow detected for operation mul"),
         (shifted, 1, {"SIZE": 16}, "1 of 16 elements shifted too far"),
@@ -101,7 +113,9 @@ def test_a_program_that_reads_later_is_found_as_well() -> None:
     @triton.jit
     def back(x, SIZE: tl.constexpr):
         at = (1 - tl.program_id(0)) * SIZE + tl.arange(0, SIZE)
-        tl.store(x + at, tl.load(x + at + SIZE * tl.program_id(0)))
+        value = tl.load(x + at + SIZE * tl.program_id(0))
+        tl.debug_barrier()
+        tl.store(x + at, value)
 
     with pytest.raises(Exception, match="program 1: 8 of 8 elements read by a program and written by another"):
         back[(2,)](torch.arange(16.0), SIZE=8)

@@ -158,25 +158,36 @@ def test_the_planted_subspace(method: str) -> None:
 
 
 CHUNKS = {
-    "low rank": lambda: torch.randn(64, 3) @ torch.randn(3, 24),
-    "one strong direction": lambda: 0.01 * torch.randn(64, 24) + 100 * torch.randn(64, 1) @ torch.randn(1, 24),
-    "falling spectrum": lambda: torch.randn(64, 24) / torch.arange(1, 25) ** 3,
-    "far from zero": lambda: torch.randn(64, 24) + 100 * torch.randn(24),
-    "fewer keys than features": lambda: torch.randn(64, 24) * (torch.arange(64) < 10).unsqueeze(1),
-    "large": lambda: 1e8 * torch.randn(64, 24),
-    "small": lambda: 1e-8 * torch.randn(64, 24),
+    "low rank": lambda n, dim: torch.randn(n, 3) @ torch.randn(3, dim),
+    "one strong direction": lambda n, dim: 0.01 * torch.randn(n, dim) + 100 * torch.randn(n, 1) @ torch.randn(1, dim),
+    "falling spectrum": lambda n, dim: torch.randn(n, dim) / torch.arange(1, dim + 1) ** 3,
+    "far from zero": lambda n, dim: torch.randn(n, dim) + 100 * torch.randn(dim),
+    "fewer keys than features": lambda n, dim: torch.randn(n, dim) * (torch.arange(n) < 10).unsqueeze(1),
+    "large": lambda n, dim: 1e8 * torch.randn(n, dim),
+    "small": lambda n, dim: 1e-8 * torch.randn(n, dim),
 }
 
 
+@pytest.mark.parametrize("dim", [24, 80, 200])
 @pytest.mark.parametrize("name", CHUNKS)
-def test_leverage_of_hard_chunks(name: str, products: str) -> None:
+def test_leverage_of_hard_chunks(name: str, dim: int, products: str) -> None:
     """Condition numbers up to the ridge's 1000 D + 1. No worse than some times torch's Cholesky in float32."""
-    site = operands(64, dim=24, batch=1, heads=1, kv_heads=1)._replace(key=CHUNKS[name]().view(1, 1, 64, 24))
+    site = operands(64, dim=dim, batch=1, heads=1, kv_heads=1)._replace(key=CHUNKS[name](64, dim).view(1, 1, 64, dim))
     plan = plan_of("leverage", chunk=64)
     true = want(site, plan)
     low = summaries.score(site.query, site.key, None, plan, True, site.scale)
     error, torchs = ((t.double() - true).abs().max() for t in (run(site, plan), low))
     assert error <= (5 if products == "float32" else 15) * torchs + 2e-6
+
+
+@pytest.mark.parametrize("dim", [80, 200])
+def test_leverage_of_features_in_parts(dim: int) -> None:
+    """Of keys of 16 bits, some of them padding, and some not finite in a feature of another part."""
+    site = operands(45, dim=dim, batch=1, heads=2, kv_heads=2, padded=True, dtype=torch.bfloat16)
+    check(site, plan_of("leverage"))
+    site.key[0, 0, 5, 0] = math.nan
+    site.key[0, 1, 40, dim - 1] = math.inf
+    check(site, plan_of("leverage"))
 
 
 @pytest.mark.parametrize("method", ["leverage", "norm", "inverse_norm"])
@@ -333,9 +344,9 @@ def test_what_does_not_fit() -> None:
     assert not kernel.fits(Plan(method="kernel_kmeans"), 64, "bfloat16")
     assert not kernel.fits(Plan(method="scorer_of_a_user:widest"), 64, "bfloat16")
     assert not kernel.fits(plan_of("kmeans", chunk=512), 16, "bfloat16")
-    assert not kernel.fits(plan_of("leverage", chunk=32), 129, "bfloat16")
+    assert not kernel.fits(plan_of("leverage", chunk=32), 257, "bfloat16")
     assert not kernel.fits(plan_of("kmedian", chunk=256), 128, "float32")
     assert not kernel.fits(plan_of("norm", chunk=16), 257, "bfloat16")
-    assert kernel.fits(plan_of("leverage", chunk=256), 128, "float32")
+    assert kernel.fits(plan_of("leverage", chunk=256), 256, "float32")
     assert not select.fits(plan_of("norm", keep=0)) and not select.fits(plan_of("norm", chunk=512))
     assert not select.segments_fit(plan_of("norm", chunk=128, keep=65)) and select.segments_fit(plan_of("norm"))

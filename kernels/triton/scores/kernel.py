@@ -88,7 +88,9 @@ class ScoreSpec:
     def warps(self) -> int:
         """Of the launch: 64 registers a lane for one copy of the keys, or of a Gram matrix, in float32."""
         plan, width = self.settings, tile_of(self.dim)
-        rows = width if plan.method == "leverage" else plan.chunk
+        if plan.method == "leverage":
+            return 4
+        rows = plan.chunk
         # The two loops of k-median in bfloat16 keep a little more than 255 registers hold.
         crowded = (plan.method, self.target, self.dtype) == ("kmedian", "cuda", "bfloat16") and width <= 128
         return 4 if rows * width <= 8192 else 8 if rows * width <= (8192 if crowded else 16384) else 16
@@ -108,7 +110,7 @@ def most_numbers(method: str, dtype: str, dim: int, small: bool) -> int:
     """The most keys times features of a chunk: what the shared memory takes, as compiled."""
     wide = dim > 128
     if method == "leverage":  # a chunk comes in steps
-        return CHUNK * leverage.FEATURES if dim <= leverage.FEATURES // (1 + small) else 0
+        return CHUNK * MOST_FEATURES
     if method in CENTRES:
         return (32768 if dtype == "bfloat16" else 16384) >> (wide + (small and dtype == "float16"))
     if method in READ_QUERIES:
@@ -121,6 +123,7 @@ def score_source(spec: ScoreSpec) -> str:
     plan, method = spec.settings, spec.settings.method
     names = ["query"] * bool(spec.group) + ["key", *["member"] * spec.valid, "scores"]
     names += ["query_b", "query_h", "query_n"] * bool(spec.group)
+    names += ["whites", "lefts", "part"] * (method == "leverage")
     names += ["key_b", "key_h", "key_n", "kv_heads", "k_len", "chunks", *["scale"] * bool(spec.group)]
     exact = spec.dtype == "float32"
     parts: dict[str, Any] = dict(
@@ -134,15 +137,12 @@ def score_source(spec: ScoreSpec) -> str:
         wide=exact,
         wide_type=widened(spec.dtype),
         wide_precision=wide_precision(spec.target),
-        passes=spec.target == "cuda",
         store=STORE,
     )
     functions: tuple[str, ...] = ()
     template = KERNEL
     if method == "leverage":
-        parts |= leverage.names(spec.dim, tile_of(spec.dim), plan.chunk)
-        parts |= dict(points=fill(leverage.POINTS, parts), invert=leverage.INVERT)
-        template, functions = leverage.KERNEL, (products.rounded(),) * parts["passes"]
+        template, functions = leverage.body(parts), (products.added(spec.target),)
     elif method in CENTRES:
         parts["body"] = centres.body(method, parts)
         functions = (products.product(spec.dtype, spec.target), *[products.picked(spec.target)] * exact)
@@ -186,6 +186,11 @@ def scores(
         key_b=key.stride(0), key_h=key.stride(1), key_n=key.stride(2),
         kv_heads=heads, k_len=k_len, chunks=chunks, scale=scale,
     )  # fmt: skip
+    parts = 1
+    if plan.method == "leverage":
+        parts = leverage.parts(tile_of(spec.dim))
+        values |= leverage.scratch(found, tile_of(spec.dim), plan.chunk, batch * heads * chunks)
     kernel = load(score_source(spec), "score")
-    launch(kernel, (batch * heads * chunks,), values, warps=spec.warps, stages=1)
+    for part in range(parts):
+        launch(kernel, (batch * heads * chunks,), values | {"part": part}, warps=spec.warps, stages=1)
     return found

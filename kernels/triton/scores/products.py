@@ -40,9 +40,18 @@ _TF32X3 = """def $name(left, right):
         out = tl.dot(first, second, out, input_precision="tf32")
     return out
 """
-_ROUNDED = """def rounded(wide):
-    # To the 11 bits that TF32 keeps.
-    return ((wide.to(tl.int32, bitcast=True) + 4096) & -8192).to(tl.float32, bitcast=True)
+_ADDED = """def added(total, left, right):
+    # Three TF32 passes into one sum, the small factors' first; a loop, so that one copy of a factor is alive.
+    for small in range(0, 3):
+        first = ((left.to(tl.int32, bitcast=True) + 4096) & -8192).to(tl.float32, bitcast=True)
+        second = ((right.to(tl.int32, bitcast=True) + 4096) & -8192).to(tl.float32, bitcast=True)
+        first = tl.where(small == 0, left - first, first)
+        second = tl.where(small == 1, right - second, second)
+        total = tl.dot(first, second, total, input_precision="tf32")
+    return total
+"""
+_ADDED_PLAIN = """def added(total, left, right):
+    return tl.dot(left, right, total)
 """
 _PLAIN = """def $name(left, right):
     return tl.dot(left.to(tl.float32), right)
@@ -63,9 +72,12 @@ def picked(target: str) -> str:
     return _named(_PLAIN if target == "hip" else _TF32, "picked", "float32")
 
 
-def rounded() -> str:
-    """``rounded(wide)``: float32 numbers as TF32 has them. What it takes off is a second factor."""
-    return _ROUNDED
+def added(target: str) -> str:
+    """``added(total, left, right)``: the product of two float32 factors and what it is added to.
+
+    Factors are rounded to the 11 bits of TF32, not cut: what is left over is a second factor.
+    """
+    return _ADDED_PLAIN if target == "hip" else _ADDED
 
 
 def before(*functions: str) -> str:
