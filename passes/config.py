@@ -100,10 +100,12 @@ class Config(Plan):
         return cls.from_options(everything | {key: value for key, value in options.items() if key not in SCORING})
 
     @classmethod
-    def from_options(cls, options: Mapping[str, Any] | None) -> Config:
-        """Build from the ``options`` mapping of ``torch.compile``; unknown keys are errors."""
+    def from_options(cls, options: Mapping[str, Any] | Config | None) -> Config:
+        """Build from the ``options`` of ``torch.compile``, a dict or a ``Config``; unknown keys are errors."""
+        if isinstance(options, Config):
+            return options
         if not isinstance(options or {}, Mapping):
-            raise OptionError("options", options, "a dict of options")
+            raise OptionError("options", options, "a dict of options, or a Config")
         return cls(**{str(key): value for key, value in (options or {}).items()})
 
     @classmethod

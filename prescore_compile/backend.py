@@ -31,7 +31,7 @@ def prescore(
     gm: fx.GraphModule,
     example_inputs: Sequence[Any],
     *,
-    options: Mapping[str, Any] | None = None,
+    options: Mapping[str, Any] | Config | None = None,
     mode: str | None = None,
 ) -> Compiled:
     """The backend behind ``torch.compile(model, backend="prescore", options={...})``.

@@ -9,7 +9,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -98,13 +98,12 @@ def run(seq_len: int = 8192, config: Config | None = None) -> Figures:
     tell(f"loading {smollm.GGUF}")
     model, tokenizer = smollm.load()
     ids = smollm.token_ids(tokenizer, smollm.topics(), seq_len)
-    options = {f.name: getattr(config, f.name) for f in fields(config) if f.init}
     with torch.no_grad():
         tell(f"explaining what backend='prescore' does at {seq_len} tokens")
         report = explain(model, ids, config=config)
         print(report, file=sys.stderr, flush=True)
         exact = torch.compile(model, backend="inductor")
-        prescored = torch.compile(model, backend="prescore", options=options)
+        prescored = torch.compile(model, backend="prescore", options=config)
         tell("compiling and running exact (backend='inductor')")
         losses, best = _losses(exact(ids).logits, ids)
         tell("compiling and running prescored (backend='prescore')")

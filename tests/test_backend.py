@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import fx
 
 import prescore_compile
-from prescore_compile import Config, explain
+from prescore_compile import Config, demo, explain
 from prescore_compile.kernels import ops
 from prescore_compile.passes import rewrite
 
@@ -221,6 +221,16 @@ def test_rewriting_twice_changes_nothing_more() -> None:
 
 def test_ops_are_loaded_with_the_package() -> None:
     assert torch.ops.prescore.attend.default and ops
+
+
+def test_the_demo_on_a_small_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that it does, with a model that says nothing."""
+    monkeypatch.setattr(demo.smollm, "load", lambda: (llama(num_hidden_layers=1), None))
+    monkeypatch.setattr(demo.smollm, "topics", lambda: "")
+    monkeypatch.setattr(demo.smollm, "token_ids", lambda tokenizer, text, length: inputs(length)["input_ids"])
+    figures = demo.run(96, Config(**SMALL))
+    assert (figures.sites, figures.rewritten, figures.kept) == (1, 1, 0) and figures.attention_sites_timed == 1
+    assert "1 / 1 / 0" in demo.table(figures) and 0.5 < figures.perplexity_ratio < 2
 
 
 @pytest.mark.slow
