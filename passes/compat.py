@@ -83,24 +83,26 @@ def add_shapes(gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
 
 
 def add_value(node: fx.Node, known: dict[str, Any]) -> None:
-    """Set ``node.meta["val"]`` of a call on nodes that say what they compute; nothing where that cannot be run.
+    """Set what a call on nodes that say what they compute, computes; nothing where that cannot be run.
 
-    ``known``: of earlier calls: the same call on alike tensors is run once.
+    Under the name that the graph has for it: AOTAutograd keeps no graph of Dynamo's on disk that calls a method of what
+    has no ``example_value``. ``known``: of earlier calls: the same call on alike tensors is run once.
     """
+    kind = "example_value" if any("example_value" in n.meta for n in node.all_input_nodes) else "val"
     try:
         given = fx.map_arg((node.args, node.kwargs), lambda n: _look(value_of(n)))
         key = f"{node.target} {given}"
         if key in known:
-            node.meta["val"] = known[key]
+            node.meta[kind] = known[key]
             return
         args: Any = fx.map_arg(node.args, value_of)
         kwargs: Any = fx.map_arg(node.kwargs, value_of)
         with torch.no_grad():
             if node.op == "call_method":
-                node.meta["val"] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
+                node.meta[kind] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
             elif callable(node.target):
-                node.meta["val"] = node.target(*args, **kwargs)
-        known[key] = node.meta["val"]
+                node.meta[kind] = node.target(*args, **kwargs)
+        known[key] = node.meta[kind]
     except Exception:  # it is for readers: what is not known is not shown
         return
 

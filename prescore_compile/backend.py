@@ -16,6 +16,7 @@ from torch import fx
 from torch._dynamo import OptimizedModule, lookup_backend
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
+from .cachekey import tagged
 from .kernels.plan import OptionError
 from .passes import Config, Report, rewrite
 from .passes.compat import many_recompiles, no_history
@@ -55,7 +56,8 @@ def prescore(
     _LOG.info("%s", report.line())
     _warn_of_a_foreign_plan(report)
     _warn_of_idle_globs(report, config)
-    return compile_inner(gm, example_inputs, config, mode)
+    with tagged(config):
+        return compile_inner(gm, example_inputs, config, mode)
 
 
 def _warn_of_a_foreign_plan(report: Report) -> None:
