@@ -11,6 +11,7 @@ reference.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -23,6 +24,9 @@ from .plan import Plan
 from .reference import Operands
 from .summary import Summary
 from .triton import device
+
+MAY_WAIT = (torch.Tag.cudagraph_unsafe,)
+"""Of operators that wait for the device with some plans, as a user's scorer may: Inductor leaves them out of graphs."""
 
 
 def prescored(
@@ -54,16 +58,22 @@ def score(query: Tensor, key: Tensor, valid: Tensor | None, plan: str, causal: b
     return generated.scores(query, key, valid, settings, causal, scale)
 
 
-@torch.library.custom_op("prescore::score_eager", mutates_args=())
+@torch.library.custom_op("prescore::score_eager", mutates_args=(), tags=MAY_WAIT)
 def score_eager(query: Tensor, key: Tensor, valid: Tensor | None, plan: str, causal: bool, scale: float) -> Tensor:
     """``score`` in torch operations."""
-    return summaries.score(query, key, valid, Plan.parse(plan), causal, scale)
+    with _as_they_are(key):
+        return summaries.score(query, key, valid, Plan.parse(plan), causal, scale)
 
 
 @score.register_fake
 @score_eager.register_fake
 def _(query, key, valid, plan, causal, scale):  # type: ignore[no-untyped-def]
     return key.new_empty(key.shape[:3], dtype=torch.float32)
+
+
+def _as_they_are(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Scores and clusters are float32 under autocast too: it is a module's, not theirs."""
+    return torch.autocast(tensor.device.type, enabled=False)
 
 
 def _constant_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -106,14 +116,15 @@ def summarize(
     return (order, mean, spread, bias, *copied.rows(key, value, valid, chosen, settings))
 
 
-@torch.library.custom_op("prescore::summarize_eager", mutates_args=())
+@torch.library.custom_op("prescore::summarize_eager", mutates_args=(), tags=MAY_WAIT)
 def summarize_eager(
     key: Tensor, value: Tensor, valid: Tensor | None, scores: Tensor | None, plan: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``summarize`` by the compiled CPU kernel or the reference."""
     settings = Plan.parse(plan)
     cluster = cpu.clusters if settings.clustering == "pca_tree" and _compiled(key) else summaries.clusters
-    return tuple(summaries.summarize(key, value, valid, scores, settings, cluster))  # type: ignore[return-value]
+    with _as_they_are(key):
+        return tuple(summaries.summarize(key, value, valid, scores, settings, cluster))  # type: ignore[return-value]
 
 
 @torch.library.custom_op("prescore::rows", mutates_args=())
@@ -127,7 +138,8 @@ def rows(
     settings = Plan.parse(plan)
     settings = Plan(**settings.settings() | {"routes": 0})
     best = None if place is None or scores is None else (place, scores)
-    return tuple(summaries.summarize(key, value, valid, scores, settings, best=best)[4:])  # type: ignore[return-value]
+    with _as_they_are(key):
+        return tuple(summaries.summarize(key, value, valid, scores, settings, best=best)[4:])  # type: ignore[return-value]
 
 
 @rows.register_fake

@@ -130,3 +130,24 @@ def test_a_cache_that_cannot_be_written_does_not_stop_the_model(monkeypatch: pyt
             assert cpu.available()
     finally:
         cpu.library.cache_clear()
+
+
+@pytest.mark.parametrize("settings", [{"clustering": "leverage"}, {"keep": 4, "method": "leverage"}])
+def test_scores_and_clusters_are_the_same_under_autocast(settings: dict[str, Any]) -> None:
+    q, k, v, _, causal, scale = operands(150, dtype=torch.bfloat16)
+    plan = Plan(chunk=32, routes=3, **settings)
+
+    def found() -> list[torch.Tensor]:
+        scores = ops.score(q, k, None, plan.text, causal, scale) if plan.keep else None
+        return [*([] if scores is None else [scores]), *ops.summarize(k, v, None, scores, plan.text)]
+
+    expected = found()
+    with torch.autocast("cpu", torch.bfloat16):
+        got = found()
+    assert all(torch.equal(one, other) for one, other in zip(got, expected, strict=True))
+
+
+def test_what_may_wait_for_the_device_stays_out_of_cuda_graphs() -> None:
+    """A user's scorer may; so do clusters of k-means, until no key moves."""
+    for operator in (torch.ops.prescore.score_eager, torch.ops.prescore.summarize_eager):
+        assert torch.Tag.cudagraph_unsafe in operator.default.tags

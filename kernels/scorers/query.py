@@ -24,7 +24,7 @@ def query(
     length = keys.shape[1]
     position = torch.arange(length, device=keys.device)
     last = position[-LAST:]
-    seen = position <= last.unsqueeze(1) if causal else torch.ones(len(last), length, dtype=torch.bool).to(keys.device)
+    seen = position <= last.unsqueeze(1) if causal else position.new_ones(len(last), length, dtype=torch.bool)
     allowed = seen & mask[:, None, None, :]
     logits = scale * queries[:, :, -LAST:] @ keys.unsqueeze(1).transpose(2, 3)
     weights = torch.softmax(logits.masked_fill(~allowed, float("-inf")), dim=3)

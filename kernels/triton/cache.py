@@ -71,19 +71,22 @@ def _interpreted(kernel: Any) -> bool:
 
 
 def _keep(text: str, name: str) -> str:
-    """Write the text to its file; the path. Where that cannot be, a name under which Python finds it."""
+    """Write the text to its file; the path. Where that cannot be, a name. Python finds the text under either.
+
+    Also when the file is gone: Inductor asks for a kernel's text each time that it compiles a graph with it.
+    """
     folder = cache_dir() / "triton"
     path = folder / name
+    known = str(path)
     try:
         if not path.is_file() or path.read_bytes() != text.encode():
             folder.mkdir(parents=True, exist_ok=True)
             _write(path, text)
-        return str(path)
     except OSError as error:
         _warn_once(str(folder), str(error))
-        hidden = f"<prescore {name}>"
-        linecache.cache[hidden] = (len(text), None, text.splitlines(keepends=True), hidden)
-        return hidden
+        known = f"<prescore {name}>"
+    linecache.cache[known] = (len(text), None, text.splitlines(keepends=True), known)
+    return known
 
 
 def _write(path: Path, text: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import linecache
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -61,6 +62,9 @@ def test_a_kernel_runs_and_its_source_can_be_read(tmp_path: Path) -> None:
     (file,) = (tmp_path / "cache" / "prescore" / "triton").iterdir()
     assert file.read_text() == text(thrice=True) and inspect.getsourcefile(kernel.fn) == str(file)
     assert cache.load(text(thrice=True), "times") is kernel
+    file.unlink()
+    linecache.checkcache()
+    assert "number *= 3" in inspect.getsource(kernel.fn)
 
 
 def test_a_corrupted_file_is_replaced(tmp_path: Path) -> None:
