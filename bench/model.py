@@ -67,7 +67,8 @@ SCORE_LANES = {
     "kmeans": (3250, 5690), "kmeans_relative": (3450, 6000), "kmedian": (8650, 20_800), "leverage": (16_600, 47_800),
     "peak": (2070, 3870), "query": (840, 1540), "norm": (630, 1340), "inverse_norm": (630, 1340),
 }  # fmt: skip
-"""Instructions of a lane for one scored key of 64 or 128 features, chunks of 128: counted in sm_90's binary."""
+"""Instructions of a lane for one scored key of 64 or 128 features, chunks of 128: counted in sm_90's binary; leverage's
+as `bench/ptx` counts what is executed."""
 SCORE_LANES_A_HEAD = {"peak": (1910, 2780), "query": (700, 900)}
 """More of them for each query head of the KV head."""
 SCORE_STALLS = 2.0

@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.fx.experimental.symbolic_shapes import StrictMinMaxConstraint, statically_known_true
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.fx.traceback import NodeSource, NodeSourceAction
 
@@ -155,6 +155,26 @@ def guard_equal(a: Any, b: Any) -> bool:
     """Whether two sizes are equal for the inputs being compiled for, which becomes a guard."""
     # Outside of a compile nobody checks what is assumed here.
     return bool(a == b) if TracingContext.try_get() else known_equal(a, b)
+
+
+def at_least(size: Any, least: int) -> bool:
+    """Whether a size is at least this for the inputs being compiled for: a guard where it is dynamic.
+
+    But where the user has fixed its range (``mark_dynamic`` with ``min`` or ``max``): a guard inside is an error then.
+    """
+    if isinstance(size, torch.SymInt) and size.node.hint is not None and _range_is_fixed(size):
+        return hint(size) >= least
+    return bool(size >= least)
+
+
+def _range_is_fixed(size: torch.SymInt) -> bool:
+    symbols = symbolic(size).free_symbols
+    for tracked in getattr(size.node.shape_env, "tracked_fakes", None) or ():
+        constraints = getattr(tracked.symbolic_context, "constraint_sizes", ())
+        for of, constraint in zip(getattr(tracked.fake, "shape", ()), constraints, strict=False):
+            if isinstance(constraint, StrictMinMaxConstraint) and symbolic(of).free_symbols & symbols:
+                return True
+    return False
 
 
 def forward_mode() -> bool:

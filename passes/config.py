@@ -148,11 +148,16 @@ class Config(Plan):
         return included and not any(fnmatchcase(module, glob) for glob in self.exclude)
 
     def idle(self, modules: Iterable[str]) -> list[str]:
-        """Globs of ``include`` and ``exclude`` that none of these module paths matches."""
+        """Globs of ``include`` and ``exclude`` that match none of these module paths, with the end of one that would."""
         paths, globs = list(modules), dict(include=self.include, exclude=self.exclude)
-        return [
-            f"{name} {glob!r}"
-            for name, some in globs.items()
-            for glob in some
-            if glob != "*" and not any(fnmatchcase(path, glob) for path in paths)
-        ]
+
+        def matches(glob: str) -> bool:
+            return any(fnmatchcase(path, glob) for path in paths)
+
+        found = []
+        for name, glob in ((name, glob) for name, some in globs.items() for glob in some):
+            if glob != "*" and not matches(glob):
+                ends = (glob.split(".", cut)[-1] for cut in range(1, glob.count(".") + 1))
+                near = next(filter(matches, ends), None)
+                found.append(f"{name} {glob!r}" + (f" (did you mean {near!r}?)" if near else ""))
+        return found

@@ -207,6 +207,8 @@ def prescored_time(shape: Shape, plan: Plan) -> sympy.Expr:
 @functools.cache
 def break_even(shape: Shape, plan: Plan) -> int | None:
     """The shortest length at which the plan is expected to be faster than exact; None: never."""
+    if plan.window is None:  # every key is attended: whatever a kernel gains, the plan does not
+        return None
     faster = sympy.lambdify(N, prescored_time(shape, plan) - exact_cost(shape), "math")
     if faster(LONGEST) >= 0:
         return None

@@ -16,7 +16,7 @@ from ..kernels.logits import NOTHING, Logits, parse
 from ..kernels.plan import Plan
 from ..kernels.triton import device
 from . import cost
-from .compat import forward_mode, hint, known_equal, symbolic, value_of
+from .compat import at_least, forward_mode, hint, known_equal, symbolic, value_of
 from .config import Config
 from .keys import K, Q
 from .masks import Lifted, Mask, attends_itself, lift
@@ -47,8 +47,8 @@ def decide(site: Site, config: Config, key: str = "", known: Lifted | None = Non
 
     ``key``: the site's name in a plan file.
 
-    With dynamic lengths the comparison with ``min_seq_len`` (or the break-even length) becomes a
-    guard: two compiled graphs, one on each side, never one a length. ``known``: as for ``lift``.
+    With dynamic lengths the comparison with ``min_seq_len`` and the break-even length becomes a guard (``at_least``):
+    two compiled graphs, one on each side, never one a length. ``known``: as for ``lift``.
     """
     reason = _unsupported(site)
     plan: Plan | None = None
@@ -161,14 +161,13 @@ def _lengths(attention: Attention, mask: Mask, config: Config, plan: Plan) -> st
         return "cross_attention"
     if not same and plan.keep and plan.reads_queries:
         return f"cross_attention: method {plan.method} scores keys by the queries at their own positions"
-    if not bool(length >= config.min_seq_len):
-        return "too_short"
-    if not config.only_if_faster:
+    even = cost.break_even(_shape(attention, mask.causal), plan) if config.only_if_faster else 0
+    # One comparison, so that a dynamic length has one guard.
+    if even is not None and at_least(length, max(config.min_seq_len, even)):
         return ""
-    even = cost.break_even(_shape(attention, mask.causal), plan)
-    if even is None or not bool(length >= even):
-        return f"not_faster: breaks even at {even} keys" if even else "not_faster: at no length"
-    return ""
+    if hint(length) < config.min_seq_len:
+        return "too_short"
+    return f"not_faster: breaks even at {even} keys" if even else "not_faster: at no length"
 
 
 def _shape(attention: Attention, causal: bool) -> cost.Shape:

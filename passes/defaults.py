@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 
 from ..kernels.plan import Plan
+from .compat import at_least
 
 CAUSAL = Plan(chunk=256, window=0, routes=64, share=0.0012)
 """Some 21 % of the pairs at 8192 tokens of text. Clusters cut from 256 keys are better than from 128, routes find more
@@ -41,5 +42,5 @@ def default_plan(causal: bool, device: str, length: int | torch.SymInt, pairs: b
     if device == "cpu":
         return CAUSAL if causal else TWO_SIDED
     if causal or pairs:
-        return LONG_ON_A_GPU if bool(length >= TWO_LEVELS_FROM) else CAUSAL_ON_A_GPU
+        return LONG_ON_A_GPU if at_least(length, TWO_LEVELS_FROM) else CAUSAL_ON_A_GPU
     return TWO_SIDED_ON_A_GPU

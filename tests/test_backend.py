@@ -339,6 +339,32 @@ def test_a_pattern_that_matches_nothing_is_told(caplog: pytest.LogCaptureFixture
     assert first.mask == "k <= q" and first.exact_cost == explain(MODEL, x, config=Config()).sites[0].exact_cost
 
 
+def test_after_a_graph_break_the_name_that_would_match_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    class Broken(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = torch.nn.ModuleList([Attention(), Attention()])
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.layers[0](x)
+            torch._dynamo.graph_break()
+            return self.layers[1](x)
+
+    class Outer(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = Broken()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.model(x + 1)
+
+    options = QUICK | dict(inner="eager", exclude=["model.layers.1"])
+    torch.compile(Outer(), backend="prescore", options=options)(torch.randn(1, 40, 16))
+    assert (
+        "exclude 'model.layers.1' (did you mean 'layers.1'?): no attention site of this graph (layers.1)" in caplog.text
+    )
+
+
 def test_what_was_looked_at_before_does_not_matter() -> None:
     """Dynamo takes a length that changed for a dynamic one."""
     assert [explain(MODEL, torch.randn(1, n, 16)).sites[0].shape["k_len"] for n in (40, 50)] == ["40", "50"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -269,6 +269,36 @@ def test_short_and_unprofitable_and_excluded_sites() -> None:
     assert reasons(min_seq_len=0) == ["not_faster", "not_faster"]
     assert reasons(min_seq_len=0, only_if_faster=False, exclude=("blocks.1",)) == ["", "excluded"]
     assert reasons(min_seq_len=0, only_if_faster=False, include=("blocks.1",)) == ["excluded", ""]
+
+
+def _decisions(lengths: Sequence[int], **marked: int) -> list[str]:
+    """Why the site of each graph that is compiled for these lengths is kept; thresholds: 300 keys, and some 3,500."""
+    found: list[str] = []
+
+    def backend(gm: fx.GraphModule, example_inputs: Any) -> Any:
+        new, report = rewrite(gm, Config(min_seq_len=300))
+        found.extend(site.reason.partition(":")[0] for site in report.sites)
+        return new.forward
+
+    compiled = torch.compile(lambda x: F.scaled_dot_product_attention(x, x, x, is_causal=True), backend=backend)
+    for length in lengths:
+        x = torch.randn(1, 2, length, 16)
+        torch._dynamo.mark_dynamic(x, 2, **marked)
+        compiled(x)
+    return found
+
+
+def test_a_dynamic_length_has_two_graphs_at_most() -> None:
+    assert _decisions([4096, 400, 200, 4000]) == ["", "not_faster"]
+    torch._dynamo.reset()
+    assert _decisions([200, 400, 4096, 300]) == ["too_short", ""]
+
+
+def test_where_the_range_of_a_length_is_fixed_there_is_one_graph() -> None:
+    """A guard inside of it would be an error of torch's."""
+    assert _decisions([4096, 400, 200], min=16, max=16384) == [""]
+    torch._dynamo.reset()
+    assert _decisions([400, 4096], min=16, max=16384) == ["not_faster"]
 
 
 def test_the_inserted_nodes_bear_their_own_names() -> None:
