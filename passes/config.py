@@ -148,7 +148,7 @@ class Config(Plan):
         return included and not any(fnmatchcase(module, glob) for glob in self.exclude)
 
     def idle(self, modules: Iterable[str]) -> list[str]:
-        """Globs of ``include`` and ``exclude`` that match none of these module paths, with the end of one that would."""
+        """Globs of ``include`` and ``exclude`` that match none of these paths, with the end of one that would."""
         paths, globs = list(modules), dict(include=self.include, exclude=self.exclude)
 
         def matches(glob: str) -> bool:

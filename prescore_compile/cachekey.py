@@ -12,6 +12,7 @@ import functools
 import hashlib
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import torch.compiler.config
 
@@ -22,8 +23,11 @@ from .passes import Config
 def tagged(config: Config) -> AbstractContextManager[object]:
     """Inside, what is compiled is kept under a key of its own for each version of this package and each config."""
     tag = hashlib.sha256(f"{_sources()} {config}".encode()).hexdigest()[:16]
-    before = torch.compiler.config.cache_key_tag
-    return torch.compiler.config.patch(cache_key_tag=f"{before} prescore-{tag}".strip())
+    settings: Any = torch.compiler.config
+    found: AbstractContextManager[object] = settings.patch(
+        cache_key_tag=f"{settings.cache_key_tag} prescore-{tag}".strip()
+    )
+    return found
 
 
 @functools.cache

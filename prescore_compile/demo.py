@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -103,7 +103,7 @@ def run(seq_len: int = 8192, config: Config | None = None) -> Figures:
         report = explain(model, ids, config=config)
         print(report, file=sys.stderr, flush=True)
         exact = torch.compile(model, backend="inductor")
-        prescored = torch.compile(model, backend="prescore", options=config)
+        prescored = torch.compile(model, backend="prescore", options=cast(Any, config))
         tell("compiling and running exact (backend='inductor')")
         losses, best = _losses(exact(ids).logits, ids)
         tell("compiling and running prescored (backend='prescore')")
