@@ -104,10 +104,11 @@ def summarize(
     sizes = (key.shape[3], value.shape[3])
     if settings.routes and not generated.fits(settings, *sizes):
         return summarize_eager(key, value, valid, scores, plan)
-    order, mean, spread, bias = _empty_summary(key, value, plan)[:4]
     if settings.routes:
         member = None if valid is None else generated.members(valid, settings.sinks)
         order, mean, spread, bias = generated.clusters(key, value, member, settings)
+    else:
+        order, mean, spread, bias = _empty_summary(key, value, plan)[:4]
     best = select.select(scores, valid, settings) if scores is not None and select.fits(settings) else None
     if not copied.fits(settings, *sizes):
         place, of_place = (None, scores) if best is None else best
