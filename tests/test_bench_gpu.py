@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.attention.flex_attention import create_block_mask
 
 from bench import model, roofline, svg
 from bench.gpu import checks, run, warm
@@ -19,9 +20,10 @@ from bench.gpu import measure as measuring
 from bench.gpu.checks import Checks
 from bench.gpu.machine import Case, Machine
 from bench.gpu.measure import OVER, measure
-from bench.gpu.ways import SCORED, Ways
+from bench.gpu.ways import SCORED, Ways, scored, selected
 from prescore_compile.kernels.plan import Plan
 from prescore_compile.passes import cost
+from prescore_compile.passes.defaults import default_plan
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -117,6 +119,21 @@ def test_flex_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     got = ways.flex()()
     wrong = Checks(ways).flex
     assert wrong(got) < 1e-4 < 0.1 < wrong(got * 1.5)
+
+
+@pytest.mark.parametrize(("n", "causal"), [(1280, True), (1280, False), (1300, True)])
+def test_blocks_of_flex_are_those_of_its_mask(n: int, causal: bool) -> None:
+    ways = Ways(Case(n, causal, 16, 1, 1), Plan(window=200, routes=16, chunk=64), Machine("cpu", torch.float32, 1))
+    got, want = ways.block_mask(), create_block_mask(ways.mask_mod, None, None, n, n, device="cpu")
+    assert got.seq_lengths == want.seq_lengths and got.BLOCK_SIZE == want.BLOCK_SIZE
+    for name in ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices", "q_indices", "full_q_indices"):
+        assert torch.equal(getattr(got, name), getattr(want, name)), name
+    assert got.kv_num_blocks.sum() > 0 and got.full_kv_num_blocks.sum() > 0 and got.sparsity() > 0
+
+
+def test_scorers_have_the_chunks_of_the_model() -> None:
+    plan = default_plan(True, "cuda", 4096)
+    assert plan.chunk == 256 and scored(plan, "peak").chunk == selected(plan).chunk == 128
 
 
 def test_kernels_are_compiled_in_other_processes() -> None:

@@ -30,6 +30,8 @@ SCORED = ("kmeans", "kmedian", "leverage", "peak")
 SCORES = tuple(f"score {method}" for method in SCORED)
 BLOCK = 128
 """Queries, and keys, of a block of FlexAttention."""
+SCORED_CHUNK = 128
+"""Keys of a chunk where keys are scored and selected: what those kernels and their prices are made for."""
 
 
 class Ways:
@@ -161,20 +163,43 @@ class Ways:
 
     def flex(self) -> Callable[[], torch.Tensor]:
         """FlexAttention with that mask, compiled."""
-        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+        from torch.nn.attention.flex_attention import flex_attention
 
-        site, n, device = self.site, self.case.n, self.machine.device
+        site, block_mask = self.site, self.block_mask()
         torch._dynamo.reset()  # a shape is compiled for itself
-        block_mask = create_block_mask(self.mask_mod, None, None, n, n, device=device, _compile=device == "cuda")
         compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
         return lambda: compiled(*site[:3], block_mask=block_mask, scale=site.scale, enable_gqa=self.case.group > 1)
+
+    def block_mask(self) -> Any:
+        """What ``create_block_mask`` gives, a row of blocks at a time.
+
+        Compiled, it sorts hundreds of blocks a row in one kernel, which some versions of torch take minutes to compile
+        (pytorch/pytorch#182060); as it is, it needs memory for all pairs.
+        """
+        from torch.nn.attention.flex_attention import BlockMask
+
+        n, keys = self.case.n, torch.arange(self.case.n, device=self.machine.device)
+        some, every = [], []
+        for queries in keys.split(BLOCK):
+            kept = self.mask_mod(None, None, queries.unsqueeze(1), keys)
+            blocks = F.pad(kept, (0, -n % BLOCK, 0, BLOCK - len(queries))).unflatten(1, (-1, BLOCK))
+            some.append(blocks.any(2).any(0))
+            every.append(blocks.all(2).all(0))
+        full = torch.stack(every)[None, None]
+        part = torch.stack(some)[None, None] & ~full
+
+        def listed(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return mask.sum(3, dtype=torch.int32), mask.int().argsort(dim=3, descending=True, stable=True).int()
+
+        return BlockMask.from_kv_blocks(*listed(part), *listed(full), BLOCK, self.mask_mod, (n, n))
 
 
 def scored(plan: Plan, method: str) -> Plan:
     """The plan beside a site's that selects keys by this method."""
-    return Plan(method=method, keep=min(32, plan.chunk), chunk=plan.chunk, routes=0)
+    chunk = min(SCORED_CHUNK, plan.chunk)
+    return Plan(method=method, keep=min(32, chunk), chunk=chunk, routes=0)
 
 
 def selected(plan: Plan) -> Plan:
     """The plan beside a site's that has selected keys and centroids, and no routes."""
-    return Plan(method="norm", keep=8, centroids=8, chunk=plan.chunk, routes=0)
+    return Plan(method="norm", keep=8, centroids=8, chunk=min(SCORED_CHUNK, plan.chunk), routes=0)
