@@ -16,7 +16,7 @@ from prescore_compile.kernels.plan import Plan
 from prescore_compile.kernels.reference import Operands
 from prescore_compile.kernels.summary import Summary
 
-from .machine import Case, Machine, told
+from .machine import Case, Machine
 
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -28,6 +28,8 @@ STAGES = ("summarize", "mass", "route", "attend")
 SCORED = ("kmeans", "kmedian", "leverage", "peak")
 """Methods whose scores are timed."""
 SCORES = tuple(f"score {method}" for method in SCORED)
+SELECTING = (*SCORES, "centroids", "centroids, backward")
+"""The ways of plans that select keys."""
 BLOCK = 128
 """Queries, and keys, of a block of FlexAttention."""
 SCORED_CHUNK = 128
@@ -36,6 +38,9 @@ SCORED_CHUNK = 128
 
 class Ways:
     """Each way is called without arguments, and gives what its check takes."""
+
+    taken: float | None = None
+    """Routes of a query, once they were counted."""
 
     def __init__(self, case: Case, plan: Plan, machine: Machine) -> None:
         self.case, self.plan, self.machine = case, plan, machine
@@ -54,30 +59,22 @@ class Ways:
         found |= {name: functools.partial(self.score, of) for name, of in zip(SCORES, SCORED, strict=True)}
         return found | {"centroids": self.centroids, "centroids, backward": self.centroids_backward}
 
-    @property
-    def stages(self) -> list[str]:
-        """Those of ``STAGES`` that the plan has."""
-        return [name for name in STAGES if name != "mass" or self.plan.needs_mass]
+    @functools.cached_property
+    def summary(self) -> Summary:
+        return self.summarize()
 
-    def prepare(self, failed: dict[str, str]) -> None:
-        """What each stage gives to the next; ``failed`` says which one could not run, and no later one is tried."""
-        self.near = None
-        with told(failed, "summarize"):
-            self.summary = self.summarize()
-            self.machine.synchronize()
-        if self.plan.needs_mass and not failed:
-            with told(failed, "mass"):
-                self.near = self.mass()
-                self.machine.synchronize()
-        if not failed:
-            with told(failed, "route"):
-                self.routes = self.route()
-                self.machine.synchronize()
+    @functools.cached_property
+    def near(self) -> torch.Tensor | None:
+        """What ``mass`` finds, where the plan needs it."""
+        return self.mass() if self.plan.needs_mass else None
 
-    @property
-    def taken(self) -> float | None:
-        """Routes of a query, counted; None: they could not be chosen."""
-        return float((self.routes >= 0).sum(3).float().mean()) if hasattr(self, "routes") else None
+    @functools.cached_property
+    def routes(self) -> torch.Tensor:
+        return self.route()
+
+    def count(self) -> float:
+        """Routes that a query takes."""
+        return float((self.routes >= 0).sum(3).float().mean())
 
     def summarize(self) -> Summary:
         return Summary(*ops.summarize(self.site.key, self.site.value, None, None, self.plan.text))
@@ -192,6 +189,11 @@ class Ways:
             return mask.sum(3, dtype=torch.int32), mask.int().argsort(dim=3, descending=True, stable=True).int()
 
         return BlockMask.from_kv_blocks(*listed(part), *listed(full), BLOCK, self.mask_mod, (n, n))
+
+
+def stages_of(plan: Plan) -> list[str]:
+    """Those of ``STAGES`` that the plan has."""
+    return [name for name in STAGES if name != "mass" or plan.needs_mass]
 
 
 def scored(plan: Plan, method: str) -> Plan:
