@@ -19,7 +19,6 @@ import argparse
 import ctypes
 import json
 import platform
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -200,31 +199,29 @@ def tiles(case: Case, plan: Plan, rounds: int, clock: str) -> dict[str, Any]:
 
 def on_gpu(arguments: argparse.Namespace) -> int:
     """Measure on a GPU; the exit status: 0, 1 where a result was wrong, 2 without a GPU."""
-    from bench.gpu import machine, run
+    from bench.gpu import apart, machine, run
 
     if arguments.dry_run:
         return run.dry_run(arguments.out)
     if not torch.cuda.is_available():
         print("No GPU: torch.cuda.is_available() is false. --dry-run shows what would be run.")
         return 2
-    lengths = tuple(arguments.lengths or machine.LENGTHS)
+    try:  # in another process: this one must not open the device
+        (name,) = apart.apart(lambda _: 60.0, machine.device_name)
+    except apart.EndedError as problem:
+        print(f"No GPU that answers: {problem}")
+        return 2
+    cases = machine.cases(tuple(arguments.lengths or machine.LENGTHS))
     out = arguments.out or RESULTS / "attention-cuda.json"
-    if not arguments.resume:
-        out.unlink(missing_ok=True)
-
-    def again(seconds: float) -> int:
-        command = [sys.executable, "-m", "bench.attention", "--device", "cuda", "--resume", "--out", str(out)]
-        command += ["--minutes", str(seconds / 60), "--lengths", *map(str, lengths)]
-        return subprocess.run(command, check=False).returncode
-
-    return run.run(machine.cases(lengths), None, machine.Machine("cuda"), out, 60 * arguments.minutes, again)
+    seconds = 60 * arguments.minutes
+    return run.run(cases, None, machine.Machine("cuda", name=name), out, seconds, resume=arguments.resume)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--dry-run", action="store_true", help="the cuda path, tiny, in Triton's interpreter")
-    parser.add_argument("--minutes", type=float, default=9, help="of --device cuda: what begins later is left out")
+    parser.add_argument("--minutes", type=float, default=8, help="of --device cuda: what begins later is left out")
     parser.add_argument("--resume", action="store_true", help="of --device cuda: keep the cases that --out has")
     parser.add_argument("--lengths", type=int, nargs="+")
     parser.add_argument("--heads", nargs="+", default=["8/8", "9/3"], help="query heads / KV heads")

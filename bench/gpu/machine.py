@@ -19,6 +19,12 @@ SECONDS = 0.3
 CYCLES = 2e9
 """Of a device in a second, about."""
 LENGTHS = (1024, 4096, 16384, 32768, 65536, 131072)
+PATIENCE, FLEX_PATIENCE = 60.0, 120.0
+"""Seconds after which a way hangs, whose kernels may not be compiled yet; and FlexAttention, or a new process."""
+GRACE = 45.0
+"""Seconds after the deadline in which what was begun before it may end."""
+CASE = "case"
+"""The name of what comes before the ways of a case: its process begins, its inputs are made."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +36,9 @@ class Case:
     dim: int
     group: int
     heads: int = 16
+
+    def __str__(self) -> str:
+        return f"n={self.n} {'causal' if self.causal else 'two-sided'} D={self.dim} group={self.group}"
 
 
 def cases(lengths: tuple[int, ...] = LENGTHS, heads: int = 16) -> list[Case]:
@@ -47,7 +56,14 @@ class Machine:
     dtype: torch.dtype = torch.bfloat16
     rounds: int = 3
     deadline: float = math.inf
-    """When, by ``time.monotonic``, nothing more is begun."""
+    """When, by ``time.monotonic``, nothing more is begun; all processes of a machine have one such clock."""
+    name: str = ""
+    """Of the device, known beforehand: a device that was lost no longer says it."""
+
+    def patience(self, way: str | None) -> float:
+        """Seconds that a way may take; None: a process before its first case."""
+        most = FLEX_PATIENCE if way == "flex" or way is None else PATIENCE
+        return min(most, max(0.0, self.deadline + GRACE - time.monotonic()))
 
     def over(self) -> bool:
         return time.monotonic() > self.deadline
@@ -94,8 +110,7 @@ class Machine:
     @property
     def model(self) -> model.Device:
         """The device of the cost table that this one is most like."""
-        name = torch.cuda.get_device_name() if self.device == "cuda" else ""
-        return next((found for key, found in model.DEVICES.items() if key in name), model.DEVICES["H100"])
+        return next((found for key, found in model.DEVICES.items() if key in self.name), model.DEVICES["H100"])
 
 
 def _on_cpu(work: Callable[[], Any]) -> Callable[[], float]:
@@ -105,6 +120,10 @@ def _on_cpu(work: Callable[[], Any]) -> Callable[[], float]:
         return time.perf_counter() - begin
 
     return once
+
+
+def device_name() -> Iterator[str]:
+    yield torch.cuda.get_device_name()
 
 
 @contextlib.contextmanager

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterator
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -24,15 +21,17 @@ from prescore_compile.kernels import ops
 from prescore_compile.kernels.plan import Plan
 from prescore_compile.passes.defaults import TWO_LEVELS_FROM, default_plan
 
-from .machine import Case, Machine
-from .measure import OVER, measure
+from .apart import apart
+from .machine import CASE, Case, Machine
+from .measure import OVER, WRONG, Found, Task, found_of, ours, row_of, ways_of
+from .supervise import Messages, supervised, work
 from .warm import warm_up
-from .ways import SCORES, STAGES
+from .ways import SELECTING, STAGES
 
 SCORING = ((True, 128, 4), (False, 128, 4))
 """(causal, dim, group) of the cases that scorers and centroids are measured for, and FlexAttention at some lengths."""
-FLEX_LENGTHS = (4096, 32768, 131072)
-"""It is compiled for each, in half a minute."""
+FLEX_LENGTHS = (32768, 4096, 131072)
+"""It is compiled for each, in half a minute; the most telling first."""
 WARMING = 150.0
 """Seconds after which what is not compiled yet is compiled as it is measured."""
 TINY = Plan(chunk=16, window=16, sinks=2, routes=1)
@@ -44,72 +43,102 @@ def run(
     machine: Machine,
     out: Path,
     seconds: float,
-    again: Callable[[float], int] | None = None,
+    *,
+    resume: bool = False,
+    worker: Callable[..., Messages] = work,
+    process: Callable[..., Messages] = apart,
 ) -> int:
     """Measure, print a table, write JSON and an SVG beside it; 1 where a result was wrong or a kernel did not run.
 
-    The JSON is written after each case, so that nothing is lost to a run that is cut off. Where a kernel's fault
-    has taken the device from this process, ``again`` is called with the seconds that are left: it should measure
-    in a new process the cases that the file has not (``--resume``).
+    The JSON is written after each case, so that nothing is lost to a run that is cut off. This process never opens the
+    device, which a lost context or a hanging kernel of its own would keep from the next one.
 
     Args:
         plan: of all cases; None: that which a graph's site would have by default.
+        resume: keep what the file has.
+        worker, process: see ``supervised``.
     """
     begin = time.monotonic()
     machine = replace(machine, deadline=begin + seconds)
-    rows: list[dict[str, Any]] = [] if again is None else kept(out)
-    done = [name_of(row) for row in rows]
-    left_out: list[str] = []
-    tasks = [(case, plan or Config().plan_for(case.causal, "cuda", case.n), is_scored(case, machine)) for case in cases]
+    rows = kept(out) if resume else {}
+    founds = {case: found_of(known) for case, known in rows.items()}
+    tasks = [task for task in tasks_of(cases, plan, machine) if founds.get(task.case, Found()).following(task)]
+    head: dict[str, Any] = {"about": about(machine, plan)}
+    keep(out, head, rows, [])
     if machine.device == "cuda":
-        print(f"compiling: {warm_up(tasks, machine, WARMING)} of the kinds of cases have their kernels", flush=True)
-    for case, given, scoring in tasks:
-        name = name_of(asdict(case))
-        if name in done:
-            continue
-        if machine.over():
-            left_out.append(name)
-            continue
-        flex = machine.device == "cuda" and scoring and case.n in FLEX_LENGTHS
-        rows.append(measure(case, given, machine, flex, scoring))
-        print(f"{time.monotonic() - begin:6.0f} s  {name}: {say(rows[-1])}", flush=True)
-        keep(out, machine, plan, rows, [])
-        if machine.lost() and again is not None:
-            print("the device is lost to this process: another one goes on", flush=True)
-            return again(seconds - (time.monotonic() - begin))
+        head["not_compiled"] = compiled(tasks, machine)
+    left = list(tasks)
+    for task, lost in supervised(tasks, machine, founds, worker, process):
+        found = founds[task.case]
+        rows[task.case] = row_of(task, machine, found)
+        keep(out, head, rows, [])
+        if lost is None:
+            left.remove(task)
+            what = f": {say(rows[task.case])}"
+        else:
+            what = f", {lost}: {found.failed[lost]}; another process goes on"
+        print(f"{time.monotonic() - begin:6.0f} s  {task.case}{what}", flush=True)
+    left_out = [str(task.case) + ", flex" * (task.names == ("flex",)) for task in left]
     print()
-    print(tabulate([flat(row) for row in rows], headers="keys", floatfmt=".3g"))
-    print(where_apart(rows))
+    print(tabulate([flat(known) for known in rows.values()], headers="keys", floatfmt=".3g"))
+    print(where_apart(list(rows.values())))
     if left_out:
         print(f"left out, as {seconds / 60:.3g} minutes were over: " + "; ".join(left_out))
-    keep(out, machine, plan, rows, left_out)
-    out.with_suffix(".svg").write_text(plot(rows))
+    keep(out, head, rows, left_out)
+    out.with_suffix(".svg").write_text(plot(list(rows.values())))
     print(f"wrote {out} and {out.with_suffix('.svg').name}")
-    ours = ["case", *STAGES, "total", "total, backward", *SCORES, "centroids", "centroids, backward"]
-    told = [(name, why) for row in rows for name, why in row["failed"].items() if why != OVER]
-    return int(any(name in ours or "wrong result" in why for name, why in told))
+    told = [(name, why) for known in rows.values() for name, why in known["failed"].items() if why != OVER]
+    of_ours = (CASE, *STAGES, "total", "total, backward", *SELECTING)
+    return int(any(name in of_ours or why.startswith(WRONG) for name, why in told))
+
+
+def tasks_of(cases: list[Case], plan: Plan | None, machine: Machine) -> list[Task]:
+    """What is measured, in order: FlexAttention's compiles come last, but for one after the most telling shape."""
+
+    def task(case: Case, *names: str) -> Task:
+        of = plan or Config().plan_for(case.causal, "cuda", case.n)
+        return Task(case, of, names or ways_of(case, of, is_scored(case, machine)))
+
+    def shape(case: Case) -> tuple[bool, int, int]:
+        return case.causal, case.dim, case.group
+
+    flexed = [case for n in FLEX_LENGTHS for case in cases if case.n == n and shape(case) in SCORING]
+    flex = [task(case, "flex") for case in flexed if machine.device == "cuda"]
+    first = [task(case) for case in cases if shape(case) == shape(cases[0])]
+    return first + flex[:1] + [task(case) for case in cases if shape(case) != shape(cases[0])] + flex[1:]
 
 
 def is_scored(case: Case, machine: Machine) -> bool:
     return machine.device == "cpu" or (case.causal, case.dim, case.group) in SCORING
 
 
-def name_of(case: Mapping[str, Any]) -> str:
-    return f"n={case['n']} {'causal' if case['causal'] else 'two-sided'} D={case['dim']} group={case['group']}"
+def compiled(tasks: list[Task], machine: Machine) -> dict[str, dict[str, str]]:
+    """Compile what the tasks run; what could not be, by case, and why."""
+    print("compiling", flush=True)
+    begin = time.monotonic()
+    whole = [task for task in tasks if task.names != ("flex",)]
+    todo = [replace(task, names=ours(task.plan, is_scored(task.case, machine))) for task in whole]
+    found = warm_up(todo, machine, WARMING)
+    failed = {str(task.case): failures for task, failures in found.items() if failures}
+    for case, failures in failed.items():
+        print(f"not compiled, {case}: " + "; ".join(f"{name}: {why}" for name, why in failures.items()))
+    took = time.monotonic() - begin
+    print(f"{took:6.0f} s  {len(found) - len(failed)} of {len(found)} kinds of cases have their kernels", flush=True)
+    return failed
 
 
-def keep(out: Path, machine: Machine, plan: Plan | None, rows: list[dict[str, Any]], left_out: list[str]) -> None:
+def keep(out: Path, head: dict[str, Any], rows: dict[Case, dict[str, Any]], left_out: list[str]) -> None:
     """Write what was found, all at once: a run that is killed leaves the last whole file."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    found = {"about": about(machine, plan), "cases": rows, "left_out": left_out}
     scratch = out.with_suffix(".part")
-    scratch.write_text(json.dumps(found, indent=1) + "\n")
+    scratch.write_text(json.dumps(head | {"cases": list(rows.values()), "left_out": left_out}, indent=1) + "\n")
     os.replace(scratch, out)
 
 
-def kept(out: Path) -> list[dict[str, Any]]:
-    """The cases of an earlier process."""
-    return list(json.loads(out.read_text())["cases"]) if out.exists() else []
+def kept(out: Path) -> dict[Case, dict[str, Any]]:
+    """The cases of an earlier run."""
+    rows = json.loads(out.read_text())["cases"] if out.exists() else []
+    return {Case(**{field.name: known[field.name] for field in fields(Case)}): known for known in rows}
 
 
 def say(row: dict[str, Any]) -> str:
@@ -155,11 +184,9 @@ def plot(rows: list[dict[str, Any]]) -> str:
     return svg.lines(title, "keys", "milliseconds", series)
 
 
-@functools.cache  # a device that was lost no longer says its name
 def about(machine: Machine, plan: Plan | None) -> dict[str, Any]:
     import triton
 
-    device = torch.cuda.get_device_name() if machine.device == "cuda" else "interpreter: times mean nothing"
     defaults = {"causal": default_plan(True, "cuda", 0), "two-sided": default_plan(False, "cuda", 0)}
     defaults[f"causal, from {TWO_LEVELS_FROM}"] = default_plan(True, "cuda", TWO_LEVELS_FROM)
     plans = {kind: plan or of for kind, of in defaults.items()}
@@ -167,20 +194,21 @@ def about(machine: Machine, plan: Plan | None) -> dict[str, Any]:
         "plans": {kind: of.settings() for kind, of in plans.items()},
         "torch": torch.__version__,
         "triton": triton.__version__,
-        "device": device,
+        "device": machine.name,
         "dtype": str(machine.dtype).removeprefix("torch."),
         "model": machine.model.name,
     }
 
 
 def dry_run(out: Path | None) -> int:
-    """The path that a GPU would take, on a CPU: Triton reads ``TRITON_INTERPRET`` when it is imported."""
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        command = [sys.executable, "-m", "bench.attention", "--device", "cuda", "--dry-run"]
-        command += ["--out", str(out)] if out else []
-        return subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, check=False).returncode
+    """The path that a GPU would take, on a CPU: Triton reads ``TRITON_INTERPRET`` when a process imports it."""
     target = out or Path(tempfile.mkdtemp(prefix="prescore_")) / "dry-run.json"
-    machine = Machine("cpu", torch.float32, rounds=1)
+    machine = Machine("cpu", torch.float32, rounds=1, name="interpreter: times mean nothing")
     tiny = [Case(48, True, 16, 2, 2), Case(48, False, 16, 1, 1)]
+    with mock.patch.dict(os.environ, TRITON_INTERPRET="1"):
+        return run(tiny, TINY, machine, target, 600, worker=interpreted)
+
+
+def interpreted(*given: Any) -> Iterator[Any]:
     with mock.patch.object(ops, "_generated", lambda query: True):
-        return run(tiny, TINY, machine, target, 600)
+        yield from work(*given)

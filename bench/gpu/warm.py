@@ -2,45 +2,43 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
-from prescore_compile.kernels.plan import Plan
+from .apart import EndedError, apart
+from .machine import CASE, Machine
+from .measure import OVER, Found, Task, measure
 
-from .machine import Case, Machine, told
-from .ways import SCORES, Ways
-
-Task = tuple[Case, Plan, bool]
-"""A case, its plan, and whether its scorers are measured."""
-
-
-def warm_up(tasks: list[Task], machine: Machine, seconds: float) -> int:
-    """Run, in new processes, one of those cases that have the same kernels; how many were done in time."""
-    found: dict[object, Task] = {}
-    for case, plan, scoring in tasks:
-        # Triton compiles sizes that 16 divides for themselves: numbers of chunks are the smallest.
-        kernels = (case.causal, case.dim, case.group, plan.text, case.n // plan.chunk % 16 == 0)
-        found.setdefault(kernels, (case, plan, scoring))
-    end = time.monotonic() + seconds
-    done = 0
-    with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:  # none runs on beside the measurement
-        for result in [pool.apply_async(compile_all, (*task, machine)) for task in found.values()]:
-            result.wait(max(0.0, end - time.monotonic()))
-            done += result.ready() and result.successful()
-    return done
+MOST = 12
+"""Processes at a time: each has a context of the device, and memory of its own."""
 
 
-def compile_all(case: Case, plan: Plan, scoring: bool, machine: Machine) -> list[str]:
-    """Run every way that has kernels of ours once; the names of those that ran. What fails is the measurement's."""
-    ways = Ways(case, plan, machine)
-    failed: dict[str, str] = {}
-    ways.prepare(failed)
-    names = [] if failed else [*ways.stages, "total, backward"]
-    if scoring:
-        names += [*SCORES, "centroids, backward"]
-    for name in names:
-        with told(failed, name):
-            ways.all[name]()
-            machine.synchronize()
-    return [name for name in names if name not in failed]
+def warm_up(tasks: list[Task], machine: Machine, seconds: float) -> dict[Task, dict[str, str]]:
+    """Run, each in a new process, one of those tasks that have the same kernels; what failed in them, and why.
+
+    None runs on beside the measurement.
+    """
+    kinds: dict[object, Task] = {}
+    for task in tasks:
+        kinds.setdefault(task.kernels, task)
+    machine = replace(machine, deadline=time.monotonic() + seconds)
+    # A thread only waits for its process: one that a kernel's fault or a hang ends takes no other with it.
+    with ThreadPoolExecutor(min(len(kinds), len(os.sched_getaffinity(0)), MOST) or 1) as threads:
+        found = threads.map(lambda task: compile_all(task, machine), kinds.values())
+        return dict(zip(kinds.values(), found, strict=True))
+
+
+def compile_all(task: Task, machine: Machine) -> dict[str, str]:
+    """Run every way of the task once; the reasons of those that could not."""
+    if machine.over():
+        return {CASE: OVER}
+    name, found = CASE, Found()
+    messages = apart(lambda _: max(0.0, machine.deadline - time.monotonic()), measure, task, machine, found, False)
+    try:
+        for way, known in messages:
+            name, found = way or name, known
+    except EndedError as problem:
+        found.failed.setdefault(name, str(problem))
+    return found.failed

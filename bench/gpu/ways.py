@@ -16,7 +16,7 @@ from prescore_compile.kernels.plan import Plan
 from prescore_compile.kernels.reference import Operands
 from prescore_compile.kernels.summary import Summary
 
-from .machine import Case, Machine, told
+from .machine import Case, Machine
 
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -28,12 +28,19 @@ STAGES = ("summarize", "mass", "route", "attend")
 SCORED = ("kmeans", "kmedian", "leverage", "peak")
 """Methods whose scores are timed."""
 SCORES = tuple(f"score {method}" for method in SCORED)
+SELECTING = (*SCORES, "centroids", "centroids, backward")
+"""The ways of plans that select keys."""
 BLOCK = 128
 """Queries, and keys, of a block of FlexAttention."""
+SCORED_CHUNK = 128
+"""Keys of a chunk where keys are scored and selected: what those kernels and their prices are made for."""
 
 
 class Ways:
     """Each way is called without arguments, and gives what its check takes."""
+
+    taken: float | None = None
+    """Routes of a query, once they were counted."""
 
     def __init__(self, case: Case, plan: Plan, machine: Machine) -> None:
         self.case, self.plan, self.machine = case, plan, machine
@@ -52,30 +59,22 @@ class Ways:
         found |= {name: functools.partial(self.score, of) for name, of in zip(SCORES, SCORED, strict=True)}
         return found | {"centroids": self.centroids, "centroids, backward": self.centroids_backward}
 
-    @property
-    def stages(self) -> list[str]:
-        """Those of ``STAGES`` that the plan has."""
-        return [name for name in STAGES if name != "mass" or self.plan.needs_mass]
+    @functools.cached_property
+    def summary(self) -> Summary:
+        return self.summarize()
 
-    def prepare(self, failed: dict[str, str]) -> None:
-        """What each stage gives to the next; ``failed`` says which one could not run, and no later one is tried."""
-        self.near = None
-        with told(failed, "summarize"):
-            self.summary = self.summarize()
-            self.machine.synchronize()
-        if self.plan.needs_mass and not failed:
-            with told(failed, "mass"):
-                self.near = self.mass()
-                self.machine.synchronize()
-        if not failed:
-            with told(failed, "route"):
-                self.routes = self.route()
-                self.machine.synchronize()
+    @functools.cached_property
+    def near(self) -> torch.Tensor | None:
+        """What ``mass`` finds, where the plan needs it."""
+        return self.mass() if self.plan.needs_mass else None
 
-    @property
-    def taken(self) -> float | None:
-        """Routes of a query, counted; None: they could not be chosen."""
-        return float((self.routes >= 0).sum(3).float().mean()) if hasattr(self, "routes") else None
+    @functools.cached_property
+    def routes(self) -> torch.Tensor:
+        return self.route()
+
+    def count(self) -> float:
+        """Routes that a query takes."""
+        return float((self.routes >= 0).sum(3).float().mean())
 
     def summarize(self) -> Summary:
         return Summary(*ops.summarize(self.site.key, self.site.value, None, None, self.plan.text))
@@ -161,20 +160,48 @@ class Ways:
 
     def flex(self) -> Callable[[], torch.Tensor]:
         """FlexAttention with that mask, compiled."""
-        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+        from torch.nn.attention.flex_attention import flex_attention
 
-        site, n, device = self.site, self.case.n, self.machine.device
+        site, block_mask = self.site, self.block_mask()
         torch._dynamo.reset()  # a shape is compiled for itself
-        block_mask = create_block_mask(self.mask_mod, None, None, n, n, device=device, _compile=device == "cuda")
         compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
         return lambda: compiled(*site[:3], block_mask=block_mask, scale=site.scale, enable_gqa=self.case.group > 1)
+
+    def block_mask(self) -> Any:
+        """What ``create_block_mask`` gives, a row of blocks at a time.
+
+        Compiled, it sorts hundreds of blocks a row in one kernel, which some versions of torch take minutes to compile
+        (pytorch/pytorch#182060); as it is, it needs memory for all pairs.
+        """
+        from torch.nn.attention.flex_attention import BlockMask
+
+        n, keys = self.case.n, torch.arange(self.case.n, device=self.machine.device)
+        some, every = [], []
+        for queries in keys.split(BLOCK):
+            kept = self.mask_mod(None, None, queries.unsqueeze(1), keys)
+            blocks = F.pad(kept, (0, -n % BLOCK, 0, BLOCK - len(queries))).unflatten(1, (-1, BLOCK))
+            some.append(blocks.any(2).any(0))
+            every.append(blocks.all(2).all(0))
+        full = torch.stack(every)[None, None]
+        part = torch.stack(some)[None, None] & ~full
+
+        def listed(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return mask.sum(3, dtype=torch.int32), mask.int().argsort(dim=3, descending=True, stable=True).int()
+
+        return BlockMask.from_kv_blocks(*listed(part), *listed(full), BLOCK, self.mask_mod, (n, n))
+
+
+def stages_of(plan: Plan) -> list[str]:
+    """Those of ``STAGES`` that the plan has."""
+    return [name for name in STAGES if name != "mass" or plan.needs_mass]
 
 
 def scored(plan: Plan, method: str) -> Plan:
     """The plan beside a site's that selects keys by this method."""
-    return Plan(method=method, keep=min(32, plan.chunk), chunk=plan.chunk, routes=0)
+    chunk = min(SCORED_CHUNK, plan.chunk)
+    return Plan(method=method, keep=min(32, chunk), chunk=chunk, routes=0)
 
 
 def selected(plan: Plan) -> Plan:
     """The plan beside a site's that has selected keys and centroids, and no routes."""
-    return Plan(method="norm", keep=8, centroids=8, chunk=plan.chunk, routes=0)
+    return Plan(method="norm", keep=8, centroids=8, chunk=min(SCORED_CHUNK, plan.chunk), routes=0)
