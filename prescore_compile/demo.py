@@ -111,7 +111,8 @@ def run(seq_len: int = 8192, config: Config | None = None) -> Figures:
         tell("timing the prefill")
         times = interleaved({"exact": lambda: exact(ids), "prescored": lambda: prescored(ids)}, ROUNDS, tell)
         tell("timing attention alone, on the model's own queries, keys and values")
-        with _TimeAttention(config, tell) as alone:
+        of_one_site = Config(min_seq_len=config.min_seq_len, **config.own_settings())
+        with _TimeAttention(of_one_site, tell) as alone:
             model.model(ids)
     return _figures(seq_len, report, times, alone, losses, prescored_losses, best == prescored_best)
 

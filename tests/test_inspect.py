@@ -15,7 +15,7 @@ import torch
 import torch.utils.checkpoint
 
 import prescore_compile
-from prescore_compile import Config, Inspection, explain, graph_diff
+from prescore_compile import Config, Inspection, OptionError, explain, graph_diff
 from prescore_compile.cli import main
 from prescore_compile.inspection import dot, explorer
 
@@ -249,6 +249,21 @@ def test_every_site_has_a_line_inside_of_torch_a_checkpoint_and_a_branch() -> No
     places = [site.source for site in sites]
     assert len(sites) >= 5 and all(re.search(r"\.py:\d+$", place) for place in places), places
     assert places[0].split(":")[0].endswith("activation.py") and "def forward" in sites[0].code
+
+
+def test_options_are_not_swallowed_by_a_models_keywords() -> None:
+    def swallows(x: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(x, x, x)
+
+    def takes(x: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(x, x, x, scale=options["scale"])
+
+    x = torch.randn(1, 2, 64, 8)
+    for look in (explain, graph_diff):
+        for model in (swallows, torch.nn.Identity(), torch.compile(torch.nn.Identity())):
+            with pytest.raises(OptionError, match=r"'options': got {'exclude'.*allowed: config=Config\(\*\*options\)"):
+                look(model, x, options={"exclude": ["*"]})
+    assert explain(takes, x, options={"scale": 1.0}).sites
 
 
 def test_an_inspection_is_data_text_and_json(inspection: Inspection) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from ..backend import stages
+from ..backend import check_call, stages
 from ..passes import Config, GraphDiff, Report
 from ..passes.sources import Source, sources_of
 from ..passes.stages import Log
@@ -74,5 +74,6 @@ def graph_diff(
         ``print`` it for a unified diff with the user's lines and the rules that fired; ``.diffs`` is
         the data, ``.html()`` a page to send to somebody.
     """
+    check_call(model, kwargs)
     title = type(model).__name__ if hasattr(model, "forward") else getattr(model, "__name__", type(model).__name__)
     return Inspection(title, stages(model, args, kwargs, config, dynamic))
