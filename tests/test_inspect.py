@@ -72,6 +72,17 @@ def raises():
     return model, torch.zeros(2)
 
 
+def misfits():
+    return torch.nn.Sequential(Attention(), torch.nn.Linear(9, 4)), torch.zeros(1, 2, 64, 8)
+
+
+def misfits_a_line():
+    def model(x):
+        x = F.scaled_dot_product_attention(x, x, x)
+        return F.linear(x, torch.zeros(4, 9))
+    return model, torch.zeros(1, 2, 64, 8)
+
+
 def breaks():
     def model(x):
         x = F.scaled_dot_product_attention(x, x, x)
@@ -182,6 +193,8 @@ FAILED = {
     "{file}:needs": "needs() missing 1 required positional argument: 'x'\n",
     "{file}:stops": "stops() raised SystemExit: 7",
     "{file}:raises": "the model raised ValueError: only for squares at {file}:",
+    "{file}:misfits": "the model raised RuntimeError: a and b must have same reduction dim",
+    "{file}:misfits_a_line": "the model raised RuntimeError: a and b must have same reduction dim",
     "{bad}:make": "importing it raised SyntaxError",
 }
 
@@ -195,6 +208,14 @@ def test_bad_input_has_an_exit_code_and_says_what_is_allowed(
     names = {"file": str(file), "folder": str(tmp_path), "bad": str(bad)}
     arguments = [part.format(**names) for part in target.split()]
     assert (WRONG | FAILED)[target].format(**names) in said(capsys, "diff", *arguments, code=code)
+
+
+def test_an_operator_that_fails_is_one_line_of_the_users(file: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Not Dynamo's own words for it, nor torch's log of fake tensors."""
+    line = next(at for at, code in enumerate(MODEL.splitlines(), 1) if "torch.zeros(4, 9)" in code)
+    assert main(["explain", f"{file}:misfits_a_line"]) == 3
+    said = capfd.readouterr().err.strip().splitlines()
+    assert len([text for text in said if "noise" not in text]) == 1 and said[-1].endswith(f" at {file}:{line}"), said
 
 
 def test_a_pipe_is_without_colour_and_may_close(file: Path) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 from ..kernels.plan import OptionError
 from ..passes import Config
+from ..passes.compat import quiet_fakes
 from ..passes.sources import DEVICES
 
 DONE, WRONG_USAGE, TARGET_FAILED = 0, 2, 3
@@ -72,7 +73,8 @@ def guarded(command: str, work: Callable[[], None]) -> int:
     from .target import TargetError, TargetFailed
 
     try:
-        work()
+        with quiet_fakes():
+            work()
     except BrokenPipeError:  # `prescore diff ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (TargetError, ValueError, OSError) as error:
