@@ -137,12 +137,16 @@ def stages(
     kwargs: Mapping[str, Any],
     config: Config | None = None,
     dynamic: bool | None = None,
+    device: str = "",
 ) -> Log:
-    """The stages of every graph of a call, captured as ``explain`` says; each ends with the rewritten graph."""
+    """The stages of every graph of a call, captured as ``explain`` says; each ends with the rewritten graph.
+
+    ``device``: as for ``rewrite``.
+    """
     config, log = Config.of(config), Log()
 
     def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Compiled:
-        rewrite(gm, config)
+        rewrite(gm, config, device=device)
 
         def stop(*_: Any) -> Any:
             raise _Captured
@@ -150,7 +154,7 @@ def stages(
         return stop
 
     def capture_and_run(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Compiled:
-        rewrite(gm, config)
+        rewrite(gm, config, device=device)
         return gm.forward
 
     call, own_args, own_kwargs = fresh(model, args, kwargs)

@@ -50,6 +50,14 @@ def by_name():
     return (lambda x: F.scaled_dot_product_attention(x, x, x)), {"x": torch.randn(1, 2, 64, 8)}
 
 
+def window():
+    def model(x):
+        at = torch.arange(x.shape[2])
+        mask = (at[None, :] <= at[:, None]) & (at[None, :] > at[:, None] - 8)
+        return F.scaled_dot_product_attention(x, x, x, mask)
+    return model, torch.randn(1, 2, 64, 8)
+
+
 def needs(x):
     return x
 
@@ -166,6 +174,19 @@ def test_kernels_for_a_gpu_need_none(file: Path, capsys: pytest.CaptureFixture[s
     ]
     assert kernel["language"] == "python" and len(kernel["sites"]) == 2
     compile(kernel["text"], kernel["name"], "exec")
+
+
+def test_a_device_decides(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Decisions, graph and kernels are all of the device that is asked about; the report says which."""
+    text = said(capsys, "explain", f"{file}:window", *REWRITE)
+    assert "1 kept exact" in text and "device: cpu" in text
+    text = said(capsys, "explain", f"{file}:window", *REWRITE, "--device", "cuda")
+    assert "1 rewritten" in text and "device: cuda" in text and "'group_routes': True" in text
+    assert "not_faster" in said(capsys, "explain", f"{file}:window", *REWRITE[:2], "--device", "hip")
+    text = said(capsys, "diff", f"{file}:by_name", *REWRITE, "--device", "cuda")
+    assert "prescore.attend.default(" in text and "route_attend" not in text
+    page = said(capsys, "explain", f"{file}:by_name", *REWRITE, "--device", "hip", "--format", "html")
+    assert '"device":"hip"' in page and '"name":"attend.py"' in page
 
 
 def test_graph_breaks_are_told_apart(file: Path, capsys: pytest.CaptureFixture[str]) -> None:

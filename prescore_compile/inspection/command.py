@@ -47,7 +47,7 @@ def add_to(commands: Any) -> None:
         parser.add_argument("--set", action="append", default=[], metavar="OPTION=VALUE", dest="options",
                             help="an option of the backend, as in --set min_seq_len=0; can be repeated")  # fmt: skip
         parser.add_argument("--device", choices=DEVICES, default="",
-                            help="whose kernels to show; it need not be there (default: the model's)")  # fmt: skip
+                            help="what to decide for; it need not be there (default: the model's)")  # fmt: skip
         parser.add_argument("--dynamic", action="store_true", help="capture with dynamic shapes")
         parser.add_argument("--color", choices=("auto", "always", "never"), default="auto",
                             help="colour in text: on a terminal, unless NO_COLOR is set (default: auto)")  # fmt: skip
@@ -134,12 +134,12 @@ def _inspect(arguments: argparse.Namespace, target: Any, config: Config) -> Any:
     from .target import TargetFailed, told
 
     try:
-        log = stages(target.model, target.args, target.kwargs, config, arguments.dynamic or None)
+        log = stages(target.model, target.args, target.kwargs, config, arguments.dynamic or None, arguments.device)
     except OptionError:
         raise
     except (Exception, SystemExit) as error:
         raise TargetFailed(f"{arguments.target}: the model raised {told(error)}") from error
-    return Inspection(target.title, log, arguments.device)
+    return Inspection(target.title, log)
 
 
 def option(text: str) -> tuple[str, Any]:

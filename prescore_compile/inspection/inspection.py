@@ -21,12 +21,10 @@ class Inspection:
 
     Attributes:
         title: what was looked at. log: every graph with its stages.
-        device: show the kernels of "cpu", "cuda" or "hip"; "" for those of the device that the model is on.
     """
 
     title: str
     log: Log
-    device: str = ""
 
     @property
     def report(self) -> Report:
@@ -47,7 +45,7 @@ class Inspection:
     @cached_property
     def sources(self) -> list[Source]:
         """The kernels that the rewritten sites run."""
-        return sources_of(self.report, self.device)
+        return sources_of(self.report)
 
     def __str__(self) -> str:
         return text.diff(self)
