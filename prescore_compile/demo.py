@@ -103,7 +103,8 @@ def run(seq_len: int = 8192, config: Config | None = None) -> Figures:
         report = explain(model, ids, config=config)
         print(report, file=sys.stderr, flush=True)
         exact = torch.compile(model, backend="inductor")
-        prescored = torch.compile(model, backend="prescore", options=config)
+        options: Any = config  # which torch's types do not know
+        prescored = torch.compile(model, backend="prescore", options=options)
         tell("compiling and running exact (backend='inductor')")
         losses, best = _losses(exact(ids).logits, ids)
         tell("compiling and running prescored (backend='prescore')")
