@@ -98,8 +98,7 @@ class Plan:
         object.__setattr__(self, "method", _method(self.method))
         if not isinstance(self.clustering, str) or self.clustering not in CLUSTERINGS:
             raise OptionError("clustering", self.clustering, "one of " + ", ".join(CLUSTERINGS))
-        check_int("cluster", self.cluster, 16, 64)
-        if self.cluster not in (16, 32, 64):
+        if not isinstance(self.cluster, int) or self.cluster not in (16, 32, 64):
             raise OptionError("cluster", self.cluster, "16, 32 or 64")
         check_int("chunk", self.chunk, self.cluster, 1024)
         parts, rest = divmod(self.chunk, self.cluster)
@@ -121,6 +120,8 @@ class Plan:
         if self.share and not self.routes:
             raise OptionError("share", self.share, "0 where routes is 0: it is of the clusters that are routed to")
         check_int("coarse", self.coarse, 0)
+        if self.coarse and not self.routes:
+            raise OptionError("coarse", self.coarse, "0 where routes is 0: it is of the chunks that hold routes")
         if 0 < self.coarse * parts < self.routes:
             least = -(-self.routes // parts)
             allowed = f"0, or at least {least}: {self.routes} routes need as many clusters"
@@ -146,6 +147,18 @@ class Plan:
                 "in a centroid would be counted twice",
             )
         object.__setattr__(self, "text", " ".join(f"{k}={v}" for k, v in self.settings().items()))
+
+    def check_reads(self, causal: bool) -> None:
+        """Raise ``OptionError`` where a query of such a site may be left without any key: its output would be zeros.
+
+        A causal query always has its own chunk. Of routes, even with a share, it always has one; of keys that must
+        score a threshold, perhaps none.
+        """
+        near = causal or self.window is None or self.window or self.sinks
+        if not (near or self.routes or self.centroids or (self.keep and not self.threshold)):
+            rest = f"sinks=0, routes=0, centroids=0, keep={self.keep} and threshold={self.threshold:g}"
+            allowed = f"1 or more, or None, at a bidirectional site with {rest}: a query may attend nothing"
+            raise OptionError("window", self.window, allowed)
 
     @property
     def rows_per_segment(self) -> int:

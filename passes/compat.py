@@ -5,17 +5,21 @@ from __future__ import annotations
 import ast
 import copy
 import inspect
+import logging
 import re
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from traceback import FrameSummary
 from types import FrameType
 from typing import Any
 
 import sympy
 import torch
 from torch import fx
+from torch._dynamo.exc import TorchDynamoException, TorchRuntimeError
 from torch._dynamo.utils import get_metrics_context
 from torch._guards import CompileContext, TracingContext, detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -58,6 +62,33 @@ def many_recompiles() -> Any:
 def no_history() -> Any:
     """Context in which a capture is of the sizes that it is given, whatever Dynamo saw of the same code before."""
     return torch._dynamo.config.patch(automatic_dynamic_shapes=False)
+
+
+def raised(error: BaseException) -> tuple[BaseException, list[FrameSummary]]:
+    """What a model raised, and where, the outermost frame first.
+
+    Dynamo tells of an operator that fails on fake tensors in pages of its own; the frames are then those of the model
+    where it traced them.
+    """
+    frames = list(traceback.extract_tb(error.__traceback__))
+    if not isinstance(error, TorchRuntimeError):
+        return error, frames
+    frames = list(error.real_stack) or frames
+    while isinstance(error, TorchDynamoException) and (inner := error.__cause__ or error.__context__):
+        error = inner
+    return error, frames
+
+
+@contextmanager
+def quiet_fakes() -> Iterator[None]:
+    """Inside, torch does not log each operator that fails on fake tensors: pages, for an error that is told anyway."""
+    logger = logging.getLogger(FakeTensorMode.__module__)
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def value_of(node: fx.Node) -> Any:

@@ -18,7 +18,12 @@ from .plans import Calibration
 
 SCORING = ("method", "threshold")
 """Settings without effect where no key is selected."""
+ROUTING = ("spread", "share", "group_routes", "residual", "coarse")
+"""Settings without effect where no cluster is routed to; most are errors of a ``Plan`` there."""
+NEEDED_BY = {"keep": SCORING, "routes": ROUTING}
 INNER = ("inductor", "aot_eager", "eager")
+OF_GRAPHS = ("plan", "include", "exclude", "inner", "dump")
+"""Options that say nothing where there is no graph: ``attention`` refuses them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +66,10 @@ class Config(Plan):
                 meant = f"did you mean {near[0]!r}? " if near else ""
                 raise OptionError(key, value, f"no such option; {meant}the options are {', '.join(known)}")
         if len(settings) == len(known):  # each would count as given
-            raise TypeError("Config: got every option at once, as dataclasses.replace passes them; use config.changed")
+            raise TypeError(
+                "Config: got every option at once, as dataclasses.replace passes them, and each would replace the "
+                "defaults of sites; allowed: config.changed(...) to change a config, or only the options that are meant"
+            )
         config = super().__new__(cls)
         object.__setattr__(config, "given", tuple(name for name in PLAN_FIELDS if name in settings))
         return config
@@ -85,6 +93,8 @@ class Config(Plan):
         for key in SCORING:
             if key in self.given and not self.keep and getattr(self, key) != getattr(Plan(), key):
                 raise OptionError(key, getattr(self, key), "beside keep of 1 or more: without it no key is scored")
+        if "spread" in self.given and not self.routes and self.spread != Plan().spread:
+            raise OptionError("spread", self.spread, "beside routes of 1 or more: without them no cluster is ranked")
         if self.plan is not None:
             object.__setattr__(self, "plan", load(self.plan))
             if self.given:
@@ -122,20 +132,34 @@ class Config(Plan):
         ``device``: "cpu", "cuda"; ``length``: of keys; ``pairs``: see ``default_plan``.
         """
         try:
-            return replace(default_plan(causal, device, length, pairs), **self.own_settings())
+            plan = replace(default_plan(causal, device, length, pairs), **self.own_settings())
         except OptionError:
-            return Plan(**self.own_settings())
+            plan = Plan(**self.own_settings())
+        plan.check_reads(causal)
+        return plan
 
     def changed(self, **settings: Any) -> Config:
-        """With other settings; a ``plan`` takes the place of a plan's settings."""
+        """With other settings; a ``plan`` takes the place of a plan's settings, and ``keep=0`` or ``routes=0`` of what
+        has no effect without."""
         kept = [field.name for field in fields(self) if field.init and field.name not in PLAN_FIELDS]
+        idle = {name for key, names in NEEDED_BY.items() if settings.get(key) == 0 for name in names}
         if settings.get("plan") is None:
-            kept += [name for name in self.given if settings.get("keep") != 0 or name not in SCORING]
+            kept += [name for name in self.given if name not in idle]
         return Config(**{name: getattr(self, name) for name in kept} | settings)
+
+    def __repr__(self) -> str:
+        """What was given and what is no default: the settings of a plan that were not are chosen for each site."""
+        others = {f.name: getattr(self, f.name) for f in fields(self) if f.init and f.name not in PLAN_FIELDS}
+        told = self.own_settings() | {key: value for key, value in others.items() if value != getattr(Config, key)}
+        return f"Config({', '.join(f'{key}={value!r}' for key, value in told.items())})"
 
     def own_settings(self) -> dict[str, Any]:
         """The plan's settings that were given."""
         return {name: getattr(self, name) for name in self.given}
+
+    def of_graphs(self) -> list[str]:
+        """The options, other than by default, that are for a graph or its sites."""
+        return [name for name in OF_GRAPHS if getattr(self, name) != getattr(Config, name)]
 
     @property
     def site_plans(self) -> Calibration | None:

@@ -66,8 +66,7 @@ def _planned(attention: Attention, mask: Mask, config: Config, key: str) -> tupl
     plans = config.site_plans
     if plans is None:
         pairs = logits_of(attention, mask) != NOTHING
-        device = value_of(attention.query.node).device.type
-        return config.plan_for(mask.causal, device, attention.size(attention.k), pairs), ""
+        return config.plan_for(mask.causal, attention.device.type, attention.size(attention.k), pairs), ""
     shape = _shape(attention, mask.causal)
     sizes = {name: getattr(shape, name) for name in ("heads", "kv_heads", "head_dim", "value_dim", "causal")}
     return plans.find(SiteKey(key, **sizes))
@@ -80,16 +79,16 @@ def logits_of(attention: Attention, mask: Mask) -> Logits:
 
 def _pairs(attention: Attention, mask: Mask, plan: Plan) -> str:
     """Why what is said of pairs is not taken; "" if it is."""
-    device = value_of(attention.query.node).device
     logits = logits_of(attention, mask)
-    if logits == NOTHING or not _generated(device):
+    if logits == NOTHING or not _generated(attention.device):
         return "" if logits == NOTHING else mask.needs
     if plan.centroids or plan.residual:
         return f"{mask.needs or 'softcap: ' + format(logits.softcap, 'g')}; a centroid stands for several keys"
     if not mask.needs:
         return ""
     taken = _told(logits) and _safe(attention, mask, plan)
-    return "" if taken and all(value_of(node).device == device for node in mask.loads) else mask.needs
+    here = value_of(attention.query.node).device
+    return "" if taken and all(value_of(node).device == here for node in mask.loads) else mask.needs
 
 
 def _generated(device: torch.device) -> bool:
@@ -139,9 +138,9 @@ def _unsupported(site: Site) -> str:
         return f"unsupported_dtype: {', '.join(str(t) for t in dtypes)} to {value_of(site.output).dtype}"
     if any(isinstance(size, int) and size == 0 for t in tensors for size in t.shape):
         return "empty"
-    on_cpu = tensors[0].device.type == "cpu"
-    if not on_cpu and device.why_not(tensors[0].device):
-        return f"unsupported_device: {device.why_not(tensors[0].device)}"
+    on_cpu = attention.device.type == "cpu"
+    if not on_cpu and not attention.asked and device.why_not(attention.device):
+        return f"unsupported_device: {device.why_not(attention.device)}"
     # Heads and head dims are a model's structure: where Dynamo made them dynamic, a guard fixes them.
     heads, kv_heads = int(attention.size(*attention.heads)), int(attention.size(*attention.kv_heads))
     dims = int(attention.size(attention.d)), int(attention.size(attention.e))
@@ -149,7 +148,7 @@ def _unsupported(site: Site) -> str:
         return f"unsupported_head_dim: {dims[0]}, {dims[1]}"
     if heads % kv_heads:
         return f"unsupported_heads: {heads}, {kv_heads}"
-    if attention.softcap is not None and not _generated(tensors[0].device):
+    if attention.softcap is not None and not _generated(attention.device):
         return f"softcap: {attention.softcap:g}"
     return "no_compiler" if on_cpu and not cpu.available() else ""
 
@@ -179,7 +178,7 @@ def _shape(attention: Attention, causal: bool) -> cost.Shape:
         head_dim=hint(attention.size(attention.d)),
         value_dim=hint(attention.size(attention.e)),
         causal=causal,
-        device=value_of(attention.query.node).device.type,
+        device=attention.device.type,
     )
 
 
@@ -203,10 +202,10 @@ def describe(decision: Decision, kind: str, key: str = "") -> SiteReport:
     costs: dict[str, Any] = {}
     sizes: dict[str, Any] = {}
     kernel: dict[str, Any] = {}
-    device_type = ""
+    where = ""
     if attention is not None:
         a = attention
-        device_type = value_of(a.query.node).device.type
+        where = a.asked or a.device.type
         kernel = _kernel(decision, a) if plan else {}
         named = {"batch": a.batch, "heads": a.heads, "kv_heads": a.kv_heads, "q_len": (a.q,), "k_len": (a.k,)}
         named["head_dim"] = (a.d,)
@@ -229,7 +228,7 @@ def describe(decision: Decision, kind: str, key: str = "") -> SiteReport:
         key=key,
         value_dim=None if attention is None else hint(attention.size(attention.e)),
         causal=decision.mask.causal,
-        device=device_type,
+        device=where,
         kernel=kernel,
     )
 

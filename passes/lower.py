@@ -10,17 +10,17 @@ from torch import fx
 from .compat import add_value, same_place, value_of
 
 
-def lower(graph: fx.Graph, values: dict[str, Any]) -> None:
+def lower(graph: fx.Graph, values: dict[str, Any], device: str = "") -> None:
     """On a CPU, ``mass``, ``route`` and ``attend`` become ``route_attend``: routes are never all in memory.
 
     What has more in its logits than products (a softcap, a bias) stays as it is: no compiled kernel has that.
 
-    ``values``: of calls, see ``compat.add_value``.
+    ``values``: of calls, see ``compat.add_value``. ``device``: as for ``rewrite``.
     """
     for attend in graph.find_nodes(op="call_function", target=torch.ops.prescore.attend.default):
         query, key, value, valid, order, routes, *rows, plan, causal, scale, logits, _ = attend.args
         fake = value_of(query)
-        if routes is None or logits or fake is None or fake.device.type != "cpu":
+        if routes is None or logits or fake is None or (device or fake.device.type) != "cpu":
             continue
         _, _, mean, spread, bias, _, _, k_len, _, _, _, *mass = routes.args
         args = (query, key, value, valid, order, mean, spread, bias, *rows, plan, causal, scale)

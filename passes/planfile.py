@@ -95,7 +95,7 @@ class _Part:
             raise self.wrong("an object" + (f" with {', '.join(needed)}" if needed else ""))
         for name in needed:
             if name not in self.value:
-                raise OptionError(f"{self.where}: {name}", None, "something: it is missing")
+                raise self.wrong(f"an object with {', '.join(needed)}; {name!r} is missing")
         for name in self.value:
             if others is not None and name not in (*needed, *others):
                 allowed = f"no such key; the keys are {', '.join((*needed, *others))}"
@@ -133,7 +133,9 @@ class _Part:
 
 
 def _calibration(whole: _Part) -> Calibration:
-    version = whole.object(("format",))["format"]
+    if not isinstance(whole.value, Mapping) or "format" not in whole.value:
+        raise whole.wrong("what a plan file that calibrate wrote holds; it has no 'format'")
+    version = whole.object()["format"]
     if isinstance(version.value, bool) or version.value != FORMAT:
         raise version.wrong(f"{FORMAT}, the format that this version reads")
     parts = whole.object(_FILE, ())

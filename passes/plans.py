@@ -94,11 +94,13 @@ class Calibration:
         """The plan of a site of a graph, or None and the reason why it is kept exact.
 
         Raises:
-            OptionError: the site is known, but with other heads, sizes or causality.
+            OptionError: the site is known, but with other heads, sizes or causality; its plan reads nothing.
         """
         known = [site for site in self.sites if site.key.site == key.site]
         for site in known:
             if site.key == key:
+                if site.plan:
+                    site.plan.check_reads(key.causal)
                 return site.plan, "" if site.plan else "plan_exact"
         if not known:
             return None, "not_in_plan"

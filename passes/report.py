@@ -32,8 +32,8 @@ class SiteReport:
         rule: how it was recognised (rules.RULES). failed: ``file:line: code`` of the first condition that
             failed, where kept: the mask's line for a mask.
         key: the site's name in a plan file. value_dim, causal: what else a plan file checks.
-        device: "cpu" or "cuda"; "" where nothing is proved. kernel: what its generated kernels are specialised
-            with beside the plan, as ``kernels.triton.sources`` takes it.
+        device: "cpu" or "cuda", or the one that was asked about; "" where nothing is proved. kernel: what its
+            generated kernels are specialised with beside the plan, as ``kernels.triton.sources`` takes it.
     """
 
     module: str
@@ -94,8 +94,8 @@ class Report:
             _row(site) | ({"plan": label(site.plan) if site.plan else "-"} if several else {}) for site in self.sites
         ]
         table = tabulate(rows, headers="keys", disable_numparse=True)
-        notes = [*_absent(self.absent), *_idle(self.idle)]
-        return "\n".join([self.head, "", str(table), *_plans(self.rewritten), *notes])
+        notes = [*_devices(self.sites), *_plans(self.rewritten), *_absent(self.absent), *_idle(self.idle)]
+        return "\n".join([self.head, "", str(table), *notes])
 
     @property
     def head(self) -> str:
@@ -150,6 +150,11 @@ def _idle(globs: list[str]) -> list[str]:
     return ["", "matches no site: " + ", ".join(globs)] if globs else []
 
 
+def _devices(sites: list[SiteReport]) -> list[str]:
+    devices = dict.fromkeys(site.device for site in sites if site.device)
+    return ["", f"device: {', '.join(devices)}"] if devices else []
+
+
 def _plans(sites: list[SiteReport]) -> list[str]:
     plans = {str(site.plan.settings()) for site in sites if site.plan}
-    return ["", *(f"plan: {plan}" for plan in sorted(plans))] if plans else []
+    return [f"plan: {plan}" for plan in sorted(plans)]

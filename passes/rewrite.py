@@ -31,24 +31,28 @@ from .stages import CAPTURED, INSERTED, Recorder, recording
 _SUMMARY_OUTPUTS = ("order", "mean", "spread", "bias", "row_index", "row_owner", "row_key", "row_value", "row_bias")
 
 
-def rewrite(gm: fx.GraphModule, config: Config | None = None, *inputs: Any) -> tuple[fx.GraphModule, Report]:
+def rewrite(
+    gm: fx.GraphModule, config: Config | None = None, *inputs: Any, device: str = ""
+) -> tuple[fx.GraphModule, Report]:
     """Replace attention by score, summarize, route and attend nodes where that is decided.
 
     Args:
         gm: a graph of Dynamo, ``torch.export(...).module()`` or ``torch.fx.symbolic_trace``; it is not changed.
         config: default ``Config()``.
         *inputs: example inputs, needed where the graph's nodes carry no shapes; see ``find``.
+        device: one of ``sources.DEVICES``: as if the tensors were there, to be looked at; such a graph may run slowly
+            where they are. "": what is right for where they are.
 
     Returns:
         The new graph (the same weights) and what was decided for each site. Who listens (``observe``) is
         told each stage.
     """
     with recording(gm) as recorder:
-        return _rewrite(gm, Config.of(config), inputs, recorder, Counter())
+        return _rewrite(gm, Config.of(config), inputs, recorder, Counter(), device)
 
 
 def _rewrite(
-    gm: fx.GraphModule, config: Config, inputs: Sequence[Any], recorder: Recorder, named: Counter[str]
+    gm: fx.GraphModule, config: Config, inputs: Sequence[Any], recorder: Recorder, named: Counter[str], device: str
 ) -> tuple[fx.GraphModule, Report]:
     gm = copied(gm)
     recorder.stage(CAPTURED, gm)
@@ -57,14 +61,15 @@ def _rewrite(
     for name, child in bodies(gm):
         child = copied(child)
         connect(gm, name, child)
-        body, found = _rewrite(child, config, (), recorder.body(child, name), named)
+        body, found = _rewrite(child, config, (), recorder.body(child, name), named, device)
         setattr(gm, name, body)
         inner.sites.extend(found.sites)
     add_missing_shapes(gm, inputs)
     expansions = expand(gm)
     origin = {node: expansion for expansion in expansions for node in expansion.nodes}
     known: Lifted = {}
-    decided = [_decided(site, config, origin, _key(site, named), known) for site in find_here(gm)]
+    sites = [_asked(site, device) for site in find_here(gm)]
+    decided = [_decided(site, config, origin, _key(site, named), known) for site in sites]
     decisions, own = [decision for decision, _ in decided], [site for _, site in decided]
     report = Report(own + inner.sites)
     recorder.decided(gm, own, [_captured(origin, decision).name for decision in decisions])
@@ -82,11 +87,16 @@ def _rewrite(
             _drop_call(gm.graph, expansion)
         else:
             restore(gm.graph, expansion)
-    lower(gm.graph, values)
+    lower(gm.graph, values, device)
     gm.graph.lint()
     gm.recompile()
     recorder.done(gm)
     return gm, report
+
+
+def _asked(site: Site, device: str) -> Site:
+    """The site on the device that was asked about."""
+    return replace(site, attention=replace(site.attention, asked=device)) if site.attention else site
 
 
 def _key(site: Site, named: Counter[str]) -> str:

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import sympy
+import torch
 from torch import fx
 
-from .compat import known_equal
+from .compat import known_equal, value_of
 from .indices import Index, Ranges, ranges
 from .memory import Memory
 
@@ -82,6 +83,7 @@ class Attention:
         scale: number or node. factors: tensors without a key axis that multiply the logits, too.
         terms: what the logits go through, in order. softcap: ``c`` of ``c * tanh(logits / c)`` before the terms.
         is_causal: ``k <= q``. dropout: its probability, 0.0 where off.
+        asked: the device that was asked about, see ``rewrite``; "" for the one that the tensors are on.
     """
 
     query: Operand
@@ -102,6 +104,15 @@ class Attention:
     softcap: float | None = None
     is_causal: bool = False
     dropout: Any = 0.0
+    asked: str = ""
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is decided to run; AMD's GPUs go by the name of NVIDIA's."""
+        if self.asked:
+            return torch.device("cuda" if self.asked == "hip" else self.asked)
+        found: torch.device = value_of(self.query.node).device
+        return found
 
     def size(self, *coordinates: sympy.Symbol | None) -> Any:
         """How many values the coordinates take together, as int or SymInt."""

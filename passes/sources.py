@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from ..kernels import cpu, triton
-from .defaults import default_plan
 from .report import Report, SiteReport
 
 DEVICES = ("cpu", "cuda", "hip")
@@ -30,14 +29,11 @@ class Source:
     sites: tuple[str, ...]
 
 
-def sources_of(report: Report, device: str = "") -> list[Source]:
-    """The kernels of a report's rewritten sites, one for each geometry, in the order of the sites.
-
-    ``device``: one of ``DEVICES``: as if they ran there, which needs no such device; "" for where they do run.
-    """
+def sources_of(report: Report) -> list[Source]:
+    """The kernels of a report's rewritten sites, one for each geometry and device, in the order of the sites."""
     places: dict[tuple[str, tuple[tuple[str, str], ...]], list[SiteReport]] = {}
-    for site in (_moved(site, device) for site in report.rewritten):
-        key = (device or site.device or "cpu", tuple(_geometry(site).items()))
+    for site in report.rewritten:
+        key = (site.device, tuple(_geometry(site).items()))
         places.setdefault(key, []).append(site)
     found: list[Source] = []
     for (where, geometry), sites in places.items():
@@ -45,14 +41,6 @@ def sources_of(report: Report, device: str = "") -> list[Source]:
         for name, language, text in _cpu() if where == "cpu" else _triton(sites[0], where):
             found.append(Source(name, language, text, dict(geometry), names))
     return found
-
-
-def _moved(site: SiteReport, device: str) -> SiteReport:
-    """The site with the plan that it would have on ``device``, where it has the default of its own."""
-    length = int(site.shape["k_len"]) if site.shape["k_len"].isdigit() else 0
-    if device and site.plan == default_plan(site.causal, site.device, length):
-        return replace(site, plan=default_plan(site.causal, device, length))
-    return site
 
 
 @functools.cache

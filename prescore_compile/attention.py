@@ -33,7 +33,9 @@ def attention(
             ``is_causal=True`` both hold, unlike in torch, which refuses the pair.
         dropout_p: only 0. scale: default ``D ** -0.5``.
         is_causal: query ``i`` attends keys up to ``i``; needs ``Nq == Nk``.
-        config: default ``Config()``. Fewer keys than ``config.min_seq_len`` run exact.
+        config: default ``Config()``. Fewer keys than ``config.min_seq_len`` run exact. No gain is asked for, as with
+            ``only_if_faster=False``; what is for a graph (``plan``, ``include``, ``exclude``, ``inner``, ``dump``) is
+            an error.
 
     Returns:
         ``[B, H, Nq, Dv]`` in the query's dtype.
@@ -42,8 +44,9 @@ def attention(
         ValueError: what was got and what is allowed.
     """
     config = Config.of(config)
-    if config.plan is not None:
-        raise ValueError("config: got one with a plan file, which is for the sites of a graph; allowed: one plan")
+    if names := config.of_graphs():
+        allowed = "settings of one plan, min_seq_len and only_if_faster"
+        raise ValueError(f"config: got {', '.join(names)}, which is for a graph and its sites; allowed: {allowed}")
     valid = _check(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa, config)
     scale = max(query.shape[3], 1) ** -0.5 if scale is None else float(scale)
     empty = 0 in (*query.shape, *key.shape, *value.shape)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 import os
 import warnings
@@ -111,10 +112,23 @@ def explain(
         model: module or function. config: default ``Config()``. dynamic: as in ``torch.compile``.
         *args, **kwargs: of the call.
 
+    Raises:
+        OptionError: ``options=`` was given to a model without such a parameter.
+
     Returns:
         The report; ``print`` it for a table, ``.sites`` for the data, ``.to_json()``.
     """
+    check_call(model, kwargs)
     return stages(model, args, kwargs, config, dynamic).report
+
+
+def check_call(model: Callable[..., Any], kwargs: Mapping[str, Any]) -> None:
+    """Raise where ``options=`` is not of the model, whose ``**kwargs`` could swallow it in silence."""
+    if "options" not in kwargs:
+        return
+    call = getattr(model, "_orig_mod", model)
+    if "options" not in inspect.signature(getattr(call, "forward", call)).parameters:
+        raise OptionError("options", kwargs["options"], "config=Config(**options); the model has no such parameter")
 
 
 def stages(
@@ -123,12 +137,16 @@ def stages(
     kwargs: Mapping[str, Any],
     config: Config | None = None,
     dynamic: bool | None = None,
+    device: str = "",
 ) -> Log:
-    """The stages of every graph of a call, captured as ``explain`` says; each ends with the rewritten graph."""
+    """The stages of every graph of a call, captured as ``explain`` says; each ends with the rewritten graph.
+
+    ``device``: as for ``rewrite``.
+    """
     config, log = Config.of(config), Log()
 
     def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Compiled:
-        rewrite(gm, config)
+        rewrite(gm, config, device=device)
 
         def stop(*_: Any) -> Any:
             raise _Captured
@@ -136,7 +154,7 @@ def stages(
         return stop
 
     def capture_and_run(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Compiled:
-        rewrite(gm, config)
+        rewrite(gm, config, device=device)
         return gm.forward
 
     call, own_args, own_kwargs = fresh(model, args, kwargs)

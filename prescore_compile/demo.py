@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -103,7 +103,8 @@ def run(seq_len: int = 8192, config: Config | None = None) -> Figures:
         report = explain(model, ids, config=config)
         print(report, file=sys.stderr, flush=True)
         exact = torch.compile(model, backend="inductor")
-        prescored = torch.compile(model, backend="prescore", options=cast(Any, config))
+        options: Any = config  # which torch's types do not know
+        prescored = torch.compile(model, backend="prescore", options=options)
         tell("compiling and running exact (backend='inductor')")
         losses, best = _losses(exact(ids).logits, ids)
         tell("compiling and running prescored (backend='prescore')")
@@ -111,7 +112,8 @@ def run(seq_len: int = 8192, config: Config | None = None) -> Figures:
         tell("timing the prefill")
         times = interleaved({"exact": lambda: exact(ids), "prescored": lambda: prescored(ids)}, ROUNDS, tell)
         tell("timing attention alone, on the model's own queries, keys and values")
-        with _TimeAttention(config, tell) as alone:
+        of_one_site = Config(min_seq_len=config.min_seq_len, **config.own_settings())
+        with _TimeAttention(of_one_site, tell) as alone:
             model.model(ids)
     return _figures(seq_len, report, times, alone, losses, prescored_losses, best == prescored_best)
 

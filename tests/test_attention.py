@@ -83,6 +83,20 @@ def test_bad_input_is_a_clear_error(name: str) -> None:
     assert "got" in str(caught.value) and "allowed" in str(caught.value)
 
 
+OF_A_GRAPH: list[dict[str, Any]] = [
+    {"include": ["a.*"]}, {"exclude": ["*"]}, {"inner": "eager"}, {"dump": "stages"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", OF_A_GRAPH)
+def test_what_is_for_a_graph_is_an_error(options: dict[str, Any]) -> None:
+    q, k, v = qkv()
+    message = f"got {next(iter(options))}, which is for a graph.*allowed: settings of one plan"
+    with pytest.raises(ValueError, match=message):
+        attention(q, k, v, config=Config(**options))
+    assert torch.equal(attention(q, k, v, config=Config(only_if_faster=False)), attention(q, k, v))
+
+
 @pytest.mark.parametrize("shape", [(0, 4, 100, 16), (2, 4, 0, 16), (2, 4, 100, 0)])
 def test_empty_inputs_give_what_sdpa_gives(shape: tuple[int, ...]) -> None:
     q = torch.zeros(shape)

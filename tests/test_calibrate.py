@@ -154,7 +154,7 @@ def test_what_is_wrong_in_a_file_is_named(found: Calibration, key: str) -> None:
     value, message = WRONG[key]
     with pytest.raises(OptionError, match=message):
         load(data(found) | {key: value})
-    with pytest.raises(OptionError, match="it is missing"):
+    with pytest.raises(OptionError, match="'measure' is missing"):
         load({name: part for name, part in data(found).items() if name != "measure"})
 
 
@@ -379,3 +379,17 @@ def test_methods_can_be_calibrated() -> None:
     options = dict(method="norm", keep=4, chunk=16, sinks=2)
     assert calibrate(Model(), [torch.randn(1, 1024, 16)], budget=0.6, options=options, progress=None).drift > 0
     assert Config(method="norm", keep=4).changed(keep=0) == Config(keep=0)
+
+
+def test_settings_of_routes_can_be_calibrated() -> None:
+    """What shows the sites is a plan without routes; so are candidates."""
+    options = dict(chunk=32, sinks=2, share=0.01, spread=1.4, coarse=14)
+    assert calibrate(Model(), [torch.randn(1, 1024, 16)], budget=0.9, options=options, progress=None).sites
+    base = Plan(coarse=32)
+    assert {bool(plan.routes) for plan in ladder(8192, True, base) if plan.coarse} == {True}
+
+
+def test_a_plan_that_reads_nothing_is_no_candidate() -> None:
+    nothing = Plan(window=0, sinks=0, routes=0)
+    with pytest.raises(OptionError, match=r"'window': got 0.*at a bidirectional site"):
+        calibrate(Model(causal=False), [batch()], budget=0.6, candidates=[nothing], progress=None)

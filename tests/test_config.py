@@ -16,7 +16,7 @@ from prescore_compile.passes import defaults
 BAD = {
     "method": ("kmean", "kmeans, kmeans_relative, kernel_kmeans, kmedian, leverage, peak"),
     "chunk": (100, "cluster"),
-    "cluster": (24, "16, 32 or 64"),
+    "cluster": (128, "16, 32 or 64"),
     "window": (2**31 - 1, "from 0 to 1073741824"),
     "sinks": (1.5, "from 0 to 65536"),
     "keep": (True, "from 0 to"),
@@ -50,7 +50,7 @@ def test_unknown_options_are_errors() -> None:
 
 def test_every_field_can_be_set_and_is_frozen() -> None:
     options = dict(
-        method="kmeans", chunk=64, window=32, sinks=4, keep=8, centroids=2, cluster=32, routes=0, coarse=6,
+        method="kmeans", chunk=64, window=32, sinks=4, keep=8, centroids=0, cluster=32, routes=9, coarse=6,
         min_seq_len=1, seed=3, inner="eager", include=["a.*"], exclude=["a.b"], only_if_faster=False, dump="stages",
     )  # fmt: skip
     config = Config.from_options(options)
@@ -100,7 +100,7 @@ def test_exact_takes_options() -> None:
 
 
 def test_what_was_given_is_not_lost() -> None:
-    with pytest.raises(TypeError, match=r"config\.changed"):
+    with pytest.raises(TypeError, match=r"config\.changed.*or only the options that are meant"):
         replace(Config(), min_seq_len=0)
     assert Config().changed(min_seq_len=0).plan_for(True, "cpu", 8192) == Config().plan_for(True, "cpu", 8192)
 
@@ -113,6 +113,12 @@ def test_what_was_given_is_not_lost() -> None:
         ({"threshold": 1e308}, "a number from 0 to below 1e"),
         ({"clustering": ["kmeans", "pca_tree"]}, "one of pca_tree"),
         (["share"], "a dict of options"),
+        ({"cluster": 24}, "16, 32 or 64"),
+        ({"cluster": 16.0}, "16, 32 or 64"),
+        ({"coarse": 8, "routes": 0}, "'coarse': got 8.*0 where routes is 0"),
+        ({"spread": 1.4, "routes": 0}, "'spread': got 1.4.*beside routes of 1 or more"),
+        ({"plan": {}}, "'plan': got {}.*it has no 'format'"),
+        ({"plan": {"format": 1}}, "'plan': got {'format': 1}.*'torch' is missing"),
     ],
 )
 def test_odd_values_are_told_as_others_are(options: Any, message: str) -> None:
@@ -125,6 +131,37 @@ def test_odd_files_are_told_as_others_are(text: str, tmp_path: Path) -> None:
     (tmp_path / "plan.json").write_text(text)
     with pytest.raises(OptionError, match="plan"):
         Config(plan=str(tmp_path / "plan.json"))
+
+
+READS_NOTHING: list[dict[str, Any]] = [{}, {"keep": 8, "threshold": 2.0}]
+
+
+@pytest.mark.parametrize("more", READS_NOTHING)
+def test_a_bidirectional_plan_that_reads_nothing_is_an_error(more: dict[str, Any]) -> None:
+    config = Config(window=0, sinks=0, routes=0, min_seq_len=0, only_if_faster=False, **more)
+    assert config.plan_for(True, "cpu", 8192).window == 0, "a causal query has its own chunk"
+    x = torch.randn(1, 2, 64, 8)
+    message = "'window': got 0.*1 or more, or None, at a bidirectional site with sinks=0, routes=0"
+    with pytest.raises(OptionError, match=message):
+        attention(x, x, x, config=config)
+    with pytest.raises(OptionError, match=message):
+        explain(lambda x: torch.nn.functional.scaled_dot_product_attention(x, x, x), x, config=config)
+    for something in ({"sinks": 1}, {"routes": 1}, {"centroids": 1}, {"window": 1}, {"window": None}):
+        config.changed(**something).plan_for(False, "cpu", 8192)
+    config.changed(keep=1, threshold=0.0).plan_for(False, "cpu", 8192)
+
+
+def test_without_routes_what_is_of_routes_goes() -> None:
+    config = Config(share=0.1, spread=1.4, coarse=8, sinks=3).changed(routes=0)
+    assert config.own_settings() == {"routes": 0, "sinks": 3}
+
+
+def test_a_config_prints_as_what_was_given() -> None:
+    assert repr(Config()) == "Config()" and repr(Config(share=0.01)) == "Config(share=0.01)"
+    given = Config(routes=27, include=["a.*"], only_if_faster=False, dump="stages")
+    assert repr(given) == "Config(routes=27, include=('a.*',), only_if_faster=False, dump='stages')"
+    for config in (given, Config.exact(), Config(inner="eager")):
+        assert eval(repr(config)) == config
 
 
 def test_a_config_is_no_dict() -> None:

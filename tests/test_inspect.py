@@ -15,7 +15,7 @@ import torch
 import torch.utils.checkpoint
 
 import prescore_compile
-from prescore_compile import Config, Inspection, explain, graph_diff
+from prescore_compile import Config, Inspection, OptionError, explain, graph_diff
 from prescore_compile.cli import main
 from prescore_compile.inspection import dot, explorer
 
@@ -50,6 +50,14 @@ def by_name():
     return (lambda x: F.scaled_dot_product_attention(x, x, x)), {"x": torch.randn(1, 2, 64, 8)}
 
 
+def window():
+    def model(x):
+        at = torch.arange(x.shape[2])
+        mask = (at[None, :] <= at[:, None]) & (at[None, :] > at[:, None] - 8)
+        return F.scaled_dot_product_attention(x, x, x, mask)
+    return model, torch.randn(1, 2, 64, 8)
+
+
 def needs(x):
     return x
 
@@ -70,6 +78,17 @@ def raises():
     def model(x):
         raise ValueError("only for squares")
     return model, torch.zeros(2)
+
+
+def misfits():
+    return torch.nn.Sequential(Attention(), torch.nn.Linear(9, 4)), torch.zeros(1, 2, 64, 8)
+
+
+def misfits_a_line():
+    def model(x):
+        x = F.scaled_dot_product_attention(x, x, x)
+        return F.linear(x, torch.zeros(4, 9))
+    return model, torch.zeros(1, 2, 64, 8)
 
 
 def breaks():
@@ -157,6 +176,19 @@ def test_kernels_for_a_gpu_need_none(file: Path, capsys: pytest.CaptureFixture[s
     compile(kernel["text"], kernel["name"], "exec")
 
 
+def test_a_device_decides(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Decisions, graph and kernels are all of the device that is asked about; the report says which."""
+    text = said(capsys, "explain", f"{file}:window", *REWRITE)
+    assert "1 kept exact" in text and "device: cpu" in text
+    text = said(capsys, "explain", f"{file}:window", *REWRITE, "--device", "cuda")
+    assert "1 rewritten" in text and "device: cuda" in text and "'group_routes': True" in text
+    assert "not_faster" in said(capsys, "explain", f"{file}:window", *REWRITE[:2], "--device", "hip")
+    text = said(capsys, "diff", f"{file}:by_name", *REWRITE, "--device", "cuda")
+    assert "prescore.attend.default(" in text and "route_attend" not in text
+    page = said(capsys, "explain", f"{file}:by_name", *REWRITE, "--device", "hip", "--format", "html")
+    assert '"device":"hip"' in page and '"name":"attend.py"' in page
+
+
 def test_graph_breaks_are_told_apart(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = said(capsys, "explain", f"{file}:breaks")
     assert "2 sites" in text and len(re.findall(r"^graph \d+/0 of", text, re.M)) == 2
@@ -182,6 +214,8 @@ FAILED = {
     "{file}:needs": "needs() missing 1 required positional argument: 'x'\n",
     "{file}:stops": "stops() raised SystemExit: 7",
     "{file}:raises": "the model raised ValueError: only for squares at {file}:",
+    "{file}:misfits": "the model raised RuntimeError: a and b must have same reduction dim",
+    "{file}:misfits_a_line": "the model raised RuntimeError: a and b must have same reduction dim",
     "{bad}:make": "importing it raised SyntaxError",
 }
 
@@ -195,6 +229,14 @@ def test_bad_input_has_an_exit_code_and_says_what_is_allowed(
     names = {"file": str(file), "folder": str(tmp_path), "bad": str(bad)}
     arguments = [part.format(**names) for part in target.split()]
     assert (WRONG | FAILED)[target].format(**names) in said(capsys, "diff", *arguments, code=code)
+
+
+def test_an_operator_that_fails_is_one_line_of_the_users(file: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Not Dynamo's own words for it, nor torch's log of fake tensors."""
+    line = next(at for at, code in enumerate(MODEL.splitlines(), 1) if "torch.zeros(4, 9)" in code)
+    assert main(["explain", f"{file}:misfits_a_line"]) == 3
+    said = capfd.readouterr().err.strip().splitlines()
+    assert len([text for text in said if "noise" not in text]) == 1 and said[-1].endswith(f" at {file}:{line}"), said
 
 
 def test_a_pipe_is_without_colour_and_may_close(file: Path) -> None:
@@ -249,6 +291,21 @@ def test_every_site_has_a_line_inside_of_torch_a_checkpoint_and_a_branch() -> No
     places = [site.source for site in sites]
     assert len(sites) >= 5 and all(re.search(r"\.py:\d+$", place) for place in places), places
     assert places[0].split(":")[0].endswith("activation.py") and "def forward" in sites[0].code
+
+
+def test_options_are_not_swallowed_by_a_models_keywords() -> None:
+    def swallows(x: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(x, x, x)
+
+    def takes(x: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(x, x, x, scale=options["scale"])
+
+    x = torch.randn(1, 2, 64, 8)
+    for look in (explain, graph_diff):
+        for model in (swallows, torch.nn.Identity(), torch.compile(torch.nn.Identity())):
+            with pytest.raises(OptionError, match=r"'options': got {'exclude'.*allowed: config=Config\(\*\*options\)"):
+                look(model, x, options={"exclude": ["*"]})
+    assert explain(takes, x, options={"scale": 1.0}).sites
 
 
 def test_an_inspection_is_data_text_and_json(inspection: Inspection) -> None:

@@ -22,21 +22,24 @@ def ladder(length: int, causal: bool, base: Plan) -> list[Plan]:
     Causal: routed clusters beside a window, and a window alone (StreamingLLM). Bidirectional: routed clusters with
     centroids for the others, routed clusters beside a window, and selected keys with centroids for the others.
     """
-    base = replace(base.near, coarse=base.coarse, window=0)
-    found = [plan for share in DENSITIES for plan in _plans(share, length, causal, base)]
+    near = replace(base.near, window=0)
+    found = [plan for share in DENSITIES for plan in _plans(share, length, causal, near, base.coarse)]
     densities = {plan: cost.at(cost.density(plan, causal), length) for plan in dict.fromkeys(found)}
     return [plan for plan, density in sorted(densities.items(), key=lambda item: item[1]) if density < 0.75]
 
 
-def _plans(share: float, length: int, causal: bool, base: Plan) -> Iterator[Plan]:
-    """The plans of one density that there are: few keys leave no room for a window and routes."""
+def _plans(share: float, length: int, causal: bool, base: Plan, coarse: int) -> Iterator[Plan]:
+    """The plans of one density that there are: few keys leave no room for a window and routes.
+
+    ``coarse``: of those with routes, where it is enough for them.
+    """
     sides = 1 if causal else 2
     keys = share * (length / 2 if causal else length) - base.sinks
     routing = length / (2 if causal else 1) / base.cluster
     routes = int((keys - routing - sides * (WINDOW + base.chunk / 2)) / base.cluster)
     if routes > 0:
-        enough = routes <= base.coarse * (base.chunk // base.cluster)
-        yield replace(base, window=WINDOW, routes=routes, coarse=base.coarse if enough else 0)
+        enough = routes <= coarse * (base.chunk // base.cluster)
+        yield replace(base, window=WINDOW, routes=routes, coarse=coarse if enough else 0)
     if causal:
         window = round(keys - base.chunk / 2)
         if window >= WINDOW / 2:

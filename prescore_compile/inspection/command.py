@@ -15,6 +15,7 @@ from typing import Any
 
 from ..kernels.plan import OptionError
 from ..passes import Config
+from ..passes.compat import quiet_fakes
 from ..passes.sources import DEVICES
 
 DONE, WRONG_USAGE, TARGET_FAILED = 0, 2, 3
@@ -46,7 +47,7 @@ def add_to(commands: Any) -> None:
         parser.add_argument("--set", action="append", default=[], metavar="OPTION=VALUE", dest="options",
                             help="an option of the backend, as in --set min_seq_len=0; can be repeated")  # fmt: skip
         parser.add_argument("--device", choices=DEVICES, default="",
-                            help="whose kernels to show; it need not be there (default: the model's)")  # fmt: skip
+                            help="what to decide for; it need not be there (default: the model's)")  # fmt: skip
         parser.add_argument("--dynamic", action="store_true", help="capture with dynamic shapes")
         parser.add_argument("--color", choices=("auto", "always", "never"), default="auto",
                             help="colour in text: on a terminal, unless NO_COLOR is set (default: auto)")  # fmt: skip
@@ -72,7 +73,8 @@ def guarded(command: str, work: Callable[[], None]) -> int:
     from .target import TargetError, TargetFailed
 
     try:
-        work()
+        with quiet_fakes():
+            work()
     except BrokenPipeError:  # `prescore diff ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (TargetError, ValueError, OSError) as error:
@@ -132,12 +134,12 @@ def _inspect(arguments: argparse.Namespace, target: Any, config: Config) -> Any:
     from .target import TargetFailed, told
 
     try:
-        log = stages(target.model, target.args, target.kwargs, config, arguments.dynamic or None)
+        log = stages(target.model, target.args, target.kwargs, config, arguments.dynamic or None, arguments.device)
     except OptionError:
         raise
     except (Exception, SystemExit) as error:
         raise TargetFailed(f"{arguments.target}: the model raised {told(error)}") from error
-    return Inspection(target.title, log, arguments.device)
+    return Inspection(target.title, log)
 
 
 def option(text: str) -> tuple[str, Any]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from ..backend import stages
+from ..backend import check_call, stages
 from ..passes import Config, GraphDiff, Report
 from ..passes.sources import Source, sources_of
 from ..passes.stages import Log
@@ -21,12 +21,10 @@ class Inspection:
 
     Attributes:
         title: what was looked at. log: every graph with its stages.
-        device: show the kernels of "cpu", "cuda" or "hip"; "" for those of the device that the model is on.
     """
 
     title: str
     log: Log
-    device: str = ""
 
     @property
     def report(self) -> Report:
@@ -47,7 +45,7 @@ class Inspection:
     @cached_property
     def sources(self) -> list[Source]:
         """The kernels that the rewritten sites run."""
-        return sources_of(self.report, self.device)
+        return sources_of(self.report)
 
     def __str__(self) -> str:
         return text.diff(self)
@@ -74,5 +72,6 @@ def graph_diff(
         ``print`` it for a unified diff with the user's lines and the rules that fired; ``.diffs`` is
         the data, ``.html()`` a page to send to somebody.
     """
+    check_call(model, kwargs)
     title = type(model).__name__ if hasattr(model, "forward") else getattr(model, "__name__", type(model).__name__)
     return Inspection(title, stages(model, args, kwargs, config, dynamic))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -11,6 +12,10 @@ from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ..passes.compat import raised
+
+_NOT_THE_USERS = tuple(str(Path(file).parent) + os.sep for file in (torch.__file__, Path(__file__).parent))
 
 
 class TargetError(ValueError):
@@ -136,12 +141,14 @@ def _inputs(config: Any, seq_len: int) -> dict[str, Any]:
 
 
 def told(error: BaseException) -> str:
-    """The error and the line that raised it, unless that is the call in this file (of a function with parameters)."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    ours = trace is None or trace.tb_frame.f_code.co_filename == __file__
-    where = "" if trace is None or ours else f" at {trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}"
+    """The error and the line of the user's that raised it, or called into torch or this package, which did.
+
+    No line where the call in this file raised, as of a function with parameters.
+    """
+    error, frames = raised(error)
+    users = [frame for frame in frames if not frame.filename.startswith(_NOT_THE_USERS)]
+    place = (users or frames)[-1]
+    where = "" if place.filename == __file__ else f" at {place.filename}:{place.lineno}"
     try:
         return f"{type(error).__name__}: {error}{where}"
     except Exception:  # of its own ``__str__``

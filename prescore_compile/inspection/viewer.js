@@ -441,6 +441,7 @@
     ["module", (s) => s.module || "—", "mono"], ["source", (s) => s.source, "mono"], ["decision", (s) => s.decision, ""],
     ["reason", (s) => s.reason, ""], ["rule", (s) => s.rule, ""], ["mask", (s) => s.mask, ""],
     ["heads", (s) => `${s.shape.heads ?? "?"}/${s.shape.kv_heads ?? "?"}`, "right"], ["keys", (s) => s.shape.k_len ?? "?", "right"],
+    ["device", (s) => s.device || "—", ""],
     ["exact", (s) => s.exact_cost, "right"], ["prescored", (s) => s.prescored_cost, "right"], ["density", (s) => s.density, "right"],
     ["expected", (s) => s.gain, "right"],
   ];
