@@ -23,7 +23,7 @@ FEW = {
         "attend.py::test_forward[keep and routes-True-False]",
         "attend.py::test_backward[residual-False]",
         "route.py::test_words_of_many_clusters[0.003]",
-        "scores.py::test_scores_are_the_references[leverage-True]",
+        "scores.py::test_leverage_of_features_in_parts[80]",
         "rows.py",
     ),
     "sm_90": (
