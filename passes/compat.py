@@ -134,7 +134,7 @@ def add_value(node: fx.Node, known: dict[str, Any]) -> None:
             elif callable(node.target):
                 node.meta[kind] = node.target(*args, **kwargs)
         known[key] = node.meta[kind]
-    except Exception:  # it is for readers: what is not known is not shown
+    except Exception:  # what is not known is not shown to readers, and the graph is not kept
         return
 
 

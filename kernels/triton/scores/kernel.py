@@ -86,14 +86,12 @@ class ScoreSpec:
 
     @property
     def warps(self) -> int:
-        """Of the launch: 64 registers a lane for one copy of the keys, or of a Gram matrix, in float32."""
+        """Of the launch: 64 registers a lane for one copy of the keys, or of a part's Gram matrix, in float32."""
         plan, width = self.settings, tile_of(self.dim)
-        if plan.method == "leverage":
-            return 4
-        rows = plan.chunk
+        numbers = min(width, leverage.FEATURES) ** 2 if plan.method == "leverage" else plan.chunk * width
         # The two loops of k-median in bfloat16 keep a little more than 255 registers hold.
         crowded = (plan.method, self.target, self.dtype) == ("kmedian", "cuda", "bfloat16") and width <= 128
-        return 4 if rows * width <= 8192 else 8 if rows * width <= (8192 if crowded else 16384) else 16
+        return 4 if numbers <= 8192 else 8 if numbers <= (8192 if crowded else 16384) else 16
 
 
 def fits(plan: Plan, dim: int, dtype: str, small: bool = False) -> bool:
