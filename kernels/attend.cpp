@@ -23,6 +23,7 @@ struct Sources {  // what attend reads besides the query
   const int32_t *order, *routes, *row_index;  // routes: null where they are found tile by tile
   View row_key, row_value;
   const float* row_bias;
+  const int64_t* band = nullptr;  // first and last key that each query may attend, [2, query]
 };
 
 // 16 keys and values as blocks; lanes without a key are zero.
@@ -181,10 +182,24 @@ struct Attend {
     }
   }
 
+  // The lanes from ``first`` to ``last``, which may lie outside of a block.
+  static uint32_t between(int64_t first, int64_t last) {
+    if (first >= W || last < 0 || first > last) return 0;
+    const uint32_t above = first <= 0 ? ALL : ALL << first & ALL;
+    return last >= W - 1 ? above : above & ((2u << last) - 1);
+  }
+
   void attend_window(Scratch& s, const Span& span, int64_t b, int64_t kv, int64_t rows) const {
     const int64_t length = span.end - span.begin, shift = g.k_len - g.q_len;
-    const int64_t stop = g.causal ? std::min(span.high, span.end + shift) : span.high;
-    for (int64_t base = span.low; base < stop; base += W) {
+    int64_t start = span.low, stop = g.causal ? std::min(span.high, span.end + shift) : span.high;
+    const int64_t *first = nullptr, *last = nullptr;
+    if (from.band) {  // its ends never fall from one query to the next
+      first = from.band + span.begin;
+      last = first + g.q_len;
+      start = std::max(start, first[0]);
+      stop = std::min(stop, last[length - 1] + 1);
+    }
+    for (int64_t base = start; base < stop; base += W) {
       auto at = [&](int j) -> int64_t {
         const int64_t n = base + j;
         return n < stop && (!from.valid || from.valid[b * g.k_len + n]) ? n : -1;
@@ -199,6 +214,7 @@ struct Attend {
           if (ahead < 0) continue;
           if (ahead < W - 1) lanes &= (2u << ahead) - 1;
         }
+        if (from.band) lanes &= between(first[r % length] - base, last[r % length] - base);
         if (!lanes) continue;
         s.listed[listed] = (int32_t)r;
         s.masks[listed++] = (uint16_t)lanes;
@@ -339,8 +355,8 @@ void prescore_route(const Geometry* g, const View* query, const float* mean, con
 
 void prescore_attend(const Geometry* g, const View* query, const View* key, const View* value, const View* out,
                      const uint8_t* valid, const int32_t* order, const int32_t* routes, const int32_t* row_index,
-                     const View* row_key, const View* row_value, const float* row_bias) {
-  const prescore::Sources from{*key, *value, valid, order, routes, row_index, *row_key, *row_value, row_bias};
+                     const View* row_key, const View* row_value, const float* row_bias, const int64_t* band) {
+  const prescore::Sources from{*key, *value, valid, order, routes, row_index, *row_key, *row_value, row_bias, band};
   prescore::Attend{*g, from, *query, *out, nullptr, nullptr}.run_all();
 }
 

@@ -158,13 +158,23 @@ def mass(site: Operands, summary: Summary, plan: Plan) -> torch.Tensor:
     return found
 
 
-def attend(site: Operands, summary: Summary, routes: torch.Tensor, plan: Plan, tile: int = TILE) -> torch.Tensor:
+def attend(
+    site: Operands,
+    summary: Summary,
+    routes: torch.Tensor,
+    plan: Plan,
+    tile: int = TILE,
+    band: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Compiled ``reference.attend``; accumulates in float32, returns the query's dtype.
+
+    ``band``: of a plan without a limit, the first and the last key that each query may attend, ``[2, Nq]`` int64, which
+    never fall from one query to the next.
 
     The result is laid out as ``[B, Nq, H, Dv]`` in memory, as SDPA's CPU kernel does, so that the
     transpose that follows it in every model is free.
     """
-    return _attended(site, summary, routes, plan, tile)
+    return _attended(site, summary, routes, plan, tile, band)
 
 
 def route_attend(site: Operands, summary: Summary, plan: Plan, tile: int = TILE) -> torch.Tensor:
@@ -172,10 +182,17 @@ def route_attend(site: Operands, summary: Summary, plan: Plan, tile: int = TILE)
 
     A tile's rows attend their window and sinks, whose sums a share is of, are routed, and attend the rest.
     """
-    return _attended(site, summary, None, plan, tile)
+    return _attended(site, summary, None, plan, tile, None)
 
 
-def _attended(site: Operands, summary: Summary, routes: torch.Tensor | None, plan: Plan, tile: int) -> torch.Tensor:
+def _attended(
+    site: Operands,
+    summary: Summary,
+    routes: torch.Tensor | None,
+    plan: Plan,
+    tile: int,
+    band: torch.Tensor | None,
+) -> torch.Tensor:
     batch, heads, q_len, dim = site.query.shape
     value_dim, k_len = site.value.shape[3], site.key.shape[2]
     dtype = site.query.dtype if site.query.dtype == torch.bfloat16 else torch.float32
@@ -189,6 +206,7 @@ def _attended(site: Operands, summary: Summary, routes: torch.Tensor | None, pla
     views, alive = zip(*(_view(t) for t in (site.query, site.key, site.value, out)), strict=True)
     row_views, rows_alive = zip(*(_view(t) for t in (summary.row_key, summary.row_value)), strict=True)
     valid = None if site.valid is None else site.valid.contiguous()
+    ends: list[ctypes.c_void_p | None] = []
     order, index, bias = (t.contiguous() for t in (summary.order, summary.row_index, summary.row_bias))
     if routes is None:
         run = _library().prescore_route_attend
@@ -197,6 +215,7 @@ def _attended(site: Operands, summary: Summary, routes: torch.Tensor | None, pla
         run = _library().prescore_attend
         chosen_alive = [routes.contiguous()]
         chosen = [_pointer(chosen_alive[0])]
+        ends = [None if band is None else _pointer(band)]
     run(
         ctypes.byref(geometry),
         *(ctypes.byref(view) for view in views),
@@ -206,6 +225,7 @@ def _attended(site: Operands, summary: Summary, routes: torch.Tensor | None, pla
         _pointer(index),
         *(ctypes.byref(view) for view in row_views),
         _pointer(bias),
+        *ends,
     )
     del alive, rows_alive, chosen_alive
     return out.to(site.query.dtype)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import sympy
@@ -22,6 +22,7 @@ import torch
 from sympy.core.function import AppliedUndef
 from sympy.printing.str import StrPrinter
 
+from .band import Band, band
 from .triton.maths import factored, lifted
 from .triton.spec import Lifted
 
@@ -70,6 +71,16 @@ class Logits:
     def lifted(self) -> Lifted:
         """For ``attend``."""
         return lifted(self.allowed, self.bias)
+
+    @property
+    def band(self) -> Band:
+        """The run of keys that is left to each query."""
+        return band(self.allowed, K, Q)
+
+    @property
+    def only_band(self) -> bool:
+        """Whether that is all that is said."""
+        return self != NOTHING and replace(self, allowed=self.band.rest) == NOTHING
 
     @property
     def reach(self) -> Lifted:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import coarse, cpu, reference
+from . import banded, coarse, cpu, reference
 from . import summary as summaries
 from .logits import NOTHING, Logits, by_chunk, named, parse
 from .plan import Plan
@@ -454,11 +454,11 @@ def attend_eager(
     """``attend`` by the compiled CPU kernel or the reference."""
     site = Operands(query, key, value, valid, causal, scale)
     summary = _rows_and_order(order, row_index, row_owner, row_key, row_value, row_bias)
-    routes = _or_no_routes(routes, query)
-    if _compiled(query) and not logits:
-        return cpu.attend(site, summary, routes, Plan.parse(plan))
-    given = parse(logits)
-    out = reference.attend(site, summary, routes, Plan.parse(plan), given, named(given, tensors))
+    routes, settings, given = _or_no_routes(routes, query), Plan.parse(plan), parse(logits)
+    if _compiled(query) and (not logits or _banded(settings, given)):
+        ends = banded.ends(given.band, query.shape[2], key.shape[2]) if logits else None
+        return cpu.attend(site, summary, routes, settings, band=ends)
+    out = reference.attend(site, summary, routes, settings, given, named(given, tensors))
     return out.transpose(1, 2).contiguous().transpose(1, 2)
 
 
@@ -555,12 +555,17 @@ def attend_backward_eager(
     logits: str,
     tensors: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """``attend_backward`` by the reference."""
+    """``attend_backward`` by the reference, of a band tile by tile."""
     site = Operands(query, key, value, valid, causal, scale)
     summary = _rows_and_order(order, row_index, row_owner, row_key, row_value, row_bias)
-    given, routed = parse(logits), _or_no_routes(routes, query)
-    known = named(given, tensors)
-    grads = reference.attend_backward(grad, site, summary, routed, Plan.parse(plan), given, known)
+    given, routed, settings = parse(logits), _or_no_routes(routes, query), Plan.parse(plan)
+    grads: tuple[Tensor, ...]
+    if query.device.type == "cpu" and _banded(settings, given):
+        ends = banded.ends(given.band, query.shape[2], key.shape[2])
+        grads = (*banded.backward(grad, site, ends), torch.zeros_like(row_key), torch.zeros_like(row_value))
+    else:
+        known = named(given, tensors)
+        grads = reference.attend_backward(grad, site, summary, routed, settings, given, known)
     wanted = (query, key, value, row_key, row_value)
     return tuple(g.to(t.dtype).contiguous() for g, t in zip(grads, wanted, strict=True))  # type: ignore[return-value]
 
@@ -643,6 +648,11 @@ def _rows_and_order(
 
 def _or_no_routes(routes: Tensor | None, query: Tensor) -> Tensor:
     return query.new_empty((*query.shape[:3], 0), dtype=torch.int32) if routes is None else routes
+
+
+def _banded(plan: Plan, logits: Logits) -> bool:
+    """Whether the band of a mask is all that limits what is attended."""
+    return plan.window is None and logits.only_band
 
 
 def _compiled(query: Tensor) -> bool:

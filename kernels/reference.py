@@ -57,9 +57,9 @@ def exact(site: Operands) -> torch.Tensor:
     out = site.query.new_zeros(*site.query.shape[:3], site.value.shape[3])
     plan = Plan(window=None, sinks=0, routes=0)
     for span in _spans(site, plan):
-        logits = _logits(site.query[:, :, span.begin : span.end], site.key, site.scale)
+        logits = pair_logits(site.query[:, :, span.begin : span.end], site.key, site.scale)
         logits = logits.masked_fill(~_in_window(site, span), float("-inf"))
-        out[:, :, span.begin : span.end] = _weigh(_softmax(logits), site.value)
+        out[:, :, span.begin : span.end] = _weigh(softmax(logits), site.value)
     return out
 
 
@@ -71,9 +71,9 @@ def routing_scores(query: torch.Tensor, summary: Summary, scale: float) -> torch
     of n normals is about sqrt(2 ln n) standard deviations above the mean); with ``plan.spread``, that many times
     the standard deviation.
     """
-    spread = _logits(query * query, summary.spread.to(query.dtype), 1.0).sqrt()
+    spread = pair_logits(query * query, summary.spread.to(query.dtype), 1.0).sqrt()
     return (
-        _logits(query, summary.mean.to(query.dtype), scale)
+        pair_logits(query, summary.mean.to(query.dtype), scale)
         + abs(scale) * spread
         + _per_query_head(summary.bias, query).unsqueeze(2)
     )
@@ -192,8 +192,8 @@ def mass(
     for span in _spans(site, plan):
         here = query[:, :, span.begin : span.end].float()
         key_at, row_at = places_of(site, summary, span)
-        keys = logits.applied(_logits(here, site.key.float(), site.scale), key_at, tensors)
-        rows = logits.applied(_logits(here, summary.row_key.float(), site.scale), row_at, tensors)[..., sinks]
+        keys = logits.applied(pair_logits(here, site.key.float(), site.scale), key_at, tensors)
+        rows = logits.applied(pair_logits(here, summary.row_key.float(), site.scale), row_at, tensors)[..., sinks]
         read = _per_query_head(_rows_read(summary, plan, span), query).unsqueeze(2)[..., sinks]
         parts = (keys, _in_window(site, span)), (rows, read)
         both = torch.cat([logit.masked_fill(~seen, float("-inf")) for logit, seen in parts], 3)
@@ -266,17 +266,17 @@ def attention_weights(
     rows = _rows_read(summary, plan, span)
     keys = (_routed(site, summary, routes, plan, span) & ~_copied(summary, rows, site)) | _in_window(site, span)
     key_at, row_at = places_of(site, summary, span)
-    key_logits = logits.applied(_logits(query, site.key, site.scale), key_at, tensors)
+    key_logits = logits.applied(pair_logits(query, site.key, site.scale), key_at, tensors)
     key_logits = key_logits.masked_fill(~keys, float("-inf"))
-    row_logits = logits.applied(_logits(query, summary.row_key, site.scale), row_at, tensors)
+    row_logits = logits.applied(pair_logits(query, summary.row_key, site.scale), row_at, tensors)
     row_logits = row_logits + _per_query_head(summary.row_bias, query).unsqueeze(2).to(query.dtype)
     row_logits = row_logits.masked_fill(~_per_query_head(rows, query).unsqueeze(2), float("-inf"))
     sources = [key_logits, row_logits]
     if rest is not None:
         bias = _per_query_head(rest.bias, query).unsqueeze(2).to(query.dtype)
         unread = _read_residual(routes, rest, plan, span, site)
-        sources.append((_logits(query, rest.key, site.scale) + bias).masked_fill(~unread, float("-inf")))
-    return _softmax(torch.cat(sources, 3)).split([part.shape[3] for part in sources], 3)
+        sources.append((pair_logits(query, rest.key, site.scale) + bias).masked_fill(~unread, float("-inf")))
+    return softmax(torch.cat(sources, 3)).split([part.shape[3] for part in sources], 3)
 
 
 def places_of(site: Operands, summary: Summary, span: Span) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
@@ -317,15 +317,15 @@ def attend_backward(
         weights = attention_weights(site, summary, routes, plan, span, rest, logits, tensors)
         query = site.query[:, :, span.begin : span.end]
         d_out = grad[:, :, span.begin : span.end].to(wide)
-        d_weights = [_logits(d_out, value, 1.0) for _, value in sources]
+        d_weights = [pair_logits(d_out, value, 1.0) for _, value in sources]
         pairs = zip(weights, d_weights, strict=True)
         inner = torch.stack([(p * d).sum(3, keepdim=True) for p, d in pairs]).sum(0)
         for s, (p, d) in enumerate(zip(weights, d_weights, strict=True)):
-            slope = logits.slope(_logits(query, sources[s][0], site.scale))
+            slope = logits.slope(pair_logits(query, sources[s][0], site.scale))
             d_logits = p * (d - inner) * slope * site.scale
             d_query[:, :, span.begin : span.end] += _weigh(d_logits, sources[s][0])
-            d_keys[s] += _per_kv_head(d_logits, heads).transpose(2, 3) @ _per_kv_head(query, heads)
-            d_values[s] += _per_kv_head(p, heads).transpose(2, 3) @ _per_kv_head(d_out, heads)
+            d_keys[s] += in_heads(d_logits, heads).transpose(2, 3) @ in_heads(query, heads)
+            d_values[s] += in_heads(p, heads).transpose(2, 3) @ in_heads(d_out, heads)
     if rest is not None:
         d_keys[0] += members_gradient(d_keys[2], summary.order, plan.cluster, site.key.shape[2])
         d_values[0] += members_gradient(d_values[2], summary.order, plan.cluster, site.key.shape[2])
@@ -411,21 +411,21 @@ def _copied(summary: Summary, rows: torch.Tensor, site: Operands) -> torch.Tenso
     return _per_query_head(copied[..., :k_len], site.query).unsqueeze(2)
 
 
-def _softmax(logits: torch.Tensor) -> torch.Tensor:
+def softmax(logits: torch.Tensor) -> torch.Tensor:
     weights = torch.softmax(logits, 3)
     none = (logits == float("-inf")).all(3, keepdim=True)
     return weights.masked_fill(none, 0)
 
 
-def _logits(query: torch.Tensor, key: torch.Tensor, scale: float) -> torch.Tensor:
+def pair_logits(query: torch.Tensor, key: torch.Tensor, scale: float) -> torch.Tensor:
     """``scale * q . k``, ``[B, H, T, Nk]``, for grouped heads."""
-    grouped = _per_kv_head(query, key.shape[1]) @ key.transpose(2, 3) * scale
+    grouped = in_heads(query, key.shape[1]) @ key.transpose(2, 3) * scale
     return grouped.view(*query.shape[:3], key.shape[2])
 
 
 def _weigh(weights: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """``weights @ value``, ``[B, H, T, Dv]``, for grouped heads; a weight of 0 reads nothing."""
-    grouped = _per_kv_head(weights, value.shape[1])
+    grouped = in_heads(weights, value.shape[1])
     finite = value.isfinite()
     out = grouped @ value.where(finite, 0)
     if not finite.all():  # 0 * inf is NaN: it must reach only the queries that attend it
@@ -434,7 +434,7 @@ def _weigh(weights: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     return out.view(*weights.shape[:3], value.shape[3])
 
 
-def _per_kv_head(tensor: torch.Tensor, heads: int) -> torch.Tensor:
+def in_heads(tensor: torch.Tensor, heads: int) -> torch.Tensor:
     """``[B, H, T, X]`` -> ``[B, Hkv, G * T, X]``: the G query heads of a KV head are consecutive."""
     batch, all_heads, length, last = tensor.shape
     return tensor.reshape(batch, heads, all_heads // heads * length, last)

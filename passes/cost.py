@@ -25,6 +25,8 @@ SCORE_PER_KEY = {
 }  # fmt: skip
 # The same for the centroids of a segment, of each that a key lies in: torch operations.
 CENTROIDS_PER_KEY = 120_000
+# Keys that a query of a band costs beyond its own: of the tile that it lies in. Measured at 1,024 to 8,192 keys.
+BAND_EDGE = 256
 LONGEST = 2**24
 # Of the routes that a plan with a share may take, those that it takes on average: of 64 at a share of 0.0012 and 8192
 # tokens of text, by `python -m bench.quality`. Content decides, so this is an expectation.
@@ -48,7 +50,7 @@ class Prices:
         per_key, per_feature: a key and KV head, to cluster and copy it; and each of its features.
         centroids: a key and KV head, for the centroids of one segment that it lies in.
         score: a key and KV head, to score it, by method; other: by a user's own scorer. select: of scored keys, to
-            find the best and copy them. fixed: the launches. select_fixed: those of scores and selected keys.
+            find the best and copy them. band_edge: keys that a query of a band costs beyond its own. fixed: the launches. select_fixed: those of scores and selected keys.
     """
 
     attend: float
@@ -66,6 +68,7 @@ class Prices:
     per_feature: float = 0.0
     centroids: float = 0.0
     select: float = 0.0
+    band_edge: float = 0.0
     fixed: float = 0.0
     select_fixed: float = 0.0
 
@@ -74,7 +77,7 @@ PRICES = {
     # What a user's scorer costs nobody knows: as kmedian, the dearest that reads keys alone.
     "cpu": Prices(
         attend=ATTEND_PRICE, route=ROUTE_PRICE, mass=0.0, per_key=SUMMARY_PER_KEY, centroids=CENTROIDS_PER_KEY,
-        score=SCORE_PER_KEY, other=SCORE_PER_KEY["kmedian"],
+        score=SCORE_PER_KEY, other=SCORE_PER_KEY["kmedian"], band_edge=BAND_EDGE,
     ),
     # Modelled, not measured: an H100 in bfloat16 as `bench/model.py` has it, for AMD's GPUs too. Scores: 128 features,
     # 4 query heads a KV head. kernel_kmeans, window_peak, random and a user's scorer are torch operations there:
@@ -87,7 +90,7 @@ PRICES = {
             "peak": 300_000, "query": 103_000, "norm": 26_000, "inverse_norm": 26_000,
             "kernel_kmeans": 9_000_000, "window_peak": 20_000_000, "random": 1_000_000,
         },
-        other=9_000_000, select=87_000, select_fixed=4.5e9,
+        other=9_000_000, select=87_000, select_fixed=4.5e9, band_edge=128,
     ),
 }  # fmt: skip
 
@@ -103,17 +106,20 @@ class Shape:
     value_dim: int
     causal: bool
     device: str = "cpu"
+    band: float = 0.0
+    """Keys that a query may attend on average, where the mask is a band that is attended whole; 0.0: as many as there
+    are."""
 
 
-def exact_pairs(causal: bool) -> sympy.Expr:
-    """(query, key) pairs of exact attention, a head."""
-    return N * (N + 1) / 2 if causal else N**2
+def exact_pairs(causal: bool, band: float = 0.0) -> sympy.Expr:
+    """(query, key) pairs of exact attention, a head: of a band, all that a mask is looked up for."""
+    return N * (N + 1) / 2 if causal and not band else N**2
 
 
-def attended_pairs(plan: Plan, causal: bool) -> sympy.Expr:
+def attended_pairs(plan: Plan, causal: bool, band: float = 0.0) -> sympy.Expr:
     """(query, key or row) pairs that the plan attends, a head; at most the exact ones."""
     if plan.window is None:
-        return exact_pairs(causal)
+        return _least(N * band, N**2) if band else exact_pairs(causal)
     window, routed = _window(plan, causal), routed_keys(plan)
     rows: sympy.Expr = plan.sinks + (segments(plan) if causal else 1) * plan.rows_per_segment
     residual = exact_pairs(causal) / plan.cluster if plan.residual else 0
@@ -169,17 +175,17 @@ def routing_pairs(plan: Plan, causal: bool, union: float = 1) -> sympy.Expr:
 
 def exact_cost(shape: Shape) -> sympy.Expr:
     """Multiply-adds of exact attention."""
-    return _per_pair(shape) * exact_pairs(shape.causal)
+    return _per_pair(shape) * exact_pairs(shape.causal, shape.band)
 
 
 def prescored_cost(shape: Shape, plan: Plan) -> sympy.Expr:
     """Multiply-adds of attending and routing; not the summary, which is linear in n."""
-    return _per_pair(shape) * _pairs(plan, shape.causal)
+    return _per_pair(shape) * _pairs(plan, shape.causal, shape.band)
 
 
-def density(plan: Plan, causal: bool) -> sympy.Expr:
+def density(plan: Plan, causal: bool, band: float = 0.0) -> sympy.Expr:
     """Attended pairs, routing counted in, over exact pairs."""
-    return _pairs(plan, causal) / exact_pairs(causal)
+    return _pairs(plan, causal, band) / exact_pairs(causal, band)
 
 
 def prescored_time(shape: Shape, plan: Plan) -> sympy.Expr:
@@ -192,12 +198,12 @@ def prescored_time(shape: Shape, plan: Plan) -> sympy.Expr:
     scoring = 0
     if plan.keep:
         scoring = (prices.score.get(plan.method, prices.other) + prices.select) * keys + prices.select_fixed
-    attended, routing = attended_pairs(plan, shape.causal), routing_pairs(plan, shape.causal, prices.chunk_union)
+    attended, routing = attended_pairs(plan, shape.causal, shape.band), routing_pairs(plan, shape.causal, prices.chunk_union)
     group = plan.together(shape.heads // shape.kv_heads)
     union = prices.union_together if group > 1 else prices.union
     if union != 1:
         attended += (union - 1) * _least(N * routed_keys(plan), attended)
-    attended += prices.mass * mass_pairs(plan, shape.causal)
+    attended += prices.mass * mass_pairs(plan, shape.causal) + (N * prices.band_edge if shape.band else 0)
     routing *= prices.route_head + (1 - prices.route_head) / group
     pairs = _per_pair(shape) * (prices.attend * attended + prices.route * routing)
     pairs += rows * (prices.route_pair * routing + prices.lists / group * N * (plan.routes + plan.coarse))
@@ -207,7 +213,7 @@ def prescored_time(shape: Shape, plan: Plan) -> sympy.Expr:
 @functools.cache
 def break_even(shape: Shape, plan: Plan) -> int | None:
     """The shortest length at which the plan is expected to be faster than exact; None: never."""
-    if plan.window is None:  # every key is attended: whatever a kernel gains, the plan does not
+    if plan.window is None and not shape.band:  # every key is attended: whatever a kernel gains, the plan does not
         return None
     faster = sympy.lambdify(N, prescored_time(shape, plan) - exact_cost(shape), "math")
     if faster(LONGEST) >= 0:
@@ -233,8 +239,8 @@ def _most(*of: sympy.Expr | int) -> sympy.Expr:
     return sympy.Max(*of, evaluate=False)
 
 
-def _pairs(plan: Plan, causal: bool) -> sympy.Expr:
-    return attended_pairs(plan, causal) + mass_pairs(plan, causal) + routing_pairs(plan, causal)
+def _pairs(plan: Plan, causal: bool, band: float = 0.0) -> sympy.Expr:
+    return attended_pairs(plan, causal, band) + mass_pairs(plan, causal) + routing_pairs(plan, causal)
 
 
 def _per_pair(shape: Shape) -> int:

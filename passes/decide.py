@@ -11,13 +11,15 @@ import torch
 from sympy.core.function import AppliedUndef
 from torch import fx
 
-from ..kernels import cpu
+from ..kernels import banded, cpu
+from ..kernels.band import band as band_of
 from ..kernels.logits import NOTHING, Logits, parse
 from ..kernels.plan import Plan
 from ..kernels.triton import device
 from . import cost
 from .compat import at_least, forward_mode, hint, known_equal, symbolic, value_of
 from .config import Config
+from .defaults import WHOLE, WIDEST_BAND_ON_A_GPU
 from .keys import K, Q
 from .masks import Lifted, Mask, attends_itself, lift
 from .plans import SiteKey
@@ -30,12 +32,16 @@ MAX_HEAD_DIM = 256
 
 @dataclass(frozen=True)
 class Decision:
-    """``reason`` is "" for a rewrite; ``plan`` is then what the site runs with."""
+    """``reason`` is "" for a rewrite; ``plan`` is then what the site runs with.
+
+    ``band``: keys that a query may attend on average, where they are a band that is attended whole; 0.0: they are not.
+    """
 
     site: Site
     mask: Mask
     reason: str
     plan: Plan | None
+    band: float = 0.0
 
     @property
     def rewrite(self) -> bool:
@@ -53,12 +59,25 @@ def decide(site: Site, config: Config, key: str = "", known: Lifted | None = Non
     reason = _unsupported(site)
     plan: Plan | None = None
     mask = Mask("?") if reason else lift(site, known)  # of one that is left out, too: its table says what it computes
-    reason = reason if config.covers(site.module) else "excluded"
+    reason = (reason or mask.reason) if config.covers(site.module) else "excluded"
+    band = 0.0
     if not reason and site.attention is not None:
-        plan, reason = (None, mask.reason) if mask.reason else _planned(site.attention, mask, config, key)
+        band = _band(site.attention, mask)
+        plan, reason = (WHOLE, "") if band else _planned(site.attention, mask, config, key)
         if plan is not None:
-            reason = _pairs(site.attention, mask, plan) or _lengths(site.attention, mask, config, plan)
-    return Decision(site, mask, reason, None if reason else plan)
+            reason = _pairs(site.attention, mask, plan) or _lengths(site.attention, mask, config, plan, band)
+    return Decision(site, mask, reason, None if reason else plan, band)
+
+
+def _band(attention: Attention, mask: Mask) -> float:
+    """``Decision.band``: the mask leaves each query one short run of keys, which a kernel need not look beyond."""
+    logits, on_a_gpu = logits_of(attention, mask), _generated(attention.device)
+    if not on_a_gpu and not logits.only_band:
+        return 0.0
+    shift = symbolic(attention.size(attention.k)) - symbolic(attention.size(attention.q))
+    allowed = sympy.And(logits.allowed, K <= Q + shift) if mask.causal else logits.allowed
+    average, most = banded.keys_a_query(band_of(allowed, K, Q))
+    return average if not on_a_gpu or most <= WIDEST_BAND_ON_A_GPU else 0.0
 
 
 def _planned(attention: Attention, mask: Mask, config: Config, key: str) -> tuple[Plan | None, str]:
@@ -80,8 +99,10 @@ def logits_of(attention: Attention, mask: Mask) -> Logits:
 def _pairs(attention: Attention, mask: Mask, plan: Plan) -> str:
     """Why what is said of pairs is not taken; "" if it is."""
     logits = logits_of(attention, mask)
-    if logits == NOTHING or not _generated(attention.device):
-        return "" if logits == NOTHING else mask.needs
+    if logits == NOTHING:
+        return ""
+    if not _generated(attention.device):
+        return "" if plan.window is None and logits.only_band else mask.needs
     if plan.centroids or plan.residual:
         return f"{mask.needs or 'softcap: ' + format(logits.softcap, 'g')}; a centroid stands for several keys"
     if not mask.needs:
@@ -153,14 +174,14 @@ def _unsupported(site: Site) -> str:
     return "no_compiler" if on_cpu and not cpu.available() else ""
 
 
-def _lengths(attention: Attention, mask: Mask, config: Config, plan: Plan) -> str:
+def _lengths(attention: Attention, mask: Mask, config: Config, plan: Plan, band: float) -> str:
     q_len, length = attention.size(attention.q), attention.size(attention.k)
     same = known_equal(q_len, length)
     if not same and not mask.causal and plan.window is not None:
         return "cross_attention"
     if not same and plan.keep and plan.reads_queries:
         return f"cross_attention: method {plan.method} scores keys by the queries at their own positions"
-    even = cost.break_even(_shape(attention, mask.causal), plan) if config.only_if_faster else 0
+    even = cost.break_even(_shape(attention, mask.causal, band), plan) if config.only_if_faster else 0
     # One comparison, so that a dynamic length has one guard.
     if even is not None and at_least(length, max(config.min_seq_len, even)):
         return ""
@@ -169,7 +190,7 @@ def _lengths(attention: Attention, mask: Mask, config: Config, plan: Plan) -> st
     return f"not_faster: breaks even at {even} keys" if even else "not_faster: at no length"
 
 
-def _shape(attention: Attention, causal: bool) -> cost.Shape:
+def _shape(attention: Attention, causal: bool, band: float = 0.0) -> cost.Shape:
     # The batch scales both sides alike, so the hint of a dynamic one will do.
     return cost.Shape(
         batch=hint(attention.size(*attention.batch)),
@@ -179,6 +200,7 @@ def _shape(attention: Attention, causal: bool) -> cost.Shape:
         value_dim=hint(attention.size(attention.e)),
         causal=causal,
         device=attention.device.type,
+        band=band,
     )
 
 
@@ -191,7 +213,7 @@ def _costs(shape: cost.Shape, plan: Plan | None, length: int) -> dict[str, Any]:
     return dict(
         exact_cost=round(exact),
         prescored_cost=round(cost.at(cost.prescored_cost(shape, plan), length)),
-        density=cost.at(cost.density(plan, shape.causal), length),
+        density=cost.at(cost.density(plan, shape.causal, shape.band), length),
         gain=exact / cost.at(cost.prescored_time(shape, plan), length),
     )
 
@@ -210,7 +232,7 @@ def describe(decision: Decision, kind: str, key: str = "") -> SiteReport:
         named = {"batch": a.batch, "heads": a.heads, "kv_heads": a.kv_heads, "q_len": (a.q,), "k_len": (a.k,)}
         named["head_dim"] = (a.d,)
         sizes = {name: str(a.size(*coordinates)) for name, coordinates in named.items()}
-        shape, length = _shape(a, decision.mask.causal), hint(a.size(a.k))
+        shape, length = _shape(a, decision.mask.causal, decision.band), hint(a.size(a.k))
         costs = _costs(shape, plan if length else None, length)
     return SiteReport(
         module=site.module,
@@ -228,6 +250,7 @@ def describe(decision: Decision, kind: str, key: str = "") -> SiteReport:
         key=key,
         value_dim=None if attention is None else hint(attention.size(attention.e)),
         causal=decision.mask.causal,
+        banded=bool(plan and decision.band),
         device=where,
         kernel=kernel,
     )

@@ -34,6 +34,13 @@ TWO_SIDED_ON_A_GPU = replace(TWO_SIDED, chunk=256)
 """The same, cut from chunks that a kernel clusters."""
 
 
+WHOLE = Plan(window=None, sinks=0, routes=0)
+"""Every key that the mask allows: of a band, whatever plan others run with. It is exact."""
+
+WIDEST_BAND_ON_A_GPU = 2048
+"""Keys. Wider ones run with the plans of other sites there; a CPU's kernels route to no keys but a causal mask's."""
+
+
 def default_plan(causal: bool, device: str, length: int | torch.SymInt, pairs: bool = False) -> Plan:
     """The plan of a site of ``length`` keys; ``pairs``: a mask, bias or softcap rules centroids out.
 

@@ -31,6 +31,7 @@ class SiteReport:
         gain: time of exact attention / that of all stages, as the cost model expects it; None where kept.
         rule: how it was recognised (rules.RULES). failed: ``file:line: code`` of the first condition that
             failed, where kept: the mask's line for a mask.
+        banded: its mask leaves each query one run of keys, and all of them are attended: it is rewritten, and exact.
         key: the site's name in a plan file. value_dim, causal: what else a plan file checks.
         device: "cpu" or "cuda", or the one that was asked about; "" where nothing is proved. kernel: what its
             generated kernels are specialised with beside the plan, as ``kernels.triton.sources`` takes it.
@@ -54,6 +55,7 @@ class SiteReport:
     key: str = ""
     value_dim: int | None = None
     causal: bool = False
+    banded: bool = False
     device: str = ""
     kernel: dict[str, Any] = field(default_factory=dict)
 
@@ -89,10 +91,8 @@ class Report:
     def __str__(self) -> str:
         if not self.sites:
             return "no attention found"
-        several = len({site.plan for site in self.rewritten}) > 1
-        rows = [
-            _row(site) | ({"plan": label(site.plan) if site.plan else "-"} if several else {}) for site in self.sites
-        ]
+        several = len({site.plan for site in self.rewritten}) > 1 or any(site.banded for site in self.rewritten)
+        rows = [_row(site) | ({"plan": _plan(site)} if several else {}) for site in self.sites]
         table = tabulate(rows, headers="keys", disable_numparse=True)
         notes = [*_devices(self.sites), *_plans(self.rewritten), *_absent(self.absent), *_idle(self.idle)]
         return "\n".join([self.head, "", str(table), *notes])
@@ -100,7 +100,9 @@ class Report:
     @property
     def head(self) -> str:
         """How many sites there are, and how many of them are rewritten."""
-        return f"{len(self.sites)} sites: {len(self.rewritten)} rewritten, {len(self.kept)} kept exact"
+        exact = sum(site.banded for site in self.rewritten)
+        which = f" ({exact} of them exact)" if exact else ""
+        return f"{len(self.sites)} sites: {len(self.rewritten)} rewritten{which}, {len(self.kept)} kept exact"
 
     def line(self) -> str:
         """All in a line: ``head``, and how often each reason is why."""
@@ -124,6 +126,12 @@ def _row(site: SiteReport) -> dict[str, Any]:
         "density": "-" if site.density is None else f"{100 * site.density:.1f}%",
         "expected": "-" if site.gain is None else f"{site.gain:.1f}x",
     }
+
+
+def _plan(site: SiteReport) -> str:
+    if site.banded:
+        return "exact"
+    return label(site.plan) if site.plan else "-"
 
 
 def _tail(path: str) -> str:
@@ -156,5 +164,6 @@ def _devices(sites: list[SiteReport]) -> list[str]:
 
 
 def _plans(sites: list[SiteReport]) -> list[str]:
-    plans = {str(site.plan.settings()) for site in sites if site.plan}
-    return [f"plan: {plan}" for plan in sorted(plans)]
+    plans = {str(site.plan.settings()) for site in sites if site.plan and not site.banded}
+    exact = ["exact: every key that the mask allows is attended, and what lies outside of its band is never read"]
+    return [*(f"plan: {plan}" for plan in sorted(plans)), *exact * any(site.banded for site in sites)]

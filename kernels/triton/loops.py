@@ -59,6 +59,10 @@ def names(spec: Spec) -> dict[str, Any]:
         split=spec.splits > 1,
         lifted=bool(spec.lifted.allowed or spec.lifted.bias),
         allowed=spec.lifted.allowed,
+        low="" if spec.windowed else spec.lifted.low,
+        high="" if spec.windowed else spec.lifted.high,
+        query_low="" if spec.windowed else spec.lifted.query_low,
+        query_high="" if spec.windowed else spec.lifted.query_high,
         bias=spec.lifted.bias,
         softcap=spec.softcap,
         precision=precision(spec),
@@ -410,8 +414,11 @@ def window(spec: Spec, update: str, taint: bool) -> str:
     if spec.causal:
         ends = """
         start = low  #? aligned
-        start = 0  #? not aligned
+        start = 0  #? not aligned and not low
+        start = tl.maximum($low, 0) // KEYS * KEYS  #? low
         stop = tl.minimum(first_position + wanted, k_len)
+        last_query = tl.minimum(first_query + wanted, q_len) - 1  #? high
+        stop = tl.minimum(stop, $high + 1)  #? high
         # A tile past the sequence's end begins after its last key.
         whole = start + tl.maximum(tl.minimum(first_position + 1, stop) - start, 0) // KEYS * KEYS
         """
@@ -420,9 +427,13 @@ def window(spec: Spec, update: str, taint: bool) -> str:
         )
     else:
         ends = """
-        start = 0
-        whole = k_len // KEYS * KEYS
+        start = 0  #? not low
+        start = tl.maximum($low, 0) // KEYS * KEYS  #? low
+        whole = k_len // KEYS * KEYS  #? not high
         stop = k_len
+        last_query = tl.minimum(first_query + wanted, q_len) - 1  #? high
+        stop = tl.minimum(stop, $high + 1)  #? high
+        whole = start + tl.maximum(stop - start, 0) // KEYS * KEYS  #? high
         """
         pairs = "seen[None, :]"
     seen = "seen" if spec.valid else ""

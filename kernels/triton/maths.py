@@ -16,8 +16,10 @@ from sympy.core.function import AppliedUndef
 from sympy.printing.precedence import PRECEDENCE
 from sympy.printing.str import StrPrinter
 
+from ..band import band
 from .spec import Lifted, parameter
 
+_Q, _K = sympy.symbols("q k", integer=True, nonnegative=True)
 SYMBOLS = frozenset(["b", "h", "q", "k", "c", "k_low", "k_high"])
 """The last three are a chunk and its first and last key, for ``route``."""
 
@@ -48,7 +50,23 @@ def lifted(allowed: Any = sympy.true, bias: Any = 0) -> Lifted:
         allowed="" if allowed == sympy.true else triton_text(allowed),
         bias="" if bias == 0 else triton_text(bias),
         loads=tuple(sorted(loads.items())),
+        **_ends(allowed),
     )
+
+
+def _ends(allowed: Any) -> dict[str, str]:
+    """The fields of ``Lifted`` that bound the loops."""
+    keys, queries = band(allowed, _K, _Q), band(allowed, _Q, _K)
+    found = {
+        "low": (keys.low, _Q, "first_query"),
+        "high": (keys.high, _Q, "last_query"),
+        "query_low": (queries.low, _K, "begin_key"),
+        "query_high": (queries.high, _K, "last_key"),
+    }
+    return {
+        name: "" if end is None else triton_text(end.subs(of, sympy.Symbol(at, integer=True, nonnegative=True)))
+        for name, (end, of, at) in found.items()
+    }
 
 
 def triton_text(expr: Any) -> str:

@@ -110,7 +110,8 @@ class Switch:
         graph = _Graph(_kept(gm), self._config)
         self._graphs.append(graph)
         for site in graph.report.rewritten:
-            self.sites.setdefault(SiteKey.of(site), site)
+            if SiteKey.of(site) in graph.sites:
+                self.sites.setdefault(SiteKey.of(site), site)
         self.kept.update({site.key: site.reason for site in graph.report.kept})
 
         def run(*args: Any) -> Any:
@@ -129,7 +130,7 @@ class _Graph:
         # A plan without a limit shows every site that some plan can be given.
         everything = config.changed(window=None, sinks=0, keep=0, centroids=0, routes=0)
         _, self.report = rewrite(gm, everything)
-        self.sites = {SiteKey.of(site): _pairs(site) for site in self.report.rewritten}
+        self.sites = {SiteKey.of(site): _pairs(site) for site in self.report.rewritten if not site.banded}
         self._last: tuple[Plans, fx.GraphModule, Spent] | None = None
 
     def ready(self, config: Config, plans: Plans) -> tuple[fx.GraphModule, Spent]:
@@ -147,7 +148,8 @@ class _Graph:
         for site in report.rewritten:
             assert site.density is not None
             key = SiteKey.of(site)
-            spent.attended[key] = round(site.density * self.sites[key])
+            if key in self.sites:
+                spent.attended[key] = round(site.density * self.sites[key])
         return module, spent
 
     def rewritten(self, config: Config, plans: Plans) -> tuple[fx.GraphModule, Report]:

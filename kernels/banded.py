@@ -1,0 +1,71 @@
+"""A band's ends as numbers, and the gradients of its attention on a CPU."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from .band import Band
+from .logits import value
+from .reference import Operands, in_heads, pair_logits, softmax
+
+TILE = 128
+FAR = 2**16
+
+
+def ends(found: Band, q_len: int, k_len: int) -> torch.Tensor:
+    """The first and the last key of each query: ``[2, Nq]`` int64; where there is none, the last lies before."""
+    low, high = _ends(found, torch.arange(q_len), k_len)
+    return torch.stack([low.clamp(0, k_len), high.clamp(-1, k_len - 1)])
+
+
+@functools.cache
+def keys_a_query(found: Band) -> tuple[float, int]:
+    """How many keys a query of a long sequence is left: on average, and at most; (0.0, 0) where they grow with it."""
+    if found.low is None or found.high is None:
+        return 0.0, 0
+    low, high = _ends(found, torch.arange(FAR, 3 * FAR), 4 * FAR)
+    count = (high - low + 1).clamp(min=0)
+    near, far = count.chunk(2)
+    return (float(count.double().mean()), int(count.max())) if near.max() == far.max() else (0.0, 0)
+
+
+def _ends(found: Band, queries: torch.Tensor, k_len: int) -> tuple[torch.Tensor, torch.Tensor]:
+    low, high = 0 if found.low is None else found.low, k_len - 1 if found.high is None else found.high
+    return tuple(torch.as_tensor(value(end, {"q": queries}, {})).expand_as(queries) for end in (low, high))  # type: ignore[return-value]
+
+
+def backward(
+    grad: torch.Tensor, site: Operands, ends: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``reference.attend_backward`` of a plan without a limit, tile by tile: of no keys but a tile's own.
+
+    ``grad`` ``[B, H, Nq, Dv]``; gradients of query, key and value in float32 or wider.
+    """
+    wide = torch.promote_types(grad.dtype, torch.float32)
+    query, key, value = (t.to(wide) for t in site[:3])
+    q_len, (kv_heads, k_len) = query.shape[2], key.shape[1:3]
+    shift = k_len - q_len
+    d_query, d_key, d_value = (torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (query, key, value))
+    for begin in range(0, q_len, TILE):
+        end = min(begin + TILE, q_len)
+        low, high = int(ends[0, begin]), int(ends[1, end - 1]) + 1
+        high = min(high, end + shift) if site.causal else high
+        if low >= high:
+            continue
+        at, i = torch.arange(low, high), torch.arange(begin, end)
+        seen = (at >= ends[0, i, None]) & (at <= ends[1, i, None])
+        seen = seen & (at <= i[:, None] + shift) if site.causal else seen
+        if site.valid is not None:
+            seen = seen & site.valid[:, None, None, low:high]
+        q, d_out = query[:, :, begin:end], grad[:, :, begin:end].to(wide)
+        k, v = key[:, :, low:high], value[:, :, low:high]
+        weights = softmax(pair_logits(q, k, site.scale).masked_fill(~seen, float("-inf")))
+        d_weights = pair_logits(d_out, v, 1.0)
+        d_logits = weights * (d_weights - (weights * d_weights).sum(3, keepdim=True)) * site.scale
+        rows = in_heads(d_logits, kv_heads)
+        d_query[:, :, begin:end] = (rows @ k).view_as(q)
+        d_key[:, :, low:high] += rows.mT @ in_heads(q, kv_heads)
+        d_value[:, :, low:high] += in_heads(weights, kv_heads).mT @ in_heads(d_out, kv_heads)
+    return d_query, d_key, d_value
