@@ -52,7 +52,7 @@ from prescore_compile.kernels.triton import (
 from prescore_compile.kernels.triton.scores import kernel as scores
 from prescore_compile.kernels.triton.scores import select
 from prescore_compile.kernels.triton.spec import DTYPES
-from prescore_compile.passes.defaults import CAUSAL, CAUSAL_ON_A_GPU, LONG_ON_A_GPU, TWO_SIDED_ON_A_GPU
+from prescore_compile.passes.defaults import CAUSAL, CAUSAL_ON_A_GPU, LONG_ON_A_GPU, TWO_SIDED_ON_A_GPU, WHOLE
 
 RESULTS = Path(__file__).parent / "results" / "triton-aot.json"
 MODULES = (attend, attend_backward, clusters, residual, route, rows, rows_backward, scores, segments, select, union)
@@ -101,6 +101,8 @@ class Variant:
 DOCUMENT = sympy.Function("t00")
 IN_DOCUMENTS = Logits(sympy.And(sympy.Eq(DOCUMENT(B, Q), DOCUMENT(B, K)), K >= Q - 2000), softcap=50.0)
 """Packed documents with a sliding window and a softcap, as the graph pass says it."""
+SLIDING = Logits(K >= Q - 1023)
+NEAR = Logits(sympy.Abs(Q - K) <= 64)
 SLOPED = Logits(bias=DOCUMENT(B, H) * (K - Q))
 CURVED = Logits(bias=sympy.exp(-sympy.Abs(Q - K)) - sympy.log(1 + sympy.Abs(Q - K)) / 2)
 
@@ -123,6 +125,8 @@ VARIANTS = {
     "float16 128": Variant(dtype=torch.float16, dim=128, backward=False, default=True),
     "256": Variant(dim=256, backward=False),
     "masked and capped 128": Variant(dim=128, group=4, logits=IN_DOCUMENTS),
+    "sliding window 128": Variant(plan=WHOLE, dim=128, group=4, logits=SLIDING, default=True),
+    "two-sided band 64": Variant(plan=WHOLE, causal=False, padded=True, logits=NEAR, default=True),
     "few queries 128": Variant(dim=128, queries=1, backward=False),
     "float32 128": Variant(dtype=torch.float32, dim=128, group=4, backward=False),
     "256, group of 4": Variant(dim=256, group=4, backward=False),

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import sympy
+from sympy.core.function import AppliedUndef
 from sympy.core.relational import Relational
 
 
@@ -26,40 +27,39 @@ class Band:
     rest: Any = sympy.true
 
 
+Ends = tuple[Any, Any]
+"""A low and a high one, each perhaps None."""
+
+
 @functools.cache
 def band(allowed: Any, of: sympy.Symbol, by: sympy.Symbol) -> Band:
     """The ends of ``of`` that follow from ``allowed``, by ``by``: keys by their query, or the other way round."""
-    lows, highs, rest = [], [], []
-    for term in sympy.And.make_args(allowed):
-        found = _ends(term, of, by)
-        if found is None:
-            rest.append(term)
-            continue
-        low, high = found
-        lows += [] if low is None else [low]
-        highs += [] if high is None else [high]
-    return Band(
-        sympy.Max(*lows) if lows else None, sympy.Min(*highs) if highs else None, sympy.And(*rest) if rest else sympy.true
-    )
+    found = {term: _ends(term, of, by) for term in sympy.And.make_args(allowed)}
+    low, high = _both(*filter(None, found.values()))
+    return Band(low, high, sympy.And(*(term for term, ends in found.items() if ends is None)))
 
 
-def _ends(term: Any, of: sympy.Symbol, by: sympy.Symbol) -> tuple[Any, Any] | None:
-    """The two ends that say the same as one term, None for one that it does not set; None: there are no such ends."""
-    if not isinstance(term, Relational) or term.free_symbols != {of, by} or term.atoms(sympy.core.function.AppliedUndef):
+def _both(*ends: Ends) -> Ends:
+    lows, highs = ([pair[side] for pair in ends if pair[side] is not None] for side in (0, 1))
+    return (sympy.Max(*lows) if lows else None), (sympy.Min(*highs) if highs else None)
+
+
+def _ends(term: Any, of: sympy.Symbol, by: sympy.Symbol) -> Ends | None:
+    """What says the same as one term; None if no ends do."""
+    if not isinstance(term, Relational) or term.free_symbols != {of, by} or term.atoms(AppliedUndef):
         return None
     if isinstance(term, sympy.Eq):
         return _same_block(term, of, by)
     if isinstance(term, sympy.Ne):
         return None
-    less, more = (term.lts, term.gts)
-    strict = int(isinstance(term, (sympy.Lt, sympy.Gt)))
-    if isinstance(less, sympy.Abs):  # |q - k| <= w, a number or not
-        first, second = (_side(sign * less.args[0] - more + strict, of, by) for sign in (1, -1))
-        return None if first is None or second is None else _merged(first, second)
+    less, more, strict = term.lts, term.gts, int(isinstance(term, (sympy.Lt, sympy.Gt)))
+    if isinstance(less, sympy.Abs):  # |q - k| <= w
+        sides = [_side(sign * less.args[0] - more + strict, of, by) for sign in (1, -1)]
+        return None if None in sides else _both(*filter(None, sides))
     return _side(less - more + strict, of, by)
 
 
-def _side(difference: Any, of: sympy.Symbol, by: sympy.Symbol) -> tuple[Any, Any] | None:
+def _side(difference: Any, of: sympy.Symbol, by: sympy.Symbol) -> Ends | None:
     """Of ``difference <= 0``, over integers."""
     difference = sympy.expand(difference)
     sign = difference.coeff(of)
@@ -71,12 +71,7 @@ def _side(difference: Any, of: sympy.Symbol, by: sympy.Symbol) -> tuple[Any, Any
     return (None, end) if sign == 1 else (end, None)
 
 
-def _merged(a: tuple[Any, Any], b: tuple[Any, Any]) -> tuple[Any, Any]:
-    lows, highs = ([end for end in ends if end is not None] for ends in zip(a, b, strict=True))
-    return (sympy.Max(*lows) if lows else None), (sympy.Min(*highs) if highs else None)
-
-
-def _same_block(term: Any, of: sympy.Symbol, by: sympy.Symbol) -> tuple[Any, Any] | None:
+def _same_block(term: Any, of: sympy.Symbol, by: sympy.Symbol) -> Ends | None:
     """Of ``floor((k + a) / size) == floor((q + b) / size)``."""
     mine, other = (term.lhs, term.rhs) if term.lhs.has(of) else (term.rhs, term.lhs)
     if not isinstance(mine, sympy.floor) or mine.has(by) or not other.is_integer or not _rises(other, by):

@@ -36,9 +36,7 @@ def _ends(found: Band, queries: torch.Tensor, k_len: int) -> tuple[torch.Tensor,
     return tuple(torch.as_tensor(value(end, {"q": queries}, {})).expand_as(queries) for end in (low, high))  # type: ignore[return-value]
 
 
-def backward(
-    grad: torch.Tensor, site: Operands, ends: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def backward(grad: torch.Tensor, site: Operands, ends: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """``reference.attend_backward`` of a plan without a limit, tile by tile: of no keys but a tile's own.
 
     ``grad`` ``[B, H, Nq, Dv]``; gradients of query, key and value in float32 or wider.

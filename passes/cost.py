@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -27,6 +28,8 @@ SCORE_PER_KEY = {
 CENTROIDS_PER_KEY = 120_000
 # Keys that a query of a band costs beyond its own: of the tile that it lies in. Measured at 1,024 to 8,192 keys.
 BAND_EDGE = 256
+# Launches of a plan with routes on a GPU; one that only attends, as that of a band, is a single one.
+LAUNCHES = 8
 LONGEST = 2**24
 # Of the routes that a plan with a share may take, those that it takes on average: of 64 at a share of 0.0012 and 8192
 # tokens of text, by `python -m bench.quality`. Content decides, so this is an expectation.
@@ -50,7 +53,8 @@ class Prices:
         per_key, per_feature: a key and KV head, to cluster and copy it; and each of its features.
         centroids: a key and KV head, for the centroids of one segment that it lies in.
         score: a key and KV head, to score it, by method; other: by a user's own scorer. select: of scored keys, to
-            find the best and copy them. band_edge: keys that a query of a band costs beyond its own. fixed: the launches. select_fixed: those of scores and selected keys.
+            find the best and copy them. band_edge: keys that a query of a band costs beyond its own.
+        fixed: the launches. select_fixed: those of scores and selected keys.
     """
 
     attend: float
@@ -118,8 +122,11 @@ def exact_pairs(causal: bool, band: float = 0.0) -> sympy.Expr:
 
 def attended_pairs(plan: Plan, causal: bool, band: float = 0.0) -> sympy.Expr:
     """(query, key or row) pairs that the plan attends, a head; at most the exact ones."""
+    if plan.window is None and not band:
+        return exact_pairs(causal)
     if plan.window is None:
-        return _least(N * band, N**2) if band else exact_pairs(causal)
+        most = _least(band, N)
+        return most * N - most**2 / 2 if causal else _least(band * N, N**2)
     window, routed = _window(plan, causal), routed_keys(plan)
     rows: sympy.Expr = plan.sinks + (segments(plan) if causal else 1) * plan.rows_per_segment
     residual = exact_pairs(causal) / plan.cluster if plan.residual else 0
@@ -198,7 +205,10 @@ def prescored_time(shape: Shape, plan: Plan) -> sympy.Expr:
     scoring = 0
     if plan.keep:
         scoring = (prices.score.get(plan.method, prices.other) + prices.select) * keys + prices.select_fixed
-    attended, routing = attended_pairs(plan, shape.causal, shape.band), routing_pairs(plan, shape.causal, prices.chunk_union)
+    attended, routing = (
+        attended_pairs(plan, shape.causal, shape.band),
+        routing_pairs(plan, shape.causal, prices.chunk_union),
+    )
     group = plan.together(shape.heads // shape.kv_heads)
     union = prices.union_together if group > 1 else prices.union
     if union != 1:
@@ -207,18 +217,22 @@ def prescored_time(shape: Shape, plan: Plan) -> sympy.Expr:
     routing *= prices.route_head + (1 - prices.route_head) / group
     pairs = _per_pair(shape) * (prices.attend * attended + prices.route * routing)
     pairs += rows * (prices.route_pair * routing + prices.lists / group * N * (plan.routes + plan.coarse))
-    return pairs + summary + scoring + prices.fixed
+    alone = not (plan.routes or plan.rows_per_segment or plan.sinks)
+    return pairs + summary + scoring + prices.fixed / (LAUNCHES if alone else 1)
 
 
 @functools.cache
 def break_even(shape: Shape, plan: Plan) -> int | None:
-    """The shortest length at which the plan is expected to be faster than exact; None: never."""
+    """The shortest length at which the plan is expected to be faster than exact; None: never.
+
+    A sequence within its band is attended whole: no gain is looked for there.
+    """
     if plan.window is None and not shape.band:  # every key is attended: whatever a kernel gains, the plan does not
         return None
     faster = sympy.lambdify(N, prescored_time(shape, plan) - exact_cost(shape), "math")
     if faster(LONGEST) >= 0:
         return None
-    low, high = 1, LONGEST  # the gain grows with n: bisect
+    low, high = 1 + math.ceil(shape.band), LONGEST  # the gain grows with n: bisect
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if faster(middle) < 0 else (middle + 1, high)

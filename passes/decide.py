@@ -75,7 +75,7 @@ def _band(attention: Attention, mask: Mask) -> float:
     if not on_a_gpu and not logits.only_band:
         return 0.0
     shift = symbolic(attention.size(attention.k)) - symbolic(attention.size(attention.q))
-    allowed = sympy.And(logits.allowed, K <= Q + shift) if mask.causal else logits.allowed
+    allowed = sympy.And(logits.allowed, Q + shift >= K) if mask.causal else logits.allowed
     average, most = banded.keys_a_query(band_of(allowed, K, Q))
     return average if not on_a_gpu or most <= WIDEST_BAND_ON_A_GPU else 0.0
 
@@ -265,4 +265,5 @@ def _kernel(decision: Decision, a: Attention) -> dict[str, Any]:
         "dtype": str(value_of(decision.site.output).dtype).removeprefix("torch."),
         "causal": decision.mask.causal,
         "valid": decision.mask.keys is not None,
+        "logits": logits_of(a, decision.mask).text,
     }

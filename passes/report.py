@@ -34,7 +34,8 @@ class SiteReport:
         banded: its mask leaves each query one run of keys, and all of them are attended: it is rewritten, and exact.
         key: the site's name in a plan file. value_dim, causal: what else a plan file checks.
         device: "cpu" or "cuda", or the one that was asked about; "" where nothing is proved. kernel: what its
-            generated kernels are specialised with beside the plan, as ``kernels.triton.sources`` takes it.
+            generated kernels are specialised with beside the plan, as ``kernels.triton.sources`` takes it, and the
+            text of its ``kernels.logits.Logits``.
     """
 
     module: str

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ..kernels import cpu, triton
+from ..kernels.logits import parse
 from .report import Report, SiteReport
 
 DEVICES = ("cpu", "cuda", "hip")
@@ -52,11 +53,15 @@ def _cpu() -> tuple[tuple[str, str, str], ...]:
 
 
 def _triton(site: SiteReport, target: str) -> Iterable[tuple[str, str, str]]:
-    for name, text in triton.sources(site.plan, target=target, **site.kernel).items():
+    shape = dict(site.kernel)
+    given = parse(shape.pop("logits"))
+    shape |= dict(target=target, lifted=given.lifted, reach=given.reach, softcap=given.softcap)
+    for name, text in triton.sources(site.plan, **shape).items():
         yield f"{name}.py", "python", text
 
 
 def _geometry(site: SiteReport) -> dict[str, str]:
     plan = site.plan.settings() if site.plan else {}
-    given = {name: str(value) for name, value in site.kernel.items() if name != "dim"}  # the shape has it
+    # The shape has the first; what is said of pairs is shown where there is any.
+    given = {name: str(value) for name, value in site.kernel.items() if name != "dim" and value != ""}
     return site.shape | {name: str(value) for name, value in plan.items()} | given

@@ -88,6 +88,11 @@ LIFTED: dict[str, tuple[Callable[[int, torch.Tensor], torch.Tensor], str]] = {
         "and",
     ),
     "everything": (lambda n, p: torch.ones(n, n, dtype=torch.bool), "true"),
+    "window": (lambda n, p: (_ij(n)[1] <= _ij(n)[0]) & (_ij(n)[1] > _ij(n)[0] - 7), "k <= q and q - 6 <= k"),
+    "padded window": (lambda n, p: (_ij(n)[1] >= _ij(n)[0] - 6) & p[:, None, None, :], "q - 6 <= k"),
+    "future": (lambda n, p: _ij(n)[1] >= _ij(n)[0], "q <= k"),
+    "off by one": (lambda n, p: _ij(n)[1] <= _ij(n)[0] + 1, "k <= q + 1"),
+    "chunked": (lambda n, p: _ij(n)[1] // 8 == _ij(n)[0] // 8, "k//8 == q//8"),
 }
 
 
@@ -97,10 +102,8 @@ def _written(mask: torch.Tensor) -> torch.Tensor:
 
 
 KEPT: dict[str, tuple[Callable[[int, torch.Tensor], torch.Tensor], str]] = {
-    "window": (lambda n, p: (_ij(n)[1] <= _ij(n)[0]) & (_ij(n)[1] > _ij(n)[0] - 7), "unsupported_mask: q - 6 <= k"),
-    "future": (lambda n, p: _ij(n)[1] >= _ij(n)[0], "unsupported_mask: q <= k"),
-    "off by one": (lambda n, p: _ij(n)[1] <= _ij(n)[0] + 1, "unsupported_mask: k <= q + 1"),
-    "chunked": (lambda n, p: _ij(n)[1] // 8 == _ij(n)[0] // 8, "unsupported_mask"),
+    "prefix": (lambda n, p: (_ij(n)[1] <= _ij(n)[0]) | (_ij(n)[1] < 7), "unsupported_mask: k <= 6 or k <= q"),
+    "strided": (lambda n, p: (_ij(n)[0] - _ij(n)[1]) % 8 == 0, "unsupported_mask"),
     "query padding": (lambda n, p: p[:, None, :, None].expand(-1, 1, n, n), "unsupported_mask"),
     "written to": (lambda n, p: _written(_ij(n)[1] <= _ij(n)[0]), "opaque_mask"),
     "written through a view": (lambda n, p: _written((_ij(n)[1] <= _ij(n)[0])[None, None]), "opaque_mask"),

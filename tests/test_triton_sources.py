@@ -16,7 +16,7 @@ from prescore_compile.kernels.plan import METHODS, Plan
 from prescore_compile.kernels.triton import listing, sources
 from prescore_compile.kernels.triton.maths import lifted
 from prescore_compile.kernels.triton.scores import kernel as scores
-from prescore_compile.passes.defaults import CAUSAL, CAUSAL_ON_A_GPU
+from prescore_compile.passes.defaults import CAUSAL, CAUSAL_ON_A_GPU, WHOLE
 
 GOLDEN = Path(__file__).with_name("golden")
 Q, K = sympy.symbols("q k", integer=True, nonnegative=True)
@@ -37,6 +37,7 @@ def golden() -> dict[str, str]:
         softcap=30.0,
         lifted=lifted(sympy.Eq(DOCUMENT(Q), DOCUMENT(K)), sympy.Rational(-1, 8) * sympy.Abs(Q - K)),
     )
+    banded = listing.spec(WHOLE, dim=64, causal=False, lifted=lifted(sympy.Abs(Q - K) <= 64))
     selected = listing.backward_spec(listing.spec(PLANS["centroids"], dim=64, target="hip"))
     residual = listing.spec(
         Plan(window=0, sinks=1, cluster=32, routes=12, residual=True), dim=64, group=2, causal=False
@@ -57,6 +58,8 @@ def golden() -> dict[str, str]:
         "default_attend": listing.forward_sources(default)["attend"],
         "streaming_attend": listing.forward_sources(streaming)["attend"],
         "masked_attend": listing.forward_sources(masked)["attend"],
+        "banded_attend": listing.forward_sources(banded)["attend"],
+        "banded_d_window": listing.backward_sources(listing.backward_spec(banded))["d_window"],
         "default_d_routes": listing.backward_sources(listing.backward_spec(default))["d_routes"],
         "residual_attend": listing.forward_sources(residual)["attend"],
         "residual_centroids": listing.forward_sources(residual)["centroids"],

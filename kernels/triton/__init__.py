@@ -19,17 +19,18 @@ from __future__ import annotations
 from typing import Any
 
 
-def sources(plan: Any, *, site: str = "", **shape: Any) -> dict[str, str]:
+def sources(plan: Any, *, site: str = "", reach: Any = None, **shape: Any) -> dict[str, str]:
     """The Triton sources that a site runs with, by the name of the kernel, in the order of their launches.
 
     Args:
         plan: a ``Plan``. site: the module path, named in the sources' heads.
         shape: ``dim``, and where they are not as said there what ``listing.spec`` takes: ``value_dim``, ``group``,
             ``dtype`` ("bfloat16"), ``target`` ("cuda" or "hip"), ``causal``, ``valid``, ``lifted``, ``softcap``.
+        reach: of the mask that ``lifted`` is, what routing looks at (``kernels.logits.Logits``).
 
     Raises:
         ValueError: a dtype, target or size that no kernel is written for.
     """
     from . import listing
 
-    return listing.all_sources(listing.spec(plan, **shape), site)
+    return listing.all_sources(listing.spec(plan, **shape), site, reach)

@@ -104,7 +104,8 @@ def $name(
         position = query_at + (k_len - q_len)  #? causal
         b = batch  #? lifted
         h = head[:, None]  #? lifted
-        q = tl.minimum(tl.maximum(query_at, 0), q_len - 1)[:, None]  #? lifted
+        q = query_at[:, None]  #? lifted and not bounded
+        q = tl.minimum(tl.maximum(query_at, 0), q_len - 1)[:, None]  #? bounded
         query_tile = tl.load(
             query + batch * query_b + (head * query_h + query_at.to(tl.int64) * query_n)[:, None] + feature[None, :],
             mask=$query_mask,

@@ -96,8 +96,11 @@ def backward_sources(backward: Spec) -> dict[str, str]:
     return found
 
 
-def all_sources(forward: Spec, site: str) -> dict[str, str]:
-    """Every source of a site: score, summarize, route, attend and its backward; ``site`` is named in their heads."""
+def all_sources(forward: Spec, site: str, reach: Lifted | None = None) -> dict[str, str]:
+    """Every source of a site: score, summarize, route, attend and its backward; ``site`` is named in their heads.
+
+    ``reach``: what of its mask routing looks at, see ``sources``.
+    """
     plan = forward.settings
     found: dict[str, str] = {}
     if plan.keep and scores.fits(plan, forward.dim, forward.dtype):
@@ -121,7 +124,8 @@ def all_sources(forward: Spec, site: str) -> dict[str, str]:
     if plan.needs_mass:
         found["mass"] = attend_source(mass_spec(forward))
     if plan.routes and plan.window is not None:
-        found["route"] = route_source(route_spec_of(forward), plan.chunk // plan.cluster, False)
+        looked_at = replace(route_spec_of(forward), lifted=reach or NOTHING)
+        found["route"] = route_source(looked_at, plan.chunk // plan.cluster, False)
     found |= forward_sources(forward) | backward_sources(backward_spec(forward))
     if site:
         found = {name: text.replace("\n", f"\n# module: {site}\n", 1) for name, text in found.items()}

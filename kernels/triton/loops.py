@@ -10,6 +10,7 @@ pair is ``exp2`` of it.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -58,9 +59,8 @@ def names(spec: Spec) -> dict[str, Any]:
         valid=spec.valid,
         split=spec.splits > 1,
         lifted=bool(spec.lifted.allowed or spec.lifted.bias),
+        bounded=bool(spec.lifted.loads or spec.lifted.bias),  # what is read, or added, must be there
         allowed=spec.lifted.allowed,
-        low="" if spec.windowed else spec.lifted.low,
-        high="" if spec.windowed else spec.lifted.high,
         query_low="" if spec.windowed else spec.lifted.query_low,
         query_high="" if spec.windowed else spec.lifted.query_high,
         bias=spec.lifted.bias,
@@ -204,7 +204,8 @@ key_head = key + batch * key_b + kv_head * key_h
 value_head = value + batch * value_b + kv_head * value_h
 b = batch  #? lifted
 h = head[:, None]  #? lifted
-q = tl.minimum(tl.maximum(query_at, 0), q_len - 1)[:, None]  #? lifted
+q = query_at[:, None]  #? lifted and not bounded
+q = tl.minimum(tl.maximum(query_at, 0), q_len - 1)[:, None]  #? bounded
 query_tile = tl.load(
     query + batch * query_b + (head * query_h + query_at.to(tl.int64) * query_n)[:, None] + feature[None, :],
     mask=$query_mask,
@@ -217,7 +218,8 @@ logits = tl.dot(query_tile, key_tile$precision) * (scale * LOG2E)  #? not softca
 logits = tl.dot(query_tile, key_tile$precision) * scale  #? softcap
 capped = 1.0 - 2.0 / (tl.exp2(logits * (2.0 * LOG2E / $softcap)) + 1.0)  #? softcap
 logits = capped * ($softcap * LOG2E)  #? softcap
-k = tl.minimum(tl.maximum($index, 0), k_len - 1)[None, :]  #? lifted
+k = $index[None, :]  #? lifted and not bounded
+k = tl.minimum(tl.maximum($index, 0), k_len - 1)[None, :]  #? bounded
 logits += tl.cast($bias, tl.float32) * LOG2E  #? bias
 """
 
@@ -264,6 +266,34 @@ for begin in range($first, stop, $step):
     seen = at < stop
     seen = seen & (tl.load(valid + batch * valid_b + at.to(tl.int64) * valid_n, mask=seen, other=0) != 0)  #? valid
     $body
+"""
+
+BAND = """
+# The band: what queries attend lies from start to stop, and all of them attend what lies from inside to whole.
+last_query = tl.minimum(first_query + wanted, q_len) - 1
+stop = k_len
+whole = k_len
+stop = tl.minimum(stop, first_position + wanted)  #? causal
+whole = tl.minimum(whole, first_position + 1)  #? causal
+start = 0  #? not low
+inside = 0  #? not low
+start = tl.maximum($first_low, 0) // KEYS * KEYS  #? low
+inside = tl.maximum(tl.cdiv(tl.maximum($last_low, 0), KEYS) * KEYS, start)  #? low
+stop = tl.minimum(stop, $last_high + 1)  #? high
+whole = tl.minimum(whole, $first_high + 1)  #? high
+whole = tl.maximum(whole // KEYS * KEYS, inside)
+for begin in range(inside$whole_first, whole, $step):
+    at = begin + tl.arange(0, KEYS)
+    seen = tl.load(valid + batch * valid_b + at.to(tl.int64) * valid_n) != 0  #? valid
+    $whole_body
+before = (inside - start) // KEYS
+for number in range($split, before + tl.cdiv(tl.maximum(stop - whole, 0), KEYS), $splits):
+    begin = start + number * KEYS
+    begin += tl.where(number < before, 0, whole - inside)
+    at = begin + tl.arange(0, KEYS)
+    seen = at < stop
+    seen = seen & (tl.load(valid + batch * valid_b + at.to(tl.int64) * valid_n, mask=seen, other=0) != 0)  #? valid
+    $own_body
 """
 
 ROWS = """
@@ -348,8 +378,9 @@ def score(spec: Spec, index: str) -> str:
     return fill(SCORE, names(spec) | {"index": index})
 
 
-def mask(spec: Spec, pairs: str, choose: str = "") -> str:
-    return fill(MASK, names(spec) | {"pairs": pairs, "choose": choose})
+def mask(spec: Spec, pairs: str, choose: str = "", allowed: bool = True) -> str:
+    told = {} if allowed else {"allowed": ""}
+    return fill(MASK, names(spec) | {"pairs": pairs, "choose": choose} | told)
 
 
 def highest_bit(name: str) -> str:
@@ -367,6 +398,7 @@ def step(
     pairs: str,
     choose: str = "",
     taint: bool = False,
+    allowed: bool = True,
 ) -> str:
     """Load the keys at ``at``, score them, mask them, and ``update`` what is summed.
 
@@ -375,6 +407,7 @@ def step(
         seen: the vector of those that exist, "" for all. pairs: which pairs count, "" for all.
         choose: lines that compute what ``pairs`` needs.
         taint: a value that is not finite must reach only the pairs that count.
+        allowed: the lifted mask may not allow all of them.
     """
     if source in ("row", "rest"):
         key_at, value_at = f"{source}_key + row_at[None, :] * DIM", f"{source}_value + row_at[:, None] * VALUE_DIM"
@@ -392,7 +425,7 @@ def step(
         ),
         score=score(spec, index) + bias,
         taint=TAINT if taint else "",
-        mask=mask(spec, pairs, choose),
+        mask=mask(spec, pairs, choose, allowed),
         update=update,
     )
     return fill(STEP, parts)
@@ -414,11 +447,8 @@ def window(spec: Spec, update: str, taint: bool) -> str:
     if spec.causal:
         ends = """
         start = low  #? aligned
-        start = 0  #? not aligned and not low
-        start = tl.maximum($low, 0) // KEYS * KEYS  #? low
+        start = 0  #? not aligned
         stop = tl.minimum(first_position + wanted, k_len)
-        last_query = tl.minimum(first_query + wanted, q_len) - 1  #? high
-        stop = tl.minimum(stop, $high + 1)  #? high
         # A tile past the sequence's end begins after its last key.
         whole = start + tl.maximum(tl.minimum(first_position + 1, stop) - start, 0) // KEYS * KEYS
         """
@@ -427,23 +457,30 @@ def window(spec: Spec, update: str, taint: bool) -> str:
         )
     else:
         ends = """
-        start = 0  #? not low
-        start = tl.maximum($low, 0) // KEYS * KEYS  #? low
-        whole = k_len // KEYS * KEYS  #? not high
+        start = 0
+        whole = k_len // KEYS * KEYS
         stop = k_len
-        last_query = tl.minimum(first_query + wanted, q_len) - 1  #? high
-        stop = tl.minimum(stop, $high + 1)  #? high
-        whole = start + tl.maximum(stop - start, 0) // KEYS * KEYS  #? high
         """
         pairs = "seen[None, :]"
     seen = "seen" if spec.valid else ""
-    pair_mask = bool(spec.lifted.allowed)
+    banded = not spec.windowed and bool(spec.lifted.low or spec.lifted.high)
+    pair_mask = bool(spec.lifted.allowed) and not (banded and spec.lifted.only)
     whole = step(
-        spec, update, source="key", index="at", seen=seen, pairs=seen and "seen[None, :]", taint=taint and pair_mask
+        spec,
+        update,
+        source="key",
+        index="at",
+        seen=seen,
+        pairs=seen and "seen[None, :]",
+        taint=taint and pair_mask,
+        allowed=pair_mask,
     )
+    pair_mask = bool(spec.lifted.allowed)
     own = step(
         spec, update, source="key", index="at", seen="seen", pairs=pairs, taint=taint and (spec.causal or pair_mask)
     )
+    if banded:
+        return fill(BAND, names(spec) | _band(spec, first) | {"whole_body": whole, "own_body": own})
     return "\n".join(
         [
             fill(ends, names(spec)),
@@ -451,6 +488,17 @@ def window(spec: Spec, update: str, taint: bool) -> str:
             _loop(OWN_WINDOW, spec, _from("whole", first), own),
         ]
     )
+
+
+def _band(spec: Spec, first: str) -> dict[str, Any]:
+    """What ``BAND`` needs beside its bodies."""
+    ends = {"low": spec.lifted.low, "high": spec.lifted.high}
+    of_both = {
+        f"{query}_{name}": re.sub(r"\bqueried\b", f"{query}_query", text)
+        for name, text in ends.items()
+        for query in ("first", "last")
+    }
+    return ends | of_both | {"whole_first": f" + {first}" if first else "", "split": "split" if first else "0"}
 
 
 def rows(spec: Spec, update: str, taint: bool) -> str:

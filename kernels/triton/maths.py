@@ -54,19 +54,20 @@ def lifted(allowed: Any = sympy.true, bias: Any = 0) -> Lifted:
     )
 
 
-def _ends(allowed: Any) -> dict[str, str]:
+def _ends(allowed: Any) -> dict[str, Any]:
     """The fields of ``Lifted`` that bound the loops."""
     keys, queries = band(allowed, _K, _Q), band(allowed, _Q, _K)
     found = {
-        "low": (keys.low, _Q, "first_query"),
-        "high": (keys.high, _Q, "last_query"),
+        "low": (keys.low, _Q, "queried"),
+        "high": (keys.high, _Q, "queried"),
         "query_low": (queries.low, _K, "begin_key"),
         "query_high": (queries.high, _K, "last_key"),
     }
-    return {
+    texts: dict[str, Any] = {
         name: "" if end is None else triton_text(end.subs(of, sympy.Symbol(at, integer=True, nonnegative=True)))
         for name, (end, of, at) in found.items()
     }
+    return texts | {"only": keys.rest == sympy.true}
 
 
 def triton_text(expr: Any) -> str:

@@ -42,9 +42,12 @@ BACKWARD = {
 
 
 def forward(target: str, dtype: str, dim: int, value_dim: int, routes: bool) -> Tile:
-    """Of ``attend``; with routes a tile has 64 rows at most: its list of clusters grows with its rows."""
+    """Of ``attend``; with routes a tile has 64 rows at most: its list of clusters grows with its rows.
+
+    So it does with values of more than 64 features: where a mask says more than causality, 128 rows would spill.
+    """
     tile = _of(FORWARD, target, dtype, dim, value_dim)
-    wider = target == "cuda" and dtype != "float32" and max(dim, value_dim) <= 128 and not routes
+    wider = target == "cuda" and dtype != "float32" and dim <= 128 and value_dim <= 64 and not routes
     return replace(tile, rows=128) if wider else tile
 
 

@@ -25,9 +25,9 @@ class Lifted:
         allowed: bool expression, "" where every pair is allowed.
         bias: added to the logits, "" for none.
         loads: the tensors that the two read, and the axes of each.
-        low, high: the first key that ``first_query`` of a tile may attend and the last one that its ``last_query`` may,
-            what ``kernels.band`` finds; "" where it finds none. They bound those of all the tile's queries.
-        query_low, query_high: the same of the queries that may attend ``begin_key`` and ``last_key``.
+        low, high: the ends of a band (``kernels.band``), over the query ``queried``; "" for none. only: they are all
+            that is said.
+        query_low, query_high: the first and the last query that may attend ``begin_key`` and ``last_key``.
     """
 
     allowed: str = ""
@@ -37,6 +37,7 @@ class Lifted:
     high: str = ""
     query_low: str = ""
     query_high: str = ""
+    only: bool = False
 
 
 NOTHING = Lifted()

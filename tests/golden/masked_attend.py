@@ -28,8 +28,8 @@ def attend(
     DIM_TILE: tl.constexpr = 128
     VALUE_TILE: tl.constexpr = 128
     GROUP: tl.constexpr = 1
-    QUERIES: tl.constexpr = 128
-    ROWS: tl.constexpr = 128
+    QUERIES: tl.constexpr = 64
+    ROWS: tl.constexpr = 64
     KEYS: tl.constexpr = 64
     LOG2E: tl.constexpr = 1.4426950408889634
 
