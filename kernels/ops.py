@@ -95,6 +95,8 @@ def summarize(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The fields of ``kernels.summary.Summary``; row_key and row_value are differentiable."""
     settings = Plan.parse(plan)
+    if settings.only_window:
+        return _empty_summary(key, value, plan)  # type: ignore[return-value]
     if not _generated(key):
         return summarize_eager(key, value, valid, scores, plan)
     from .triton import clusters as generated

@@ -179,6 +179,11 @@ class Plan:
         return replace(self, routes=0, share=0.0, group_routes=False, residual=False, coarse=0, keep=0, centroids=0)
 
     @property
+    def only_window(self) -> bool:
+        """Nothing but the window is attended: there is nothing to summarize."""
+        return not (self.routes or self.sinks or self.rows_per_segment)
+
+    @property
     def first_level(self) -> Plan:
         """Of two levels: how chunks are chosen."""
         return replace(self, routes=self.coarse, share=0.0, residual=False, coarse=0)

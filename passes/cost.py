@@ -28,12 +28,12 @@ SCORE_PER_KEY = {
 CENTROIDS_PER_KEY = 120_000
 # Keys that a query of a band costs beyond its own: of the tile that it lies in. Measured at 1,024 to 8,192 keys.
 BAND_EDGE = 256
-# Launches of a plan with routes on a GPU; one that only attends, as that of a band, is a single one.
-LAUNCHES = 8
 LONGEST = 2**24
 # Of the routes that a plan with a share may take, those that it takes on average: of 64 at a share of 0.0012 and 8192
 # tokens of text, by `python -m bench.quality`. Content decides, so this is an expectation.
 FILLED = 0.38
+# How much more the last queries of a long sequence attend than all do on average: measured, 128 to 1024 of 8192.
+FILLED_LATE = 1.7
 # The same where the heads of a group route together, at a share of 0.0014.
 FILLED_TOGETHER = 0.42
 
@@ -54,7 +54,8 @@ class Prices:
         centroids: a key and KV head, for the centroids of one segment that it lies in.
         score: a key and KV head, to score it, by method; other: by a user's own scorer. select: of scored keys, to
             find the best and copy them. band_edge: keys that a query of a band costs beyond its own.
-        fixed: the launches. select_fixed: those of scores and selected keys.
+        fixed: the launches. attend_fixed: that of a plan that only attends. select_fixed: those of scores and selected
+            keys.
     """
 
     attend: float
@@ -74,6 +75,7 @@ class Prices:
     select: float = 0.0
     band_edge: float = 0.0
     fixed: float = 0.0
+    attend_fixed: float = 0.0
     select_fixed: float = 0.0
 
 
@@ -81,7 +83,7 @@ PRICES = {
     # What a user's scorer costs nobody knows: as kmedian, the dearest that reads keys alone.
     "cpu": Prices(
         attend=ATTEND_PRICE, route=ROUTE_PRICE, mass=0.0, per_key=SUMMARY_PER_KEY, centroids=CENTROIDS_PER_KEY,
-        score=SCORE_PER_KEY, other=SCORE_PER_KEY["kmedian"], band_edge=BAND_EDGE,
+        score=SCORE_PER_KEY, other=SCORE_PER_KEY["kmedian"], band_edge=BAND_EDGE, fixed=6e7, attend_fixed=3e7,
     ),
     # Modelled, not measured: an H100 in bfloat16 as `bench/model.py` has it, for AMD's GPUs too. Scores: 128 features,
     # 4 query heads a KV head. kernel_kmeans, window_peak, random and a user's scorer are torch operations there:
@@ -94,7 +96,7 @@ PRICES = {
             "peak": 300_000, "query": 103_000, "norm": 26_000, "inverse_norm": 26_000,
             "kernel_kmeans": 9_000_000, "window_peak": 20_000_000, "random": 1_000_000,
         },
-        other=9_000_000, select=87_000, select_fixed=4.5e9, band_edge=128,
+        other=9_000_000, select=87_000, select_fixed=4.5e9, band_edge=128, attend_fixed=1.3e9,
     ),
 }  # fmt: skip
 
@@ -113,6 +115,8 @@ class Shape:
     band: float = 0.0
     """Keys that a query may attend on average, where the mask is a band that is attended whole; 0.0: as many as there
     are."""
+    queries: int = 0
+    """Where they are fewer than keys, the last ones, as behind a cache; 0: as many."""
 
 
 def exact_pairs(causal: bool, band: float = 0.0) -> sympy.Expr:
@@ -182,12 +186,13 @@ def routing_pairs(plan: Plan, causal: bool, union: float = 1) -> sympy.Expr:
 
 def exact_cost(shape: Shape) -> sympy.Expr:
     """Multiply-adds of exact attention."""
-    return _per_pair(shape) * exact_pairs(shape.causal, shape.band)
+    return _part(shape) * _late(shape) * _per_pair(shape) * exact_pairs(shape.causal, shape.band)
 
 
 def prescored_cost(shape: Shape, plan: Plan) -> sympy.Expr:
     """Multiply-adds of attending and routing; not the summary, which is linear in n."""
-    return _per_pair(shape) * _pairs(plan, shape.causal, shape.band)
+    attended = attended_pairs(plan, shape.causal, shape.band) + mass_pairs(plan, shape.causal)
+    return _part(shape) * _per_pair(shape) * (attended + _late(shape) * routing_pairs(plan, shape.causal))
 
 
 def density(plan: Plan, causal: bool, band: float = 0.0) -> sympy.Expr:
@@ -213,12 +218,13 @@ def prescored_time(shape: Shape, plan: Plan) -> sympy.Expr:
     union = prices.union_together if group > 1 else prices.union
     if union != 1:
         attended += (union - 1) * _least(N * routed_keys(plan), attended)
+    if shape.queries and plan.share:
+        attended *= FILLED_LATE
     attended += prices.mass * mass_pairs(plan, shape.causal) + (N * prices.band_edge if shape.band else 0)
-    routing *= prices.route_head + (1 - prices.route_head) / group
+    routing *= _late(shape) * (prices.route_head + (1 - prices.route_head) / group)
     pairs = _per_pair(shape) * (prices.attend * attended + prices.route * routing)
     pairs += rows * (prices.route_pair * routing + prices.lists / group * N * (plan.routes + plan.coarse))
-    alone = not (plan.routes or plan.rows_per_segment or plan.sinks)
-    return pairs + summary + scoring + prices.fixed / (LAUNCHES if alone else 1)
+    return _part(shape) * pairs + summary + scoring + (prices.attend_fixed if plan.only_window else prices.fixed)
 
 
 @functools.cache
@@ -255,6 +261,16 @@ def _most(*of: sympy.Expr | int) -> sympy.Expr:
 
 def _pairs(plan: Plan, causal: bool, band: float = 0.0) -> sympy.Expr:
     return attended_pairs(plan, causal, band) + mass_pairs(plan, causal) + routing_pairs(plan, causal)
+
+
+def _part(shape: Shape) -> sympy.Expr:
+    """How many queries there are for each key."""
+    return shape.queries / N if shape.queries else sympy.Integer(1)
+
+
+def _late(shape: Shape) -> sympy.Expr:
+    """How many more keys the last queries meet than all do on average."""
+    return 2 - _part(shape) if shape.causal and not shape.band else sympy.Integer(1)
 
 
 def _per_pair(shape: Shape) -> int:

@@ -191,7 +191,8 @@ def _lengths(attention: Attention, mask: Mask, config: Config, plan: Plan, band:
 
 
 def _shape(attention: Attention, causal: bool, band: float = 0.0) -> cost.Shape:
-    # The batch scales both sides alike, so the hint of a dynamic one will do.
+    # The batch scales both sides alike, so the hint of a dynamic one will do; of few queries, too.
+    q_len, k_len = attention.size(attention.q), attention.size(attention.k)
     return cost.Shape(
         batch=hint(attention.size(*attention.batch)),
         heads=hint(attention.size(*attention.heads)),
@@ -201,6 +202,7 @@ def _shape(attention: Attention, causal: bool, band: float = 0.0) -> cost.Shape:
         causal=causal,
         device=attention.device.type,
         band=band,
+        queries=0 if known_equal(q_len, k_len) else hint(q_len),
     )
 
 

@@ -314,3 +314,23 @@ def test_models_with_local_layers(name: str, padded: bool) -> None:
         results.append([out, *(p.grad for p in model.parameters() if p.grad is not None)])
     for got, want in zip(*results, strict=True):
         torch.testing.assert_close(got, want, atol=5e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("queries", "width", "faster"), [(2, 0, False), (64, 0, False), (1024, 0, True), (2, 200, False), (256, 200, True)]
+)
+def test_few_queries_do_not_pay_for_what_keys_cost(queries: int, width: int, faster: bool) -> None:
+    """Behind a cache: summaries of all keys for a few queries would take longer than exact attention."""
+    keys = 4096
+
+    def fn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        at = torch.arange(k.shape[2])
+        here = at[-q.shape[2] :, None]
+        mask = (at <= here) & (at > here - width) if width else at <= here
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+    q, k = torch.randn(1, 8, queries, 64), torch.randn(1, 8, keys, 64)
+    (site,) = explain(fn, q, k, k).sites
+    assert site.decision == ("rewrite" if faster else "keep"), site
+    assert site.reason.startswith("" if faster else "not_faster: ")
+    assert not faster or (site.gain is not None and site.gain > 1)

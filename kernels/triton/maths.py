@@ -67,7 +67,7 @@ def _ends(allowed: Any) -> dict[str, Any]:
         name: "" if end is None else triton_text(end.subs(of, sympy.Symbol(at, integer=True, nonnegative=True)))
         for name, (end, of, at) in found.items()
     }
-    return texts | {"only": keys.rest == sympy.true}
+    return texts | {"only": bool(texts["low"] or texts["high"]) and keys.rest == sympy.true}
 
 
 def triton_text(expr: Any) -> str:
