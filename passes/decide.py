@@ -12,7 +12,6 @@ from sympy.core.function import AppliedUndef
 from torch import fx
 
 from ..kernels import banded, cpu
-from ..kernels.band import band as band_of
 from ..kernels.logits import NOTHING, Logits, parse
 from ..kernels.plan import Plan
 from ..kernels.triton import device
@@ -26,6 +25,7 @@ from .plans import SiteKey
 from .report import SiteReport
 from .rules import failed_at, rule_of
 from .site import Attention, Site
+from .unattended import reach_of
 
 MAX_HEAD_DIM = 256
 
@@ -74,9 +74,7 @@ def _band(attention: Attention, mask: Mask) -> float:
     logits, on_a_gpu = logits_of(attention, mask), _generated(attention.device)
     if not on_a_gpu and not logits.only_band:
         return 0.0
-    shift = symbolic(attention.size(attention.k)) - symbolic(attention.size(attention.q))
-    allowed = sympy.And(logits.allowed, Q + shift >= K) if mask.causal else logits.allowed
-    average, most = banded.keys_a_query(band_of(allowed, K, Q))
+    average, most = banded.keys_a_query(reach_of(mask, attention))
     return average if not on_a_gpu or most <= WIDEST_BAND_ON_A_GPU else 0.0
 
 

@@ -64,7 +64,9 @@ class Keys:
         terms = self.expr.args if isinstance(self.expr, sympy.And) else (self.expr,)
         found: fx.Node | None = None
         for term in terms:
-            node = self._plain(graph, term, sizes) or _General(graph, self.loads, query, key, device).of(term)
+            node = self._plain(graph, term, sizes) or General(graph, self.loads, _places(graph, query, key, device)).of(
+                term
+            )
             found = node if found is None else graph.call_function(operator.and_, (found, node))
         assert found is not None
         size = (graph.call_method("size", (query, 0)), graph.call_method("size", (key, 2)))
@@ -85,22 +87,27 @@ class Keys:
         return node if value_of(node).dtype == torch.bool else graph.call_function(operator.ne, (node, 0))
 
 
-class _General:
-    """Evaluates an expression on ``arange``s, one node an operator."""
+def _places(graph: fx.Graph, query: fx.Node, key: fx.Node, device: Any) -> dict[sympy.Symbol, fx.Node]:
+    """b ``[B, 1]`` and k ``[1, Nk]``."""
+    found: dict[sympy.Symbol, fx.Node] = {}
+    for symbol, node, axis, other in ((K, key, 2, 0), (B, query, 0, -1)):
+        size = graph.call_method("size", (node, axis))
+        at = graph.call_function(torch.arange, (size,), {"device": device})
+        found[symbol] = graph.call_method("unsqueeze", (at, other))
+    return found
 
-    def __init__(self, graph: fx.Graph, loads: Mapping[str, fx.Node], query: fx.Node, key: fx.Node, device: Any):
-        self.graph = graph
-        self.loads = loads
-        self.place: dict[sympy.Symbol, fx.Node] = {}
-        for symbol, node, axis, other in ((B, query, 0, -1), (K, key, 2, 0)):
-            size = graph.call_method("size", (node, axis))
-            at = graph.call_function(torch.arange, (size,), {"device": device})
-            self.place[symbol] = graph.call_method("unsqueeze", (at, other))
+
+class General:
+    """Evaluates an expression on ``place``, tensors that broadcast against each other, one node an operator."""
+
+    def __init__(self, graph: fx.Graph, loads: Mapping[str, fx.Node], place: Mapping[sympy.Symbol, fx.Node]):
+        self.graph, self.loads, self.place = graph, loads, place
+        self.first = next(iter(place.values()))
 
     def of(self, expr: Any) -> Any:
         """The node, or the number, that ``expr`` is."""
         if expr in (sympy.true, sympy.false):
-            always = self.graph.call_function(operator.ge, (self.place[K], 0))
+            always = self.graph.call_function(operator.ge, (self.first, 0))
             return always if expr == sympy.true else self._call(torch.logical_not, always)
         if expr.is_Integer:
             return int(expr)
@@ -110,26 +117,26 @@ class _General:
             above, below = sympy.fraction(sympy.together(expr.args[0]))
             return self._call(operator.floordiv, self.of(above), self.of(below))
         if isinstance(expr, AppliedUndef):
-            index = tuple(self._tensor(self.of(at)) for at in expr.args)
+            index = tuple(self.tensor(self.of(at)) for at in expr.args)
             node = self.loads[expr.func.__name__]
             return node if not index else self._call(operator.getitem, node, index)
         function = _FUNCTIONS[expr.func]
         parts = [self.of(arg) for arg in expr.args]
         if isinstance(expr, (sympy.Max, sympy.Min)):
-            parts = [self._tensor(part) for part in parts]
+            parts = [self.tensor(part) for part in parts]
         found = self._call(function, *parts[:2])
         for part in parts[2:]:
             found = self._call(function, found, part)
         return found
 
-    def _tensor(self, part: Any) -> Any:
+    def tensor(self, part: Any) -> Any:
         """A number as a tensor that broadcasts against the others."""
         return part if isinstance(part, fx.Node) else self._call(operator.add, self._zero(), part)
 
     def _zero(self) -> fx.Node:
-        return self._call(operator.mul, self.place[K], 0)
+        return self._call(operator.mul, self.first, 0)
 
     def _call(self, function: Any, *args: Any) -> fx.Node:
         if len(args) == 1 and isinstance(args[0], int):
-            args = (self._tensor(args[0]),)
+            args = (self.tensor(args[0]),)
         return self.graph.call_function(function, args)

@@ -103,7 +103,8 @@ def lift(site: Site, known: Lifted | None = None) -> Mask:
     always_a_key = mask.keys is None and shift.is_nonnegative
     if mask.reason or not meaning.finite or (always_a_key and _every_query(mask.logits.allowed, shift)):
         return mask
-    if len(meaning.finite) == 1 and meaning.uniform and not mask.needs and (not mask.causal or shift == 0):
+    known_keys = not mask.needs or (mask.keys is not None and mask.logits.only_band)  # see ``unattended``
+    if len(meaning.finite) == 1 and meaning.uniform and known_keys and (not mask.causal or shift == 0):
         return replace(mask, mean=True)
     return Mask(mask.text, reason="additive_mask: finite numbers where padded queries have no key")
 

@@ -27,6 +27,7 @@ from .report import Report, SiteReport
 from .sdpa import fused_call
 from .site import Coordinates, Site
 from .stages import CAPTURED, INSERTED, Recorder, recording
+from .unattended import or_mean
 
 _SUMMARY_OUTPUTS = ("order", "mean", "spread", "bias", "row_index", "row_owner", "row_key", "row_value", "row_bias")
 
@@ -182,8 +183,7 @@ def _insert(graph: fx.Graph, decision: Decision, rule: str, values: dict[str, An
         attend = torch.ops.prescore.attend.default
         out = call("attend", attend, query, key, value, valid, order, routes, *rows, settings, causal, a.scale, *more)
         if decision.mask.mean and valid is not None:
-            group = int(a.size(*a.heads)) // int(a.size(*a.kv_heads))
-            out = _or_mean(graph, out, value, valid, causal, group)
+            out = or_mean(graph, out, query, value, valid, a, decision.mask)
         out = original(graph, out, (a.batch, a.heads, q_group, _one(a.e)), a.result, sizes)
         out = laid_out_as(graph, out, old)
     node = first.next
@@ -200,18 +200,6 @@ def _insert(graph: fx.Graph, decision: Decision, rule: str, values: dict[str, An
 
 def _one(coordinate: Any) -> Coordinates:
     return () if coordinate is None else (coordinate,)
-
-
-def _or_mean(graph: fx.Graph, out: fx.Node, value: fx.Node, valid: fx.Node, causal: bool, group: int) -> fx.Node:
-    """The mean of all values for a query that may attend no key: softmax of equal numbers."""
-    if causal:
-        some = graph.call_function(operator.gt, (graph.call_method("cumsum", (valid, 1)), 0))
-    else:
-        some = graph.call_method("any", (valid, 1, True))
-    for axis in (1, 3):
-        some = graph.call_method("unsqueeze", (some, axis))
-    mean = graph.call_method("repeat_interleave", (graph.call_method("mean", (value, 2, True)), group, 1))
-    return graph.call_function(torch.where, (some, out, mean))
 
 
 def _drop_dead(graph: fx.Graph, outputs: Iterable[fx.Node], producers: set[fx.Node]) -> None:

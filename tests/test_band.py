@@ -288,15 +288,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize(("padded", "implementation"), [(False, "sdpa"), (True, "sdpa"), (True, "eager")])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_models_with_local_layers(name: str, padded: bool) -> None:
+def test_models_with_local_layers(name: str, padded: bool, implementation: str) -> None:
     """Each local layer is a band, and the model's output and gradients are the eager model's."""
     transformers = pytest.importorskip("transformers")
     config = transformers.AutoConfig.for_model(name, pad_token_id=0, bos_token_id=1, eos_token_id=2,
                                                cls_token_id=1, sep_token_id=2, **FAMILIES[name])  # fmt: skip
     torch.manual_seed(0)
-    model = transformers.AutoModel.from_config(config, attn_implementation="sdpa").eval()
+    model = transformers.AutoModel.from_config(config, attn_implementation=implementation).eval()
     ids, valid = torch.randint(3, 128, (2, 320)), torch.ones(2, 320, dtype=torch.long)
     valid[0, 300:] = 1 - padded
     more = dict(attention_mask=valid) if padded else {}

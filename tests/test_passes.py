@@ -90,6 +90,30 @@ LIFTED: dict[str, tuple[Callable[[int, torch.Tensor], torch.Tensor], str]] = {
     "everything": (lambda n, p: torch.ones(n, n, dtype=torch.bool), "true"),
     "window": (lambda n, p: (_ij(n)[1] <= _ij(n)[0]) & (_ij(n)[1] > _ij(n)[0] - 7), "k <= q and q - 6 <= k"),
     "padded window": (lambda n, p: (_ij(n)[1] >= _ij(n)[0] - 6) & p[:, None, None, :], "q - 6 <= k"),
+    "padded window, additive": (
+        lambda n, p: torch.where(
+            (_ij(n)[1] >= _ij(n)[0] - 3) & (_ij(n)[1] <= _ij(n)[0]) & p[:, None, None, :] & (_ij(n)[1] != 0),
+            0.0,
+            torch.finfo(torch.float32).min,
+        ),
+        "q - 3 <= k",
+    ),
+    "padded both sides, additive": (
+        lambda n, p: torch.where(
+            ((_ij(n)[1] - _ij(n)[0]).abs() <= 2) & p[:, None, None, :], 0.0, torch.finfo(torch.float32).min
+        ),
+        "abs(k - q) <= 2",
+    ),
+    "padded chunks, additive": (
+        lambda n, p: torch.where(
+            (_ij(n)[1] // 4 == _ij(n)[0] // 4) & p[:, None, None, :], 0.0, torch.finfo(torch.float32).min
+        ),
+        "k//4 == q//4",
+    ),
+    "padded future, additive": (
+        lambda n, p: torch.where((_ij(n)[1] > _ij(n)[0]) & p[:, None, None, :], 0.0, torch.finfo(torch.float32).min),
+        "q + 1 <= k",
+    ),
     "future": (lambda n, p: _ij(n)[1] >= _ij(n)[0], "q <= k"),
     "off by one": (lambda n, p: _ij(n)[1] <= _ij(n)[0] + 1, "k <= q + 1"),
     "chunked": (lambda n, p: _ij(n)[1] // 8 == _ij(n)[0] // 8, "k//8 == q//8"),
