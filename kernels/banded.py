@@ -14,10 +14,27 @@ TILE = 128
 FAR = 2**16
 
 
-def ends(found: Band, q_len: int, k_len: int) -> torch.Tensor:
-    """The first and the last key of each query: ``[2, Nq]`` int64; where there is none, the last lies before."""
-    low, high = _ends(found, torch.arange(q_len), k_len)
+def ends(found: Band, q_len: int, k_len: int, causal: bool) -> torch.Tensor:
+    """The first and the last key of each query, causality counted in: ``[2, Nq]`` int64.
+
+    Where there is none, the last lies before the first.
+    """
+    at = torch.arange(q_len)
+    low, high = _values(found, at, k_len)
+    if causal:
+        high = torch.minimum(high, at + (k_len - q_len))
     return torch.stack([low.clamp(0, k_len), high.clamp(-1, k_len - 1)])
+
+
+def within(site: Operands, ends: torch.Tensor) -> tuple[Operands, torch.Tensor]:
+    """The site with the keys that any query attends and no other, bidirectional, and its ends."""
+    if not ends.numel():
+        return site, ends
+    first, last = int(ends[0, 0]), int(ends[1, -1])
+    count = max(last - first + 1, 0)
+    key, value = (tensor.narrow(2, first, count) for tensor in (site.key, site.value))
+    valid = None if site.valid is None else site.valid[:, first : first + count]
+    return site._replace(key=key, value=value, valid=valid, causal=False), ends - first
 
 
 @functools.cache
@@ -25,13 +42,13 @@ def keys_a_query(found: Band) -> tuple[float, int]:
     """How many keys a query of a long sequence is left: on average, and at most; (0.0, 0) where they grow with it."""
     if found.low is None or found.high is None:
         return 0.0, 0
-    low, high = _ends(found, torch.arange(FAR, 3 * FAR), 4 * FAR)
+    low, high = _values(found, torch.arange(FAR, 3 * FAR), 4 * FAR)
     count = (high - low + 1).clamp(min=0)
     near, far = count.chunk(2)
     return (float(count.double().mean()), int(count.max())) if near.max() == far.max() else (0.0, 0)
 
 
-def _ends(found: Band, queries: torch.Tensor, k_len: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _values(found: Band, queries: torch.Tensor, k_len: int) -> tuple[torch.Tensor, torch.Tensor]:
     low, high = 0 if found.low is None else found.low, k_len - 1 if found.high is None else found.high
     return tuple(torch.as_tensor(value(end, {"q": queries}, {})).expand_as(queries) for end in (low, high))  # type: ignore[return-value]
 
@@ -39,22 +56,19 @@ def _ends(found: Band, queries: torch.Tensor, k_len: int) -> tuple[torch.Tensor,
 def backward(grad: torch.Tensor, site: Operands, ends: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """``reference.attend_backward`` of a plan without a limit, tile by tile: of no keys but a tile's own.
 
-    ``grad`` ``[B, H, Nq, Dv]``; gradients of query, key and value in float32 or wider.
+    ``grad`` ``[B, H, Nq, Dv]``; ``ends``: with causality. Gradients of query, key and value in float32 or wider.
     """
     wide = torch.promote_types(grad.dtype, torch.float32)
     query, key, value = (t.to(wide) for t in site[:3])
-    q_len, (kv_heads, k_len) = query.shape[2], key.shape[1:3]
-    shift = k_len - q_len
+    q_len, kv_heads = query.shape[2], key.shape[1]
     d_query, d_key, d_value = (torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (query, key, value))
     for begin in range(0, q_len, TILE):
         end = min(begin + TILE, q_len)
         low, high = int(ends[0, begin]), int(ends[1, end - 1]) + 1
-        high = min(high, end + shift) if site.causal else high
         if low >= high:
             continue
         at, i = torch.arange(low, high), torch.arange(begin, end)
         seen = (at >= ends[0, i, None]) & (at <= ends[1, i, None])
-        seen = seen & (at <= i[:, None] + shift) if site.causal else seen
         if site.valid is not None:
             seen = seen & site.valid[:, None, None, low:high]
         q, d_out = query[:, :, begin:end], grad[:, :, begin:end].to(wide)

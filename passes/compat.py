@@ -11,7 +11,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from traceback import FrameSummary
 from types import FrameType
 from typing import Any
@@ -22,7 +22,7 @@ from torch import fx
 from torch._dynamo.exc import TorchDynamoException, TorchRuntimeError
 from torch._dynamo.utils import get_metrics_context
 from torch._guards import CompileContext, TracingContext, detect_fake_mode
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd import forward_ad
 from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -117,7 +117,7 @@ def add_value(node: fx.Node, known: dict[str, Any]) -> None:
     """Set what a call on nodes that say what they compute, computes; nothing where that cannot be run.
 
     Under the name that the graph has for it: AOTAutograd keeps no graph of Dynamo's on disk that calls a method of what
-    has no ``example_value``. ``known``: of earlier calls: the same call on alike tensors is run once.
+    has no ``example_value``. ``known``: of earlier calls: the same call on alike tensors is run once; and the mode.
     """
     kind = "example_value" if any("example_value" in n.meta for n in node.all_input_nodes) else "val"
     try:
@@ -128,7 +128,11 @@ def add_value(node: fx.Node, known: dict[str, Any]) -> None:
             return
         args: Any = fx.map_arg(node.args, value_of)
         kwargs: Any = fx.map_arg(node.kwargs, value_of)
-        with torch.no_grad():
+        # A tensor made of dynamic sizes alone (arange) would be a real one, of a size that is a guard then.
+        if "" not in known:
+            values = map(value_of, node.graph.nodes)
+            known[""] = next((value.fake_mode for value in values if isinstance(value, FakeTensor)), None)
+        with torch.no_grad(), known[""] or nullcontext():
             if node.op == "call_method":
                 node.meta[kind] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
             elif callable(node.target):

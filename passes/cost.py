@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import sympy
 
@@ -83,7 +83,7 @@ PRICES = {
     # What a user's scorer costs nobody knows: as kmedian, the dearest that reads keys alone.
     "cpu": Prices(
         attend=ATTEND_PRICE, route=ROUTE_PRICE, mass=0.0, per_key=SUMMARY_PER_KEY, centroids=CENTROIDS_PER_KEY,
-        score=SCORE_PER_KEY, other=SCORE_PER_KEY["kmedian"], band_edge=BAND_EDGE, fixed=6e7, attend_fixed=3e7,
+        score=SCORE_PER_KEY, other=SCORE_PER_KEY["kmedian"], band_edge=BAND_EDGE, fixed=2e7, attend_fixed=5e6,
     ),
     # Modelled, not measured: an H100 in bfloat16 as `bench/model.py` has it, for AMD's GPUs too. Scores: 128 features,
     # 4 query heads a KV head. kernel_kmeans, window_peak, random and a user's scorer are torch operations there:
@@ -225,6 +225,26 @@ def prescored_time(shape: Shape, plan: Plan) -> sympy.Expr:
     pairs = _per_pair(shape) * (prices.attend * attended + prices.route * routing)
     pairs += rows * (prices.route_pair * routing + prices.lists / group * N * (plan.routes + plan.coarse))
     return _part(shape) * pairs + summary + scoring + (prices.attend_fixed if plan.only_window else prices.fixed)
+
+
+@functools.cache
+def queries_needed(shape: Shape, plan: Plan, length: int) -> int | None:
+    """The fewest queries for which the plan is expected to be faster than exact, of ``length`` keys; None: for none.
+
+    It is about the same for all lengths: what keys cost and what queries save both grow with them.
+    """
+    low, high = 1, max(length - 1, 1)
+
+    def gains(queries: int) -> bool:
+        asked = replace(shape, queries=queries)
+        return at(prescored_time(asked, plan), length) < at(exact_cost(asked), length)
+
+    if length <= shape.band or not gains(high):
+        return None
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if gains(middle) else (middle + 1, high)
+    return low
 
 
 @functools.cache

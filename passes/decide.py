@@ -179,7 +179,16 @@ def _lengths(attention: Attention, mask: Mask, config: Config, plan: Plan, band:
         return "cross_attention"
     if not same and plan.keep and plan.reads_queries:
         return f"cross_attention: method {plan.method} scores keys by the queries at their own positions"
-    even = cost.break_even(_shape(attention, mask.causal, band), plan) if config.only_if_faster else 0
+    shape = _shape(attention, mask.causal, band)
+    if not same and config.only_if_faster:
+        if not at_least(length, config.min_seq_len):
+            return "too_short"
+        # Of few queries, the last ones, their number decides, whatever that of the keys.
+        least = cost.queries_needed(shape, plan, hint(length))
+        if least is not None and at_least(q_len, least):
+            return ""
+        return f"not_faster: breaks even at {least} queries" if least else "not_faster: for no number of queries"
+    even = cost.break_even(shape, plan) if config.only_if_faster else 0
     # One comparison, so that a dynamic length has one guard.
     if even is not None and at_least(length, max(config.min_seq_len, even)):
         return ""
@@ -190,7 +199,7 @@ def _lengths(attention: Attention, mask: Mask, config: Config, plan: Plan, band:
 
 def _shape(attention: Attention, causal: bool, band: float = 0.0) -> cost.Shape:
     # The batch scales both sides alike, so the hint of a dynamic one will do; of few queries, too.
-    q_len, k_len = attention.size(attention.q), attention.size(attention.k)
+    q_len, k_len = hint(attention.size(attention.q)), hint(attention.size(attention.k))
     return cost.Shape(
         batch=hint(attention.size(*attention.batch)),
         heads=hint(attention.size(*attention.heads)),
@@ -200,7 +209,7 @@ def _shape(attention: Attention, causal: bool, band: float = 0.0) -> cost.Shape:
         causal=causal,
         device=attention.device.type,
         band=band,
-        queries=0 if known_equal(q_len, k_len) else hint(q_len),
+        queries=q_len if q_len < k_len else 0,
     )
 
 
@@ -213,7 +222,7 @@ def _costs(shape: cost.Shape, plan: Plan | None, length: int) -> dict[str, Any]:
     return dict(
         exact_cost=round(exact),
         prescored_cost=round(cost.at(cost.prescored_cost(shape, plan), length)),
-        density=cost.at(cost.density(plan, shape.causal, shape.band), length),
+        density=cost.at(cost.prescored_cost(shape, plan), length) / exact,
         gain=exact / cost.at(cost.prescored_time(shape, plan), length),
     )
 

@@ -155,6 +155,14 @@ def test_what_lies_outside_does_not_change_a_bit(name: str) -> None:
         assert torch.equal(after[:, :, blind], before[:, :, blind]) and after[:, :, ~blind].isnan().all()
 
 
+def test_no_query_and_no_key() -> None:
+    logits, site = Logits(K >= Q - 20), operands(N)
+    none = site._replace(query=site.query[:, :, :0])
+    assert ops.prescored(none, WHOLE, logits).shape == (2, 4, 0, 16)
+    beyond = Logits(K >= Q + N)
+    assert (ops.prescored(site._replace(causal=False), WHOLE, beyond) == 0).all()
+
+
 # Through the compiler.
 
 LENGTH = 2300
@@ -317,7 +325,7 @@ def test_models_with_local_layers(name: str, padded: bool, implementation: str) 
 
 
 @pytest.mark.parametrize(
-    ("queries", "width", "faster"), [(2, 0, False), (64, 0, False), (1024, 0, True), (2, 200, False), (256, 200, True)]
+    ("queries", "width", "faster"), [(2, 0, False), (64, 0, False), (1024, 0, True), (2, 200, True), (256, 200, True)]
 )
 def test_few_queries_do_not_pay_for_what_keys_cost(queries: int, width: int, faster: bool) -> None:
     """Behind a cache: summaries of all keys for a few queries would take longer than exact attention."""
@@ -334,3 +342,69 @@ def test_few_queries_do_not_pay_for_what_keys_cost(queries: int, width: int, fas
     assert site.decision == ("rewrite" if faster else "keep"), site
     assert site.reason.startswith("" if faster else "not_faster: ")
     assert not faster or (site.gain is not None and site.gain > 1)
+
+
+def test_more_queries_than_keys_cost_what_they_cost() -> None:
+    def fn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        here = torch.arange(q.shape[2])[:, None] + k.shape[2] - q.shape[2]
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=torch.arange(k.shape[2]) <= here)
+
+    for queries, keys in ((400, 150), (1000, 300), (300, 300), (100, 700)):
+        q, k = torch.randn(1, 4, queries, 16), torch.randn(1, 4, keys, 16)
+        (site,) = explain(fn, q, k, k, config=Config(min_seq_len=0, only_if_faster=False)).sites
+        assert site.exact_cost > 0 and site.prescored_cost > 0 and 0 < site.density < 2 and site.gain > 0
+        assert site.density == pytest.approx(site.prescored_cost / site.exact_cost, rel=1e-3)
+
+
+def test_a_dynamic_number_of_queries_is_a_guard() -> None:
+    """What is right for many queries is not for few, behind the same cache."""
+    found = []
+
+    def noted(gm: torch.fx.GraphModule, inputs: Any) -> Any:
+        new, report = rewrite(gm)
+        found.append(report.sites[0].decision)
+        return new.forward
+
+    def fn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        here = torch.arange(q.shape[2])[:, None] + k.shape[2] - q.shape[2]
+        mask = torch.arange(k.shape[2]) <= here
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(fn, backend=noted, dynamic=True)
+    for queries, keys in ((1024, 4096), (1400, 4500), (16, 4096), (20, 5000), (1100, 4096)):
+        q, k = torch.randn(1, 8, queries, 64), torch.randn(1, 2, keys, 64)
+        compiled(q, k, k)
+    assert found == ["rewrite", "keep"]
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_bounds_of_keys_do_not_fix_a_dynamic_length(dynamic: bool) -> None:
+    def fn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        at = torch.arange(q.shape[2])
+        mask = (at <= at[:, None]) & (at > at[:, None] - 8) & (at >= 4)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+    graphs = []
+
+    def noted(gm: torch.fx.GraphModule, inputs: Any) -> Any:
+        new, report = rewrite(gm, Config(min_seq_len=0, only_if_faster=False))
+        graphs.append(report.sites[0].banded)
+        return new.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(fn, backend=noted, dynamic=True if dynamic else None)
+    for length in (37, 53, 91):
+        inputs = [torch.randn(2, 4, length, 8) for _ in range(3)]
+        for tensor in inputs if not dynamic else ():
+            torch._dynamo.mark_dynamic(tensor, 2)
+        torch.testing.assert_close(compiled(*inputs), fn(*inputs), atol=1e-5, rtol=1e-5)
+    assert graphs == [True]
+
+
+def test_a_model_of_bands_alone_has_nothing_to_calibrate() -> None:
+    def model(x: torch.Tensor) -> torch.Tensor:
+        return masked(SITES["sliding window"])(x, x, x)
+
+    with pytest.raises(ValueError, match="a band, which is attended whole"):
+        calibrate(model, [torch.randn(1, 2, 300, 16)], budget=0.5, progress=None)

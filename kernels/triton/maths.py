@@ -50,11 +50,11 @@ def lifted(allowed: Any = sympy.true, bias: Any = 0) -> Lifted:
         allowed="" if allowed == sympy.true else triton_text(allowed),
         bias="" if bias == 0 else triton_text(bias),
         loads=tuple(sorted(loads.items())),
-        **_ends(allowed),
+        **_bounds(allowed),
     )
 
 
-def _ends(allowed: Any) -> dict[str, Any]:
+def _bounds(allowed: Any) -> dict[str, Any]:
     """The fields of ``Lifted`` that bound the loops."""
     keys, queries = band(allowed, _K, _Q), band(allowed, _Q, _K)
     found = {

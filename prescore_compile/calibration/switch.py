@@ -113,6 +113,7 @@ class Switch:
             if SiteKey.of(site) in graph.sites:
                 self.sites.setdefault(SiteKey.of(site), site)
         self.kept.update({site.key: site.reason for site in graph.report.kept})
+        self.kept.update({site.key: "a band, which is attended whole" for site in graph.report.sites if site.banded})
 
         def run(*args: Any) -> Any:
             module, spent = graph.ready(self._config, self._plans)
