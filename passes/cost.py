@@ -195,9 +195,10 @@ def prescored_cost(shape: Shape, plan: Plan) -> sympy.Expr:
     return _part(shape) * _per_pair(shape) * (attended + _late(shape) * routing_pairs(plan, shape.causal))
 
 
-def density(plan: Plan, causal: bool, band: float = 0.0) -> sympy.Expr:
+def density(plan: Plan, causal: bool) -> sympy.Expr:
     """Attended pairs, routing counted in, over exact pairs."""
-    return _pairs(plan, causal, band) / exact_pairs(causal, band)
+    attended = attended_pairs(plan, causal) + mass_pairs(plan, causal) + routing_pairs(plan, causal)
+    return attended / exact_pairs(causal)
 
 
 def prescored_time(shape: Shape, plan: Plan) -> sympy.Expr:
@@ -210,10 +211,8 @@ def prescored_time(shape: Shape, plan: Plan) -> sympy.Expr:
     scoring = 0
     if plan.keep:
         scoring = (prices.score.get(plan.method, prices.other) + prices.select) * keys + prices.select_fixed
-    attended, routing = (
-        attended_pairs(plan, shape.causal, shape.band),
-        routing_pairs(plan, shape.causal, prices.chunk_union),
-    )
+    attended = attended_pairs(plan, shape.causal, shape.band)
+    routing = routing_pairs(plan, shape.causal, prices.chunk_union)
     group = plan.together(shape.heads // shape.kv_heads)
     union = prices.union_together if group > 1 else prices.union
     if union != 1:
@@ -277,10 +276,6 @@ def _least(*of: sympy.Expr) -> sympy.Expr:
 
 def _most(*of: sympy.Expr | int) -> sympy.Expr:
     return sympy.Max(*of, evaluate=False)
-
-
-def _pairs(plan: Plan, causal: bool, band: float = 0.0) -> sympy.Expr:
-    return attended_pairs(plan, causal, band) + mass_pairs(plan, causal) + routing_pairs(plan, causal)
 
 
 def _part(shape: Shape) -> sympy.Expr:

@@ -75,7 +75,8 @@ def _band(attention: Attention, mask: Mask) -> float:
     if not on_a_gpu and not logits.only_band:
         return 0.0
     average, most = banded.keys_a_query(reach_of(mask, attention))
-    return average if not on_a_gpu or most <= WIDEST_BAND_ON_A_GPU else 0.0
+    routed = on_a_gpu and mask.causal and most > WIDEST_BAND_ON_A_GPU
+    return 0.0 if routed else average
 
 
 def _planned(attention: Attention, mask: Mask, config: Config, key: str) -> tuple[Plan | None, str]:
@@ -198,7 +199,7 @@ def _lengths(attention: Attention, mask: Mask, config: Config, plan: Plan, band:
 
 
 def _shape(attention: Attention, causal: bool, band: float = 0.0) -> cost.Shape:
-    # The batch scales both sides alike, so the hint of a dynamic one will do; of few queries, too.
+    # The batch scales both sides alike, so the hint of a dynamic one will do; for few queries there is a guard.
     q_len, k_len = hint(attention.size(attention.q)), hint(attention.size(attention.k))
     return cost.Shape(
         batch=hint(attention.size(*attention.batch)),

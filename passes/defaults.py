@@ -38,7 +38,8 @@ WHOLE = Plan(window=None, sinks=0, routes=0)
 """Every key that the mask allows: of a band, whatever plan others run with. It is exact."""
 
 WIDEST_BAND_ON_A_GPU = 2048
-"""Keys. Wider ones run with the plans of other sites there; a CPU's kernels route to no keys but a causal mask's."""
+"""Keys. Wider causal ones run with the plans of other sites there; where a site looks both ways, or on a CPU, no routes
+are chosen within a mask."""
 
 
 def default_plan(causal: bool, device: str, length: int | torch.SymInt, pairs: bool = False) -> Plan:

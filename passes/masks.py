@@ -103,10 +103,15 @@ def lift(site: Site, known: Lifted | None = None) -> Mask:
     always_a_key = mask.keys is None and shift.is_nonnegative
     if mask.reason or not meaning.finite or (always_a_key and _every_query(mask.logits.allowed, shift)):
         return mask
-    known_keys = not mask.needs or (mask.keys is not None and mask.logits.only_band)  # see ``unattended``
-    if len(meaning.finite) == 1 and meaning.uniform and known_keys and (not mask.causal or shift == 0):
+    told = not mask.needs or (mask.keys is not None and mask.logits.only_band and not _trained(attention))
+    if len(meaning.finite) == 1 and meaning.uniform and told and (not mask.causal or shift == 0):
         return replace(mask, mean=True)
     return Mask(mask.text, reason="additive_mask: finite numbers where padded queries have no key")
+
+
+def _trained(a: Attention) -> bool:
+    """Whether gradients are asked for: where a number is added, a query without a key has some in its logits."""
+    return any(value_of(operand.node).requires_grad for operand in (a.query, a.key, a.value))
 
 
 def _question(a: Attention) -> Hashable:

@@ -1,7 +1,8 @@
-"""Bands: masks that leave each query one run of keys are attended exactly, and nothing outside is read."""
+"""Bands: masks that leave each query one run of keys are attended exactly, and what lies outside is skipped."""
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sympy import Abs, And, Eq, Max, Or, floor
 
+from bench import bands
 from prescore_compile import Config, explain
 from prescore_compile.calibration import calibrate
 from prescore_compile.kernels import banded, ops, reference
@@ -231,6 +233,28 @@ def test_what_is_no_band_alone_is_kept_on_a_cpu() -> None:
         assert site.decision == "keep" and site.reason.startswith(reason), site.reason
 
 
+def test_on_a_gpu_bands_that_look_both_ways_are_exact_whatever_their_width() -> None:
+    found = []
+
+    def noted(gm: torch.fx.GraphModule, inputs: Any) -> Any:
+        found.append(rewrite(gm, Config(only_if_faster=False), device="cuda")[1].sites[0])
+        return gm.forward
+
+    inputs = [torch.randn(1, 2, 4096, 16, dtype=torch.bfloat16) for _ in range(3)]
+    torch.compile(masked(lambda q, k: (q - k).abs() <= 1500), backend=noted)(*inputs)
+    assert found[0].banded and found[0].plan == WHOLE
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_the_benchmark_checks_what_it_times(backward: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = Namespace(rounds=1, flex=False, backward=backward)
+    row = bands.row("both sides 64", 300, torch.float32, options)
+    assert row["band, ms"] > 0 and row["faster"] > 0 and row["errors"]["band"] < 1e-4
+    monkeypatch.setitem(bands.BANDS, "both sides 64", (Abs(Q - K) <= 63, False, bands.BANDS["both sides 64"][2]))
+    with pytest.raises(AssertionError, match="wrong result: band is off by"):
+        bands.row("both sides 64", 300, torch.float32, options)
+
+
 @pytest.mark.parametrize(("width", "whole"), [(1024, True), (3000, False)])
 def test_on_a_gpu_narrow_bands_are_exact_and_wide_ones_routed(width: int, whole: bool) -> None:
     graphs = []
@@ -309,7 +333,9 @@ def test_models_with_local_layers(name: str, padded: bool, implementation: str) 
     valid[0, 300:] = 1 - padded
     more = dict(attention_mask=valid) if padded else {}
     local = 2 if name == "mistral" else 1
-    report = explain(model, ids, config=Config(min_seq_len=0, only_if_faster=False), **more)
+    trained = implementation == "sdpa"
+    with torch.set_grad_enabled(trained):
+        report = explain(model, ids, config=Config(min_seq_len=0, only_if_faster=False), **more)
     assert sum(site.banded for site in report.sites) == (0 if padded and name == "llama4_text" else local), report
     torch._dynamo.reset()
     options = dict(window=None, sinks=0, routes=0, min_seq_len=0, only_if_faster=False, inner="aot_eager")
@@ -317,8 +343,10 @@ def test_models_with_local_layers(name: str, padded: bool, implementation: str) 
     results = []
     for run in (model, compiled):
         model.zero_grad()
-        out = run(ids, **more).last_hidden_state[valid.bool()]
-        out.square().mean().backward()
+        with torch.set_grad_enabled(trained):
+            out = run(ids, **more).last_hidden_state[valid.bool()]
+        if trained:
+            out.square().mean().backward()
         results.append([out, *(p.grad for p in model.parameters() if p.grad is not None)])
     for got, want in zip(*results, strict=True):
         torch.testing.assert_close(got, want, atol=5e-6, rtol=1e-4)

@@ -326,7 +326,7 @@
   const times = (gain) => gain === null ? "" : `${gain.toFixed(1)}x as fast`;
   const costs = (cost) => cost === null ? "" : cost >= 1e12 ? `${(cost / 1e12).toPrecision(3)} TMAC` : cost >= 1e9 ? `${(cost / 1e9).toPrecision(3)} GMAC` : `${(cost / 1e6).toPrecision(3)} MMAC`;
   const meaning = (site) => data.reasons[site.reason.split(":")[0]] || "";
-  const WHOLE = "every key that the mask allows is attended, and what lies outside of its band is never read";
+  const WHOLE = "every key that the mask allows is attended, and what lies outside of its band is skipped";
   function siteCard(site) {
     return el("div", {class: "site"}, facts([
       ["decision", site.decision === "keep" ? `kept exact: ${site.reason}` : site.banded ? "rewritten, and exact" : `rewritten with ${site.plan}`],
