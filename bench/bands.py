@@ -96,11 +96,10 @@ def check(name: str, site: Operands, runs: dict[str, Callable[[], Any]], backwar
     return errors
 
 
-def row(
-    name: str, length: int, heads: int, group: int, dtype: torch.dtype, rounds: int, options: Any
-) -> dict[str, Any]:
+def row(name: str, length: int, dtype: torch.dtype, options: argparse.Namespace) -> dict[str, Any]:
+    """One line of the table; ``options``: of the command line."""
     expr, causal, _ = BANDS[name]
-    site = smooth(length, heads, group, DIM, causal, dtype)
+    site = smooth(length, HEADS, GROUP, DIM, causal, dtype)
     runs = ways(name, site, options.flex and not options.backward, options.backward)
     errors = check(name, site, runs, options.backward)
     seconds = interleaved(runs, options.rounds)
