@@ -104,7 +104,7 @@ def row(name: str, length: int, dtype: torch.dtype, options: argparse.Namespace)
     errors = check(name, site, runs, options.backward)
     seconds = interleaved(runs, options.rounds)
     keys = banded.keys_a_query(band(sympy.And(expr, K <= Q) if causal else expr, K, Q))[0]
-    shape = cost.Shape(1, HEADS, HEADS // GROUP, DIM, DIM, causal, band=keys)
+    shape = cost.Shape(1, HEADS, HEADS // GROUP, DIM, DIM, causal, band=keys, narrow=dtype.itemsize == 2)
     expected = cost.at(cost.exact_cost(shape) / cost.prescored_time(shape, WHOLE), length)
     return {
         "band": name, "n": length, "heads": f"{HEADS} / {HEADS // GROUP}", "dtype": str(dtype)[6:],

@@ -28,6 +28,8 @@ SCORE_PER_KEY = {
 CENTROIDS_PER_KEY = 120_000
 # Keys that a query of a band costs beyond its own: of the tile that it lies in. Measured at 1,024 to 8,192 keys.
 BAND_EDGE = 256
+# The price of a band's pairs in 16 bits: exact attention takes half as long where there is AMX, and ours does not.
+BAND_NARROW_PRICE = 2.0
 LONGEST = 2**24
 # Of the routes that a plan with a share may take, those that it takes on average: of 64 at a share of 0.0012 and 8192
 # tokens of text, by `python -m bench.quality`. Content decides, so this is an expectation.
@@ -117,6 +119,8 @@ class Shape:
     are."""
     queries: int = 0
     """Where they are fewer than keys, the last ones, as behind a cache; 0: as many."""
+    narrow: bool = False
+    """Numbers of 16 bits."""
 
 
 def exact_pairs(causal: bool, band: float = 0.0) -> sympy.Expr:
@@ -221,7 +225,8 @@ def prescored_time(shape: Shape, plan: Plan) -> sympy.Expr:
         attended *= FILLED_LATE
     attended += prices.mass * mass_pairs(plan, shape.causal) + (N * prices.band_edge if shape.band else 0)
     routing *= _late(shape) * (prices.route_head + (1 - prices.route_head) / group)
-    pairs = _per_pair(shape) * (prices.attend * attended + prices.route * routing)
+    price = BAND_NARROW_PRICE if shape.band and shape.narrow and shape.device == "cpu" else prices.attend
+    pairs = _per_pair(shape) * (price * attended + prices.route * routing)
     pairs += rows * (prices.route_pair * routing + prices.lists / group * N * (plan.routes + plan.coarse))
     return _part(shape) * pairs + summary + scoring + (prices.attend_fixed if plan.only_window else prices.fixed)
 

@@ -211,6 +211,7 @@ def _shape(attention: Attention, causal: bool, band: float = 0.0) -> cost.Shape:
         device=attention.device.type,
         band=band,
         queries=q_len if q_len < k_len else 0,
+        narrow=value_of(attention.query.node).dtype.itemsize == 2,
     )
 
 
