@@ -28,7 +28,6 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from bench.operands import smooth
 from prescore_compile.demo import interleaved
 from prescore_compile.kernels import banded, ops
-from prescore_compile.kernels.band import band
 from prescore_compile.kernels.logits import K, Logits, Q
 from prescore_compile.kernels.reference import Operands
 from prescore_compile.passes import cost
@@ -103,7 +102,7 @@ def row(name: str, length: int, dtype: torch.dtype, options: argparse.Namespace)
     runs = ways(name, site, options.flex and not options.backward, options.backward)
     errors = check(name, site, runs, options.backward)
     seconds = interleaved(runs, options.rounds)
-    keys = banded.keys_a_query(band(sympy.And(expr, K <= Q) if causal else expr, K, Q))[0]
+    keys = banded.keys_a_query(Logits(expr).band(causal))[0]
     shape = cost.Shape(1, HEADS, HEADS // GROUP, DIM, DIM, causal, band=keys, narrow=dtype.itemsize == 2)
     expected = cost.at(cost.exact_cost(shape) / cost.prescored_time(shape, WHOLE), length)
     return {

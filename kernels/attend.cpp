@@ -209,11 +209,7 @@ struct Attend {
       int64_t listed = 0;
       for (int64_t r = 0; r < rows; ++r) {
         uint32_t lanes = p.lanes;
-        if (g.causal) {
-          const int64_t ahead = span.begin + r % length + shift - base;  // last lane this query sees
-          if (ahead < 0) continue;
-          if (ahead < W - 1) lanes &= (2u << ahead) - 1;
-        }
+        if (g.causal) lanes &= between(0, span.begin + r % length + shift - base);
         if (from.band) lanes &= between(first[r % length] - base, last[r % length] - base);
         if (!lanes) continue;
         s.listed[listed] = (int32_t)r;

@@ -72,15 +72,14 @@ class Logits:
         """For ``attend``."""
         return lifted(self.allowed, self.bias)
 
-    @property
-    def band(self) -> Band:
-        """The run of keys that is left to each query."""
-        return band(self.allowed, K, Q)
+    def band(self, causal: bool = False, shift: Any = 0) -> Band:
+        """The run of keys that is left to each query; ``causal``: of those up to ``q + shift``."""
+        return band(sympy.And(self.allowed, sympy.Le(K, Q + shift)) if causal else self.allowed, K, Q)
 
     @property
     def only_band(self) -> bool:
         """Whether that is all that is said."""
-        return self != NOTHING and replace(self, allowed=self.band.rest) == NOTHING
+        return self != NOTHING and replace(self, allowed=self.band().rest) == NOTHING
 
     @property
     def reach(self) -> Lifted:

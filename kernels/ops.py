@@ -460,7 +460,7 @@ def attend_eager(
     if _compiled(query) and not logits:
         return cpu.attend(site, summary, routes, settings)
     if _compiled(query) and _banded(settings, given):
-        near, ends = banded.within(site, banded.ends(given.band, query.shape[2], key.shape[2], causal))
+        near, ends = banded.within(site, banded.ends(given.band(), query.shape[2], key.shape[2], causal))
         return cpu.attend(near, summary, routes, settings, band=ends)
     out = reference.attend(site, summary, routes, settings, given, named(given, tensors))
     return out.transpose(1, 2).contiguous().transpose(1, 2)
@@ -565,7 +565,7 @@ def attend_backward_eager(
     given, routed, settings = parse(logits), _or_no_routes(routes, query), Plan.parse(plan)
     grads: tuple[Tensor, ...]
     if query.device.type == "cpu" and _banded(settings, given):
-        ends = banded.ends(given.band, query.shape[2], key.shape[2], causal)
+        ends = banded.ends(given.band(), query.shape[2], key.shape[2], causal)
         grads = (*banded.backward(grad, site, ends), torch.zeros_like(row_key), torch.zeros_like(row_value))
     else:
         known = named(given, tensors)

@@ -11,6 +11,9 @@ from tabulate import tabulate
 
 from ..kernels.plan import Plan
 
+BANDED = "every key that the mask allows is attended, and what lies outside of its band is skipped"
+"""What ``SiteReport.banded`` means."""
+
 
 @dataclass(frozen=True)
 class SiteReport:
@@ -166,5 +169,5 @@ def _devices(sites: list[SiteReport]) -> list[str]:
 
 def _plans(sites: list[SiteReport]) -> list[str]:
     plans = {str(site.plan.settings()) for site in sites if site.plan and not site.banded}
-    exact = ["exact: every key that the mask allows is attended, and what lies outside of its band is skipped"]
-    return [*(f"plan: {plan}" for plan in sorted(plans)), *exact * any(site.banded for site in sites)]
+    exact = [f"exact: {BANDED}"] if any(site.banded for site in sites) else []
+    return [*(f"plan: {plan}" for plan in sorted(plans)), *exact]

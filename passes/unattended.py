@@ -9,9 +9,9 @@ import sympy
 import torch
 from torch import fx
 
-from ..kernels.band import Band, band
+from ..kernels.band import Band
 from .compat import symbolic, value_of
-from .keys import General, K, Q
+from .keys import General, Q
 from .masks import Mask
 from .site import Attention
 
@@ -56,5 +56,4 @@ def _some(graph: fx.Graph, query: fx.Node, valid: fx.Node, a: Attention, mask: M
 def reach_of(mask: Mask, a: Attention) -> Band:
     """The run of keys that causality and the rest of the mask leave each query."""
     shift = symbolic(a.size(a.k)) - symbolic(a.size(a.q))
-    causal = sympy.Le(K, Q + shift) if mask.causal else sympy.true
-    return band(sympy.And(mask.logits.allowed, causal), K, Q)
+    return mask.logits.band(mask.causal, shift)

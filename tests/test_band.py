@@ -372,14 +372,16 @@ def test_few_queries_do_not_pay_for_what_keys_cost(queries: int, width: int, fas
     assert not faster or (site.gain is not None and site.gain > 1)
 
 
-def test_more_queries_than_keys_cost_what_they_cost() -> None:
-    def fn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        here = torch.arange(q.shape[2])[:, None] + k.shape[2] - q.shape[2]
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=torch.arange(k.shape[2]) <= here)
+def of_the_last_queries(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    here = torch.arange(q.shape[2])[:, None] + k.shape[2] - q.shape[2]
+    mask = torch.arange(k.shape[2]) <= here
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
 
+
+def test_more_queries_than_keys_cost_what_they_cost() -> None:
     for queries, keys in ((400, 150), (1000, 300), (300, 300), (100, 700)):
         q, k = torch.randn(1, 4, queries, 16), torch.randn(1, 4, keys, 16)
-        (site,) = explain(fn, q, k, k, config=Config(min_seq_len=0, only_if_faster=False)).sites
+        (site,) = explain(of_the_last_queries, q, k, k, config=Config(min_seq_len=0, only_if_faster=False)).sites
         assert site.exact_cost > 0 and site.prescored_cost > 0 and 0 < site.density < 2 and site.gain > 0
         assert site.density == pytest.approx(site.prescored_cost / site.exact_cost, rel=1e-3)
 
@@ -393,13 +395,8 @@ def test_a_dynamic_number_of_queries_is_a_guard() -> None:
         found.append(report.sites[0].decision)
         return new.forward
 
-    def fn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        here = torch.arange(q.shape[2])[:, None] + k.shape[2] - q.shape[2]
-        mask = torch.arange(k.shape[2]) <= here
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
-
     torch._dynamo.reset()
-    compiled = torch.compile(fn, backend=noted, dynamic=True)
+    compiled = torch.compile(of_the_last_queries, backend=noted, dynamic=True)
     for queries, keys in ((1024, 4096), (1400, 4500), (16, 4096), (20, 5000), (1100, 4096)):
         q, k = torch.randn(1, 8, queries, 64), torch.randn(1, 2, keys, 64)
         compiled(q, k, k)

@@ -464,7 +464,8 @@ def window(spec: Spec, update: str, taint: bool) -> str:
         pairs = "seen[None, :]"
     seen = "seen" if spec.valid else ""
     banded = not spec.windowed and bool(spec.lifted.low or spec.lifted.high)
-    pair_mask = bool(spec.lifted.allowed) and not (banded and spec.lifted.only)
+    pair_mask = bool(spec.lifted.allowed)
+    masked_inside = pair_mask and not (banded and spec.lifted.only)
     whole = step(
         spec,
         update,
@@ -472,10 +473,9 @@ def window(spec: Spec, update: str, taint: bool) -> str:
         index="at",
         seen=seen,
         pairs=seen and "seen[None, :]",
-        taint=taint and pair_mask,
-        allowed=pair_mask,
+        taint=taint and masked_inside,
+        allowed=masked_inside,
     )
-    pair_mask = bool(spec.lifted.allowed)
     own = step(
         spec, update, source="key", index="at", seen="seen", pairs=pairs, taint=taint and (spec.causal or pair_mask)
     )

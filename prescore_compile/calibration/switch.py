@@ -110,7 +110,7 @@ class Switch:
         graph = _Graph(_kept(gm), self._config)
         self._graphs.append(graph)
         for site in graph.report.rewritten:
-            if SiteKey.of(site) in graph.sites:
+            if not site.banded:
                 self.sites.setdefault(SiteKey.of(site), site)
         self.kept.update({site.key: site.reason for site in graph.report.kept})
         self.kept.update({site.key: "a band, which is attended whole" for site in graph.report.sites if site.banded})
@@ -148,8 +148,8 @@ class _Graph:
         module, report = self.rewritten(config, plans)
         for site in report.rewritten:
             assert site.density is not None
-            key = SiteKey.of(site)
-            if key in self.sites:
+            if not site.banded:
+                key = SiteKey.of(site)
                 spent.attended[key] = round(site.density * self.sites[key])
         return module, spent
 

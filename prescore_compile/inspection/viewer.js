@@ -326,11 +326,10 @@
   const times = (gain) => gain === null ? "" : `${gain.toFixed(1)}x as fast`;
   const costs = (cost) => cost === null ? "" : cost >= 1e12 ? `${(cost / 1e12).toPrecision(3)} TMAC` : cost >= 1e9 ? `${(cost / 1e9).toPrecision(3)} GMAC` : `${(cost / 1e6).toPrecision(3)} MMAC`;
   const meaning = (site) => data.reasons[site.reason.split(":")[0]] || "";
-  const WHOLE = "every key that the mask allows is attended, and what lies outside of its band is skipped";
   function siteCard(site) {
     return el("div", {class: "site"}, facts([
       ["decision", site.decision === "keep" ? `kept exact: ${site.reason}` : site.banded ? "rewritten, and exact" : `rewritten with ${site.plan}`],
-      ["meaning", site.decision === "keep" ? meaning(site) : site.banded ? WHOLE : "", true],
+      ["meaning", site.decision === "keep" ? meaning(site) : site.banded ? data.banded : "", true],
       ["failed at", site.decision === "keep" ? site.failed : ""],
       ["rule", `${site.rule}: ${data.rules[site.rule] || ""}`, true],
       ["mask", maths(site.mask)],
@@ -465,7 +464,7 @@
     const text = value(site);
     if (name === "module") return el("td", {class: text.length < 40 ? `${kind} whole` : kind}, el("div", {class: "clip", title: text}, text));
     if (name === "source") return el("td", {class: kind, title: text}, short(text), el("span", {class: "quiet"}, site.code));
-    if (name === "decision") return el("td", {}, el("span", {class: `badge ${site.decision}`, style: "margin:0"}, site.decision), site.banded ? el("span", {class: "quiet", title: WHOLE}, "exact") : "");
+    if (name === "decision") return el("td", {}, el("span", {class: `badge ${site.decision}`, style: "margin:0"}, site.decision), site.banded ? el("span", {class: "quiet", title: data.banded}, "exact") : "");
     if (name === "reason") return el("td", {title: meaning(site)}, text || "—", site.failed ? el("span", {class: "quiet"}, `at ${short(site.failed)}`) : "");
     if (name === "rule") return el("td", {class: "whole", title: data.rules[text] || ""}, text);
     if (name === "mask") return el("td", {class: text.length < 40 ? "whole" : ""}, maths(text));
