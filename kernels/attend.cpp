@@ -23,6 +23,7 @@ struct Sources {  // what attend reads besides the query
   const int32_t *order, *routes, *row_index;  // routes: null where they are found tile by tile
   View row_key, row_value;
   const float* row_bias;
+  const View* sink_logit;         // [batch, head, query, 1] or null
   const int64_t* band = nullptr;  // first and last key that each query may attend, [2, query]
 };
 
@@ -290,6 +291,10 @@ struct Attend {
       float* q = &s.rows.query[r * g.dim];
       read(query, b, kv * group + r / length, span.begin + r % length, g.dim, q);
       for (int64_t d = 0; d < g.dim; ++d) q[d] *= (float)(g.scale * LOG2_E);
+      if (!from.sink_logit) continue;
+      float logit;
+      read(*from.sink_logit, b, kv * group + r / length, span.begin + r % length, 1, &logit);
+      s.rows.begin_with(r, logit * (float)LOG2_E);
     }
     attend_window(s, span, b, kv, rows);
     if (span.finished) attend_rows(s, span, b, kv, 0, g.sinks, rows);
@@ -351,8 +356,10 @@ void prescore_route(const Geometry* g, const View* query, const float* mean, con
 
 void prescore_attend(const Geometry* g, const View* query, const View* key, const View* value, const View* out,
                      const uint8_t* valid, const int32_t* order, const int32_t* routes, const int32_t* row_index,
-                     const View* row_key, const View* row_value, const float* row_bias, const int64_t* band) {
-  const prescore::Sources from{*key, *value, valid, order, routes, row_index, *row_key, *row_value, row_bias, band};
+                     const View* row_key, const View* row_value, const float* row_bias, const View* sink_logit,
+                     const int64_t* band) {
+  const prescore::Sources from{*key,     *value,     valid,    order,      routes, row_index,
+                               *row_key, *row_value, row_bias, sink_logit, band};
   prescore::Attend{*g, from, *query, *out, nullptr, nullptr}.run_all();
 }
 
@@ -361,16 +368,18 @@ void prescore_route_attend(const Geometry* g, const View* query, const View* key
                            const uint8_t* valid, const int32_t* order, const float* mean, const float* spread,
                            const float* bias, const float* chunk_mean, const float* chunk_spread,
                            const float* chunk_bias, const int32_t* row_index, const View* row_key,
-                           const View* row_value, const float* row_bias) {
-  const prescore::Sources from{*key, *value, valid, order, nullptr, row_index, *row_key, *row_value, row_bias};
+                           const View* row_value, const float* row_bias, const View* sink_logit) {
+  const prescore::Sources from{*key,     *value,     valid,    order,     nullptr, row_index,
+                               *row_key, *row_value, row_bias, sink_logit};
   prescore::Route route{*g, *query, {mean, spread, bias}, {chunk_mean, chunk_spread, chunk_bias}};
   prescore::Attend{*g, from, *query, *out, nullptr, &route}.run_all();
 }
 
-// As attend over window and sinks, with values of no features: only the sums are wanted.
+// As attend over window, sinks and a learned one, with values of no features: only the sums are wanted.
 void prescore_mass(const Geometry* g, const View* query, const View* key, const uint8_t* valid,
-                   const int32_t* row_index, const View* row_key, const float* row_bias, float* mass) {
-  const prescore::Sources from{*key, *key, valid, nullptr, nullptr, row_index, *row_key, *row_key, row_bias};
+                   const int32_t* row_index, const View* row_key, const float* row_bias, const View* sink_logit,
+                   float* mass) {
+  const prescore::Sources from{*key, *key, valid, nullptr, nullptr, row_index, *row_key, *row_key, row_bias, sink_logit};
   prescore::Attend{*g, from, *query, *query, mass, nullptr}.run_all();
 }
 

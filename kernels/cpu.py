@@ -19,6 +19,7 @@ import subprocess
 import tempfile
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -151,10 +152,11 @@ def mass(site: Operands, summary: Summary, plan: Plan) -> torch.Tensor:
     query, key, row_key = (ctypes.byref(view) for view in views)
     valid = None if site.valid is None else site.valid.contiguous()  # named: a pointer does not keep it
     pad = None if valid is None else _pointer(valid)
+    sink, sink_alive = _sink(site)
     _library().prescore_mass(
-        ctypes.byref(geometry), query, key, pad, _pointer(index), row_key, _pointer(bias), _pointer(found)
+        ctypes.byref(geometry), query, key, pad, _pointer(index), row_key, _pointer(bias), sink, _pointer(found)
     )
-    del alive
+    del alive, sink_alive
     return found
 
 
@@ -207,6 +209,7 @@ def _attended(
     row_views, rows_alive = zip(*(_view(t) for t in (summary.row_key, summary.row_value)), strict=True)
     valid = None if site.valid is None else site.valid.contiguous()
     ends: list[ctypes.c_void_p | None] = []
+    sink, sink_alive = _sink(site)
     order, index, bias = (t.contiguous() for t in (summary.order, summary.row_index, summary.row_bias))
     if routes is None:
         run = _library().prescore_route_attend
@@ -225,9 +228,10 @@ def _attended(
         _pointer(index),
         *(ctypes.byref(view) for view in row_views),
         _pointer(bias),
+        sink,
         *ends,
     )
-    del alive, rows_alive, chosen_alive
+    del alive, rows_alive, chosen_alive, sink_alive
     return out.to(site.query.dtype)
 
 
@@ -282,6 +286,14 @@ def _view(tensor: torch.Tensor) -> tuple[_View, torch.Tensor]:
     if owner.stride(3) != 1 and owner.shape[3] > 1:
         owner = owner.contiguous()
     return _View(owner.data_ptr(), *owner.stride()[:3], int(owner.dtype == torch.bfloat16)), owner
+
+
+def _sink(site: Operands) -> tuple[Any, torch.Tensor | None]:
+    """A learned sink's logits by reference, None without one, and the tensor that owns them."""
+    if site.sink_logit is None:
+        return None, None
+    view, owner = _view(site.sink_logit.unsqueeze(3))
+    return ctypes.byref(view), owner
 
 
 def _levels(summary: Summary, plan: Plan) -> tuple[list[ctypes.c_void_p | None], list[torch.Tensor]]:

@@ -34,14 +34,14 @@ def prescored(
 ) -> Tensor:
     """Score, summarize, route and attend one site: ``[B, H, Nq, Dv]`` in the query's dtype."""
     more = (logits.text, [tensors[name] for name in logits.tensors] if tensors else [])
-    q, k, v, valid, causal, scale = site
+    q, k, v, valid, causal, scale, sink_logit = site
     settings = plan.text
     scores = score(q, k, valid, settings, causal, scale) if plan.keep else None
     summary = Summary(*summarize(k, v, valid, scores, settings))
     if plan.routes and q.device.type == "cpu" and not logits.text:
-        return route_attend(*site[:4], *summary, settings, causal, scale)
+        return route_attend(*site[:4], *summary, settings, causal, scale, sink_logit)
     routes = _routes(site, summary, settings, *more) if plan.routes else None
-    return attend(*site[:4], summary.order, routes, *summary[4:], settings, causal, scale, *more)
+    return attend(*site[:4], summary.order, routes, *summary[4:], settings, causal, scale, *more, sink_logit)
 
 
 @torch.library.triton_op("prescore::score", mutates_args=())
@@ -239,18 +239,22 @@ def mass(
     scale: float,
     logits: str,
     tensors: Sequence[Tensor],
+    sink_logit: Tensor | None = None,
 ) -> Tensor:
-    """Logarithm of the softmax's sum over window and sinks ``[B, H, Nq]`` float32; see ``kernels.reference.mass``."""
+    """Logarithm of the softmax's sum over window and sinks ``[B, H, Nq]`` float32; see ``kernels.reference.mass``.
+
+    ``sink_logit``: ``[B, H, Nq]`` or None, see ``kernels.reference.Operands``.
+    """
     rows = (row_index, row_owner, row_key, row_value, row_bias)
     if not _generated(query):
-        return mass_eager(query, key, valid, *rows, plan, causal, scale, logits, tensors)
+        return mass_eager(query, key, valid, *rows, plan, causal, scale, logits, tensors, sink_logit)
     from .triton import mass as generated
 
     given = parse(logits)
     more = dict(named(given, tensors), softcap=given.softcap)
     summary = _rows_and_order(row_index, *rows)
     return generated.mass(
-        Operands(query, key, key, valid, causal, scale), summary, Plan.parse(plan), given.lifted, **more
+        Operands(query, key, key, valid, causal, scale, sink_logit), summary, Plan.parse(plan), given.lifted, **more
     )
 
 
@@ -269,9 +273,10 @@ def mass_eager(
     scale: float,
     logits: str,
     tensors: Sequence[Tensor],
+    sink_logit: Tensor | None = None,
 ) -> Tensor:
     """``mass`` by the compiled CPU kernel or the reference."""
-    site = Operands(query, key, key, valid, causal, scale)
+    site = Operands(query, key, key, valid, causal, scale, sink_logit)
     none = query.new_empty(0)
     summary = Summary(none, none, none, none, row_index, row_owner, row_key, row_value, row_bias)
     if _compiled(query) and not logits:
@@ -376,14 +381,16 @@ def attend(
     scale: float,
     logits: str,
     tensors: Sequence[Tensor],
+    sink_logit: Tensor | None = None,
 ) -> Tensor:
     """One softmax over window, rows and routes; see ``kernels.reference``.
 
-    Laid out ``[B, Nq, H, Dv]`` in memory. Differentiable in query, key, value and the rows. It is
-    ``attend_forward`` without the sums, which compilers see in its place.
+    Laid out ``[B, Nq, H, Dv]`` in memory. Differentiable in query, key, value, the rows and ``sink_logit`` (as for
+    ``mass``). It is ``attend_forward`` without the sums, which compilers see in its place.
     """
     rows = (row_index, row_owner, row_key, row_value, row_bias)
-    return attend_forward(query, key, value, valid, order, routes, *rows, plan, causal, scale, logits, tensors)[0]
+    more = (plan, causal, scale, logits, tensors, sink_logit)
+    return attend_forward(query, key, value, valid, order, routes, *rows, *more)[0]
 
 
 torch.library.define("prescore::attend", torch.library.infer_schema(attend, mutates_args=()))
@@ -409,6 +416,7 @@ def attend_forward(
     scale: float,
     logits: str,
     tensors: Sequence[Tensor],
+    sink_logit: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``attend``, and the logarithms of its softmax's sums that the backward needs.
 
@@ -416,15 +424,16 @@ def attend_forward(
     """
     rows = (row_index, row_owner, row_key, row_value, row_bias)
     if not _generated(query):
-        out = attend_eager(query, key, value, valid, order, routes, *rows, plan, causal, scale, logits, tensors)
+        more = (plan, causal, scale, logits, tensors, sink_logit)
+        out = attend_eager(query, key, value, valid, order, routes, *rows, *more)
         return out, query.new_empty(0, dtype=torch.float32)
     from .triton import attend as generated
 
-    site = Operands(query, key, value, valid, causal, scale)
+    site = Operands(query, key, value, valid, causal, scale, sink_logit)
     given = parse(logits)
-    more = dict(named(given, tensors), softcap=given.softcap)
+    known = dict(named(given, tensors), softcap=given.softcap)
     summary, routed = _rows_and_order(order, *rows), _or_no_routes(routes, query)
-    return generated.attend(site, summary, routed, Plan.parse(plan), given.lifted, **more)
+    return generated.attend(site, summary, routed, Plan.parse(plan), given.lifted, **known)
 
 
 @attend_forward.register_fake
@@ -452,9 +461,10 @@ def attend_eager(
     scale: float,
     logits: str,
     tensors: Sequence[Tensor],
+    sink_logit: Tensor | None = None,
 ) -> Tensor:
     """``attend`` by the compiled CPU kernel or the reference."""
-    site = Operands(query, key, value, valid, causal, scale)
+    site = Operands(query, key, value, valid, causal, scale, sink_logit)
     summary = _rows_and_order(order, row_index, row_owner, row_key, row_value, row_bias)
     routes, settings, given = _or_no_routes(routes, query), Plan.parse(plan), parse(logits)
     if _compiled(query) and not logits:
@@ -473,7 +483,8 @@ def _attended(query, key, value, *args):  # type: ignore[no-untyped-def]
 
 
 def _attend_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *operands, ctx.plan, ctx.causal, ctx.scale, ctx.logits, tensors = inputs
+    *operands, ctx.plan, ctx.causal, ctx.scale, ctx.logits, tensors, sink_logit = inputs
+    operands.append(sink_logit)
     ctx.has, ctx.tensors = [t is not None for t in operands], len(tensors)
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(*output, *(t for t in operands if t is not None), *tensors)
@@ -482,10 +493,10 @@ def _attend_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tenso
 def _attend_backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Any, ...]:
     out, sums, *found = ctx.saved_tensors
     saved = iter(found)
-    operands = [next(saved) if has else None for has in ctx.has]
-    grads = attend_backward(grad, out, sums, *operands, ctx.plan, ctx.causal, ctx.scale, ctx.logits, list(saved))
-    d_query, d_key, d_value, d_row_key, d_row_value = grads
-    rest = (*[None] * 5, [None] * ctx.tensors)
+    *operands, sink_logit = [next(saved) if has else None for has in ctx.has]
+    more = (ctx.plan, ctx.causal, ctx.scale, ctx.logits, list(saved), sink_logit)
+    d_query, d_key, d_value, d_row_key, d_row_value, d_sink = attend_backward(grad, out, sums, *operands, *more)
+    rest = (*[None] * 5, [None] * ctx.tensors, None if sink_logit is None else d_sink)
     return d_query, d_key, d_value, None, None, None, None, None, d_row_key, d_row_value, *rest
 
 
@@ -513,30 +524,65 @@ def attend_backward(
     scale: float,
     logits: str,
     tensors: Sequence[Tensor],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients in query, key, value, row_key and row_value, each in its tensor's dtype.
+    sink_logit: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients in query, key, value, row_key, row_value and sink_logit (``[0]`` without one), in its tensor's dtype.
 
     ``out`` and ``sums`` are what ``attend_forward`` returned.
     """
     rows = (row_index, row_owner, row_key, row_value, row_bias)
     if not _generated(query):
-        more = (plan, causal, scale, logits, tensors)
+        more = (plan, causal, scale, logits, tensors, sink_logit)
         return attend_backward_eager(grad, query, key, value, valid, order, routes, *rows, *more)
     from .triton import attend_backward as generated
 
-    site = Operands(query, key, value, valid, causal, scale)
+    site = Operands(query, key, value, valid, causal, scale, sink_logit)
     routed = _or_no_routes(routes, query)
     summary = _rows_and_order(order, *rows)
     given = parse(logits)
     known = dict(named(given, tensors), softcap=given.softcap)
     grads = generated.attend_backward(grad, out, sums, site, summary, routed, Plan.parse(plan), given.lifted, **known)
-    wanted = (query, key, value, row_key, row_value)
-    return tuple(g.to(t.dtype) for g, t in zip(grads, wanted, strict=True))  # type: ignore[return-value]
+    return _gradients(grads, (query, key, value, row_key, row_value), sink_logit)
+
+
+def _gradients(
+    found: tuple[Tensor, ...], wanted: tuple[Tensor, ...], sink_logit: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``found`` in the dtypes of ``wanted`` and ``sink_logit``; without one, there is one gradient less."""
+    if sink_logit is None:
+        sink_logit = wanted[0].new_empty(0)
+        found = (*found, sink_logit.clone())
+    pairs = zip(found, (*wanted, sink_logit), strict=True)
+    return tuple(grad.to(t.dtype).contiguous() for grad, t in pairs)  # type: ignore[return-value]
 
 
 @attend_backward.register_fake
-def _(grad, out, sums, query, key, value, valid, order, routes, row_index, row_owner, row_key, row_value, *rest):  # type: ignore[no-untyped-def]
-    return tuple(t.new_empty(t.shape) for t in (query, key, value, row_key, row_value))
+def _(grad, out, sums, query, key, value, *rest):  # type: ignore[no-untyped-def]
+    return _like_gradients(grad, query, key, value, *rest)
+
+
+def _like_gradients(  # type: ignore[no-untyped-def]
+    grad,
+    query,
+    key,
+    value,
+    valid,
+    order,
+    routes,
+    row_index,
+    row_owner,
+    row_key,
+    row_value,
+    row_bias,
+    plan,
+    causal,
+    scale,
+    logits,
+    tensors,
+    sink_logit=None,
+):
+    of_sink = query.new_empty(0) if sink_logit is None else sink_logit
+    return tuple(t.new_empty(t.shape) for t in (query, key, value, row_key, row_value, of_sink))
 
 
 @torch.library.custom_op("prescore::attend_backward_eager", mutates_args=())
@@ -558,25 +604,24 @@ def attend_backward_eager(
     scale: float,
     logits: str,
     tensors: Sequence[Tensor],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    sink_logit: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``attend_backward`` by the reference, of a band tile by tile."""
-    site = Operands(query, key, value, valid, causal, scale)
+    site = Operands(query, key, value, valid, causal, scale, sink_logit)
     summary = _rows_and_order(order, row_index, row_owner, row_key, row_value, row_bias)
     given, routed, settings = parse(logits), _or_no_routes(routes, query), Plan.parse(plan)
     grads: tuple[Tensor, ...]
     if query.device.type == "cpu" and _banded(settings, given):
         ends = banded.ends(given.band(), query.shape[2], key.shape[2], causal)
-        grads = (*banded.backward(grad, site, ends), torch.zeros_like(row_key), torch.zeros_like(row_value))
+        d_query, d_key, d_value, *d_sink = banded.backward(grad, site, ends)
+        grads = (d_query, d_key, d_value, torch.zeros_like(row_key), torch.zeros_like(row_value), *d_sink)
     else:
         known = named(given, tensors)
         grads = reference.attend_backward(grad, site, summary, routed, settings, given, known)
-    wanted = (query, key, value, row_key, row_value)
-    return tuple(g.to(t.dtype).contiguous() for g, t in zip(grads, wanted, strict=True))  # type: ignore[return-value]
+    return _gradients(grads, (query, key, value, row_key, row_value), sink_logit)
 
 
-@attend_backward_eager.register_fake
-def _(grad, query, key, value, valid, order, routes, row_index, row_owner, row_key, row_value, *rest):  # type: ignore[no-untyped-def]
-    return tuple(t.new_empty(t.shape) for t in (query, key, value, row_key, row_value))
+attend_backward_eager.register_fake(_like_gradients)
 
 
 @torch.library.custom_op("prescore::route_attend", mutates_args=())
@@ -597,47 +642,51 @@ def route_attend(
     plan: str,
     causal: bool,
     scale: float,
+    sink_logit: Tensor | None = None,
 ) -> Tensor:
     """``mass``, ``route`` and ``attend`` as one, whose routes are never in memory as a whole; for CPUs.
 
     The result of the three, and as differentiable: the backward routes once more.
     """
-    site = Operands(query, key, value, valid, causal, scale)
+    site = Operands(query, key, value, valid, causal, scale, sink_logit)
     summary = Summary(order, mean, spread, bias, row_index, row_owner, row_key, row_value, row_bias)
     if _compiled(query):
         return cpu.route_attend(site, summary, Plan.parse(plan))
-    return attend(*site[:4], order, _routes(site, summary, plan), *summary[4:], plan, causal, scale, "", [])
+    routes = _routes(site, summary, plan)
+    return attend(*site[:4], order, routes, *summary[4:], plan, causal, scale, "", [], sink_logit)
 
 
 route_attend.register_fake(_attended)
 
 
 def _routes(site: Operands, summary: Summary, plan: str, logits: str = "", tensors: Sequence[Tensor] = ()) -> Tensor:
-    query, key, _, valid, causal, scale = site
+    query, key, _, valid, causal, scale, sink_logit = site
     near = None
     if Plan.parse(plan).needs_mass:
-        near = mass(query, key, valid, *summary[4:], plan, causal, scale, logits, tensors)
+        near = mass(query, key, valid, *summary[4:], plan, causal, scale, logits, tensors, sink_logit)
     return route(query, *summary[:4], plan, causal, key.shape[2], scale, logits, tensors, near)
 
 
 def _route_attend_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, plan, causal, scale = inputs
-    ctx.settings, ctx.padded = (plan, causal, scale), tensors[3] is not None
-    ctx.save_for_backward(output, *(t for t in tensors if t is not None))
+    *tensors, plan, causal, scale, sink_logit = inputs
+    ctx.settings, ctx.padded, ctx.sunk = (plan, causal, scale), tensors[3] is not None, sink_logit is not None
+    ctx.save_for_backward(output, *(t for t in (*tensors, sink_logit) if t is not None))
 
 
 def _route_attend_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     out, query, key, value, *rest = ctx.saved_tensors
     valid = rest.pop(0) if ctx.padded else None
+    sink_logit = rest.pop() if ctx.sunk else None
     summary, (plan, causal, scale) = Summary(*rest), ctx.settings
-    site = Operands(query, key, value, valid, causal, scale)
+    site = Operands(query, key, value, valid, causal, scale, sink_logit)
     routes = _routes(site, summary, plan)
-    operands: tuple[Any, ...] = (*site[:4], summary.order, routes, *summary[4:], *ctx.settings, "", [])
+    operands: tuple[Any, ...] = (*site[:4], summary.order, routes, *summary[4:], *ctx.settings, "", [], sink_logit)
     sums = query.new_empty(0, dtype=torch.float32)
     if _generated(query):  # a graph that was lowered for a CPU and moved
         out, sums = attend_forward(*operands)
-    d_query, d_key, d_value, d_row_key, d_row_value = attend_backward(grad, out, sums, *operands)
-    return d_query, d_key, d_value, *[None] * 7, d_row_key, d_row_value, *[None] * 4
+    d_query, d_key, d_value, d_row_key, d_row_value, d_sink = attend_backward(grad, out, sums, *operands)
+    more = (*[None] * 4, d_sink if ctx.sunk else None)
+    return d_query, d_key, d_value, *[None] * 7, d_row_key, d_row_value, *more
 
 
 route_attend.register_autograd(_route_attend_backward, setup_context=_route_attend_setup)

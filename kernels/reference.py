@@ -8,7 +8,8 @@ For a query, ONE softmax over disjoint sources:
   (c) the exact keys of its routes: the clusters outside    logit = scale * q . k_j
       its window whose representative answers it best,
   (d) with a residual: the centroids of the other clusters   logit = scale * q . mean_c + log(count_c)
-      outside its window.
+      outside its window,
+  (e) a learned sink, which has weight and no value.         logit = sink_logit
 
 Everything here is plain torch on any device and works through the queries in tiles, so no tensor
 is n x n. Selection is a constant: gradients flow through the attended keys, values and rows.
@@ -42,6 +43,8 @@ class Operands(NamedTuple):
         query: ``[B, H, Nq, D]``. key: ``[B, Hkv, Nk, D]``. value: ``[B, Hkv, Nk, Dv]``.
         valid: ``[B, Nk]`` bool or None; False: padding, attended by no query.
         causal: query ``i`` attends keys up to ``i + Nk - Nq``. scale: of the logits.
+        sink_logit: ``[B, H, Nq]`` or None; one more logit of each query's softmax, which belongs to no key: the learned
+            attention sink of gpt-oss (OpenAI 2025, arXiv 2508.10925).
     """
 
     query: torch.Tensor
@@ -50,6 +53,7 @@ class Operands(NamedTuple):
     valid: torch.Tensor | None
     causal: bool
     scale: float
+    sink_logit: torch.Tensor | None = None
 
 
 def exact(site: Operands) -> torch.Tensor:
@@ -59,7 +63,8 @@ def exact(site: Operands) -> torch.Tensor:
     for span in _spans(site, plan):
         logits = pair_logits(site.query[:, :, span.begin : span.end], site.key, site.scale)
         logits = logits.masked_fill(~_in_window(site, span), float("-inf"))
-        out[:, :, span.begin : span.end] = _weigh(softmax(logits), site.value)
+        weights = shared_softmax(with_sink([logits], site, span.begin, span.end))[0]
+        out[:, :, span.begin : span.end] = _weigh(weights, site.value)
     return out
 
 
@@ -186,7 +191,10 @@ def mass(
     logits: Logits = NOTHING,
     tensors: Mapping[str, torch.Tensor] = NO_TENSORS,
 ) -> torch.Tensor:
-    """Logarithm of the softmax's sum over each query's window and the sinks: ``[B, H, Nq]`` float32, -inf: no key."""
+    """Logarithm of the softmax's sum over each query's window, the sinks and a learned one: ``[B, H, Nq]`` float32.
+
+    -inf: there is nothing.
+    """
     query, sinks = site.query, slice(plan.sinks)
     found = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
     for span in _spans(site, plan):
@@ -196,8 +204,8 @@ def mass(
         rows = logits.applied(pair_logits(here, summary.row_key.float(), site.scale), row_at, tensors)[..., sinks]
         read = _per_query_head(_rows_read(summary, plan, span), query).unsqueeze(2)[..., sinks]
         parts = (keys, _in_window(site, span)), (rows, read)
-        both = torch.cat([logit.masked_fill(~seen, float("-inf")) for logit, seen in parts], 3)
-        found[:, :, span.begin : span.end] = both.logsumexp(3)
+        near = [logit.masked_fill(~seen, float("-inf")) for logit, seen in parts]
+        found[:, :, span.begin : span.end] = torch.cat(with_sink(near, site, span.begin, span.end), 3).logsumexp(3)
     return found
 
 
@@ -239,7 +247,7 @@ def attend(
     values = (site.value, summary.row_value, *([rest.value] if rest else []))
     for span in _spans(site, plan):
         weights = attention_weights(site, summary, routes, plan, span, rest, logits, tensors)
-        tiles = [_weigh(part, value) for part, value in zip(weights, values, strict=True)]
+        tiles = [_weigh(part, value) for part, value in zip(weights, values, strict=False)]  # a learned sink has none
         out[:, :, span.begin : span.end] = torch.stack(tiles).sum(0)
     return out
 
@@ -254,8 +262,8 @@ def attention_weights(
     logits: Logits = NOTHING,
     tensors: Mapping[str, torch.Tensor] = NO_TENSORS,
 ) -> tuple[torch.Tensor, ...]:
-    """Softmax weights of a span's queries on all keys ``[B, H, T, Nk]``, all rows ``[B, H, T, R]`` and, with a
-    residual, all centroids ``[B, H, T, clusters]``.
+    """Softmax weights of a span's queries on all keys ``[B, H, T, Nk]``, all rows ``[B, H, T, R]``, with a residual all
+    centroids ``[B, H, T, clusters]``, and on a learned sink ``[B, H, T, 1]``.
 
     Raises:
         ValueError: a residual, whose centroids stand for several keys, with what is said of pairs.
@@ -276,7 +284,19 @@ def attention_weights(
         bias = _per_query_head(rest.bias, query).unsqueeze(2).to(query.dtype)
         unread = _read_residual(routes, rest, plan, span, site)
         sources.append((pair_logits(query, rest.key, site.scale) + bias).masked_fill(~unread, float("-inf")))
+    return shared_softmax(with_sink(sources, site, span.begin, span.end))
+
+
+def shared_softmax(sources: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """One softmax over the logits of all sources."""
     return softmax(torch.cat(sources, 3)).split([part.shape[3] for part in sources], 3)
+
+
+def with_sink(logits: list[torch.Tensor], site: Operands, begin: int, end: int) -> list[torch.Tensor]:
+    """The logits of the queries from ``begin`` to ``end``, those of a learned sink ``[B, H, T, 1]`` after them."""
+    if site.sink_logit is None:
+        return logits
+    return [*logits, site.sink_logit[:, :, begin:end, None].to(logits[0].dtype)]
 
 
 def places_of(site: Operands, summary: Summary, span: Span) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
@@ -296,11 +316,12 @@ def attend_backward(
     plan: Plan,
     logits: Logits = NOTHING,
     tensors: Mapping[str, torch.Tensor] = NO_TENSORS,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of ``attend`` in query, key, value, row_key and row_value (same shapes, float32+).
+) -> tuple[torch.Tensor, ...]:
+    """Gradients of ``attend`` in query, key, value, row_key, row_value and, where there is one, sink_logit.
 
-    With P the weights, dP = dO V^T and dS = P * (dP - rowsum(dO * O)): the softmax backward of
-    FlashAttention (Dao et al. 2022, appendix B), over keys and rows alike.
+    Of the same shapes, float32 or wider. With P the weights, dP = dO V^T and dS = P * (dP - rowsum(dO * O)): the
+    softmax backward of FlashAttention (Dao et al. 2022, appendix B), over keys, rows and a learned sink alike, whose
+    dP is 0.
     """
     heads = site.key.shape[1]
     wide = torch.promote_types(grad.dtype, torch.float32)
@@ -313,14 +334,17 @@ def attend_backward(
     d_query = torch.zeros_like(site.query)
     d_keys = [torch.zeros_like(key) for key, _ in sources]
     d_values = [torch.zeros_like(value) for _, value in sources]
+    d_sink = [] if site.sink_logit is None else [torch.zeros_like(site.sink_logit, dtype=wide)]
     for span in _spans(site, plan):
         weights = attention_weights(site, summary, routes, plan, span, rest, logits, tensors)
         query = site.query[:, :, span.begin : span.end]
         d_out = grad[:, :, span.begin : span.end].to(wide)
         d_weights = [pair_logits(d_out, value, 1.0) for _, value in sources]
-        pairs = zip(weights, d_weights, strict=True)
+        pairs = list(zip(weights, d_weights, strict=False))
         inner = torch.stack([(p * d).sum(3, keepdim=True) for p, d in pairs]).sum(0)
-        for s, (p, d) in enumerate(zip(weights, d_weights, strict=True)):
+        if d_sink:
+            d_sink[0][:, :, span.begin : span.end] = -(weights[-1] * inner).squeeze(3)
+        for s, (p, d) in enumerate(pairs):
             slope = logits.slope(pair_logits(query, sources[s][0], site.scale))
             d_logits = p * (d - inner) * slope * site.scale
             d_query[:, :, span.begin : span.end] += _weigh(d_logits, sources[s][0])
@@ -329,7 +353,7 @@ def attend_backward(
     if rest is not None:
         d_keys[0] += members_gradient(d_keys[2], summary.order, plan.cluster, site.key.shape[2])
         d_values[0] += members_gradient(d_values[2], summary.order, plan.cluster, site.key.shape[2])
-    return d_query, d_keys[0], d_values[0], d_keys[1], d_values[1]
+    return d_query, d_keys[0], d_values[0], d_keys[1], d_values[1], *d_sink
 
 
 def _residual(site: Operands, summary: Summary, plan: Plan) -> Centroids | None:

@@ -151,7 +151,8 @@ def _unsupported(site: Site) -> str:
     if site.transformed or forward_mode():  # the operators have no forward-mode derivative
         return "function_transform"
     tensors = [value_of(o.node) for o in (attention.query, attention.key, attention.value)]
-    if any(base.__name__ == "DTensor" for t in tensors for base in type(t).__mro__):
+    of_sink = [value_of(attention.sink_logit.node)] if attention.sink_logit else []
+    if any(base.__name__ == "DTensor" for t in (*tensors, *of_sink) for base in type(t).__mro__):
         return "sharded"
     dtypes = [t.dtype for t in tensors]
     if len(set(dtypes)) != 1 or any(t not in cpu.DTYPES for t in (*dtypes, value_of(site.output).dtype)):
@@ -277,4 +278,5 @@ def _kernel(decision: Decision, a: Attention) -> dict[str, Any]:
         "causal": decision.mask.causal,
         "valid": decision.mask.keys is not None,
         "logits": logits_of(a, decision.mask).text,
+        "sink_logit": a.sink_logit is not None,
     }

@@ -18,12 +18,13 @@ def lower(graph: fx.Graph, values: dict[str, Any], device: str = "") -> None:
     ``values``: of calls, see ``compat.add_value``. ``device``: as for ``rewrite``.
     """
     for attend in graph.find_nodes(op="call_function", target=torch.ops.prescore.attend.default):
-        query, key, value, valid, order, routes, *rows, plan, causal, scale, logits, _ = attend.args
+        query, key, value, valid, order, routes, *more = attend.args
+        rows, (plan, causal, scale, logits, _, *sink) = more[:5], more[5:]
         fake = value_of(query)
         if routes is None or logits or fake is None or (device or fake.device.type) != "cpu":
             continue
         _, _, mean, spread, bias, _, _, k_len, _, _, _, *mass = routes.args
-        args = (query, key, value, valid, order, mean, spread, bias, *rows, plan, causal, scale)
+        args = (query, key, value, valid, order, mean, spread, bias, *rows, plan, causal, scale, *sink)
         with graph.inserting_before(attend):
             merged = graph.create_node(
                 "call_function", torch.ops.prescore.route_attend.default, args, name="prescore_route_attend"

@@ -99,9 +99,14 @@ def lift(site: Site, known: Lifted | None = None) -> Mask:
     if any(site.memory.changes(node, site.output) for node in nodes):
         return Mask(mask.text, reason="opaque_mask: modified in place")
     # A query without keys gives 0 under -inf (where torch's softmax gives NaN), but the mean of all
-    # values under a finite number.
+    # values under a finite number; 0 again where a learned sink, of no such number, has all the weight.
     always_a_key = mask.keys is None and shift.is_nonnegative
-    if mask.reason or not meaning.finite or (always_a_key and _every_query(mask.logits.allowed, shift)):
+    if (
+        mask.reason
+        or not meaning.finite
+        or attention.sink_logit is not None
+        or (always_a_key and _every_query(mask.logits.allowed, shift))
+    ):
         return mask
     told = not mask.needs or (mask.keys is not None and mask.logits.only_band and not _trained(attention))
     if len(meaning.finite) == 1 and meaning.uniform and told and (not mask.causal or shift == 0):

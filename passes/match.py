@@ -21,7 +21,7 @@ from .calls import SHAPE_ONLY, Call, call_of, dropout_of, is_dead, is_float
 from .compat import gradient_stops, known_equal, symbolic, value_of
 from .contract import Labels, Product, product
 from .elements import Elements, NotClosedForm
-from .indices import ZERO, Index, NotAView, broadcast, coordinate, pull, push
+from .indices import ZERO, Index, NotAView, broadcast, coordinate, is_one, pull, push
 from .memory import Memory
 from .site import Add, Attention, Factor, Fill, Term, Times, operand
 
@@ -63,6 +63,17 @@ class _Weights:
     user: fx.Node | None = None
     product: Product | None = None
     dropout: Any = 0.0
+    without_sink: bool = False
+
+
+@dataclass(frozen=True)
+class _Joint:
+    """Where one logit that belongs to no key is put after those of the keys, along an axis of all three nodes."""
+
+    node: fx.Node
+    logits: fx.Node
+    sink: fx.Node
+    axis: int
 
 
 def match(softmax: fx.Node, memory: Memory) -> tuple[fx.Node, Attention] | None:
@@ -80,11 +91,17 @@ def match(softmax: fx.Node, memory: Memory) -> tuple[fx.Node, Attention] | None:
 
 
 class _Matcher(Prover):
-    """A softmax between two products."""
+    """A softmax between two products.
+
+    Where a learned sink joins the logits, the coordinates are of the keys alone.
+    """
 
     def __init__(self, softmax: fx.Node, memory: Memory, axes: Axes, undo_repeats: bool) -> None:
-        super().__init__(value_of(softmax).shape, memory, axes, undo_repeats)
+        self.joint = _joint(softmax)
+        super().__init__(value_of(self.joint.logits if self.joint else softmax).shape, memory, axes, undo_repeats)
         self.softmax = softmax
+        self._sink: _Placed | None = None
+        self._at_joint: _Logits | None = None
         self.dtypes: list[torch.dtype] = [value_of(softmax).dtype]
         self._not_logits: set[tuple[fx.Node, Index]] = set()
 
@@ -103,6 +120,8 @@ class _Matcher(Prover):
         logits = self._logits(inside, self.index)
         if logits is None:
             raise Miss("unsupported_logits: the way from the product to the softmax is not followed")
+        if self.joint is not None and logits is not self._at_joint:
+            raise Miss("extra_logits: something is done to the logits and an attention sink alike", self.joint.node)
         rank = value_of(self.softmax).dim()
         dim = call.get("dim", None)
         if not isinstance(dim, int):
@@ -208,7 +227,7 @@ class _Matcher(Prover):
         alpha = call.get("alpha", 1)
         if not isinstance(alpha, (int, float)) or (alpha != 1 and other is call.get("input")):
             raise Miss(f"unsupported_logits: add with alpha={alpha}")
-        if self._sums_away(other, index):
+        if self._sums_away(logits, other, index):
             return logits
         self._not_broadcast(node, main)
         return replace(logits, terms=(*logits.terms, self._added(other, index, alpha)))
@@ -220,22 +239,24 @@ class _Matcher(Prover):
             if isinstance(other, fx.Node) and _reaches_back(other, _REACH):
                 raise Miss("unsupported_logits: subtracted from something")
             return None
-        if self._sums_away(other, index):
+        if self._sums_away(logits, other, index):
             return logits
         self._not_broadcast(node, call["input"])
         if not isinstance(alpha, (int, float)):
             raise Miss(f"unsupported_logits: sub with alpha={alpha}")
         return replace(logits, terms=(*logits.terms, self._added(other, index, -alpha)))
 
-    def _sums_away(self, other: Any, index: Index) -> bool:
-        """Whether adding it changes no softmax: it is one number for all keys of a query (a row's
-        maximum, say). Only what is a maximum: any other tensor might be infinite."""
+    def _sums_away(self, logits: _Logits, other: Any, index: Index) -> bool:
+        """Whether adding it to the logits changes no softmax: it is one number for all keys of a query (a row's
+        maximum, say) and for an attention sink. Only what is a maximum: any other tensor might be infinite."""
+        if self.joint is not None and logits is not self._at_joint:
+            return False
         if not isinstance(other, fx.Node):
             # A large number would round the logits away.
             return isinstance(other, (int, float)) and abs(other) <= _ROUNDS_NOTHING
         call = call_of(other)
-        while call.name in ("getitem", "detach", "same") and isinstance(call.get("input"), fx.Node):
-            if call.name == "getitem" and call.get("index", 0) != 0:
+        while call.name in ("getitem", "getattr", "detach", "same") and isinstance(call.get("input"), fx.Node):
+            if call.get("index", 0) != 0 or call.get("name", "values") != "values":
                 return False
             call = call_of(call["input"])
         if not isinstance(call.get("input"), fx.Node) or not _reaches_back(call["input"], _REACH):
@@ -347,6 +368,11 @@ class _Matcher(Prover):
 
     def _back_cat(self, node: fx.Node, call: Call, index: Index) -> _Logits | None:
         tensors = call.get("tensors", ())
+        if self.joint is not None and node is self.joint.node:
+            self._at_joint = self._logits(self.joint.logits, index)
+            self._sink = (self.joint.sink, self._inner(self.joint.sink, index))
+            self.dtypes.append(value_of(node).dtype)
+            return self._at_joint
         if any(isinstance(n, fx.Node) and _reaches_back(n, _REACH) for n in tensors):
             raise Miss("extra_logits: the softmax also runs over logits that are concatenated (an attention sink)")
         return None
@@ -381,6 +407,8 @@ class _Matcher(Prover):
             raise Miss("unproved_axes: the weights meet themselves")
         if way.node is found.added:
             raise Miss("weights_changed: baddbmm adds them")
+        if self.joint is not None and not way.without_sink:
+            raise Miss("extra_logits: the weight of an attention sink meets the values")
         way.user, way.product = user, found
         return True
 
@@ -400,12 +428,28 @@ class _Matcher(Prover):
         elif call.name == "detach":
             if value_of(way.node).requires_grad:
                 raise Miss("weights_changed: detach")
+        elif self._drops_sink(way, user, call):
+            way.without_sink = True
         elif not (call.name == "where" and self._empty_rows(way.node, call)):
             try:
                 way.index = push(user, call, way.index, self.sizes)
             except NotAView as why:
                 raise Miss(f"weights_changed: {why}") from None
         way.node = user
+
+    def _drops_sink(self, way: _Weights, user: fx.Node, call: Call) -> bool:
+        """Whether ``user`` is all of the weights but those of the sink, which are the last."""
+        old, new = value_of(way.node).shape, value_of(user).shape
+        if self.joint is None or way.without_sink or call.name not in ("getitem", "slice", "narrow"):
+            return False
+        cut = [(a, b) for a, b in zip(old, new, strict=False) if not known_equal(a, b)]
+        sizes = [value_of(node).shape[self.joint.axis] for node in (self.joint.node, self.joint.logits)]
+        if len(old) != len(new) or len(cut) != 1 or not all(map(known_equal, cut[0], sizes)):
+            return False
+        try:
+            return pull(user, call, way.index, self.sizes)[1] == way.index
+        except NotAView:
+            return False
 
     def _empty_rows(self, weights: fx.Node, call: Call) -> bool:
         """ATen's ``_safe_softmax``, written out: 0 where every logit of the row is -inf."""
@@ -445,7 +489,8 @@ class _Matcher(Prover):
             raise Miss("wrong_axis: the key has no axis that the softmax runs over", key[0])
         with about(weights.user):
             value, out = self._value(weights, k, e)
-        for (node, _), made in ((query, self.softmax), (key, self.softmax), (value, weights.user)):
+        of_softmax = [query, key, *([self._sink] if self._sink else [])]
+        for (node, _), made in (*((placed, self.softmax) for placed in of_softmax), (value, weights.user)):
             if gradient_stops(node, made):
                 raise Miss("unsupported_logits: without a gradient that its operands want", node)
         dtype = value_of(weights.user).dtype
@@ -461,8 +506,11 @@ class _Matcher(Prover):
         result = operand(weights.user, out, value_of(weights.user).shape, self.sizes)
         if result is None:
             raise Miss("unproved_axes: of the output", weights.user)
+        sink_at = self.whole(*self._sink, "attention sink") if self._sink else None
         roles = self.roles(query_at, key_at, value_at, k)
-        for node in (query_at.node, key_at.node, value_at.node, *(node for node, _, _ in logits.factors)):
+        of_sink = [sink_at.node] if sink_at else []
+        read = (query_at.node, key_at.node, value_at.node, *of_sink, *(node for node, _, _ in logits.factors))
+        for node in read:
             if self.memory.changes(node, weights.user) or self.memory.stale(node):
                 raise Miss(f"modified_in_place: {node.name}", node)
         if weights.product.added is not None or weights.product.alpha != 1:
@@ -485,6 +533,7 @@ class _Matcher(Prover):
             factors=self._factors(logits, k),
             terms=logits.terms,
             softcap=logits.softcap,
+            sink_logit=sink_at,
             dropout=weights.dropout,
         )
 
@@ -558,6 +607,23 @@ class _Matcher(Prover):
         if missing:
             raise Miss("unproved_axes: of the output")
         return (node, self._labelled(others, at)), self._labelled(found.out_labels, at)
+
+
+def _joint(softmax: fx.Node) -> _Joint | None:
+    dim, node = call_of(softmax).get("dim", None), call_of(softmax).get("input")
+    while isinstance(node, fx.Node) and call_of(node).name in ("same", "to", "detach", "sub"):
+        node = call_of(node).get("input")
+    if not isinstance(node, fx.Node) or call_of(node).name != "cat" or not isinstance(dim, int):
+        return None
+    call, rank = call_of(node), value_of(node).dim()
+    tensors, axis = call.get("tensors", ()), call.get("dim", 0)
+    if len(tensors) != 2 or not isinstance(axis, int) or axis % rank != dim % rank:
+        return None
+    logits, sink = tensors
+    whole = all(isinstance(n, fx.Node) and value_of(n).dim() == rank for n in tensors)
+    if not whole or not _reaches_back(logits, _REACH) or not is_one(value_of(sink).shape[axis]):
+        return None
+    return _Joint(node, logits, sink, axis % rank)
 
 
 def _is_fresh(out: Any) -> bool:

@@ -164,6 +164,7 @@ def _insert(graph: fx.Graph, decision: Decision, rule: str, values: dict[str, An
             sizes_of_keys = (a.size(*a.batch), a.size(a.k))
             valid = decision.mask.keys.emit(graph, query, key, sizes_of_keys, value_of(a.key.node).device)
         more = (logits_of(a, decision.mask).text, list(decision.mask.loads))
+        sink = [canonical(graph, a.sink_logit, (a.batch, a.heads, q_group), sizes)] if a.sink_logit else []
         scores = routes = None
         if plan.keep:
             score = torch.ops.prescore.score.default
@@ -177,11 +178,12 @@ def _insert(graph: fx.Graph, decision: Decision, rule: str, values: dict[str, An
             near: list[fx.Node] = []
             if plan.needs_mass:
                 mass = torch.ops.prescore.mass.default
-                near = [call("mass", mass, query, key, valid, *rows, settings, causal, a.scale, *more)]
+                near = [call("mass", mass, query, key, valid, *rows, settings, causal, a.scale, *more, *sink)]
             route, means = torch.ops.prescore.route.default, (order, mean, spread, bias)
             routes = call("route", route, query, *means, settings, causal, k_len, a.scale, *more, *near)
         attend = torch.ops.prescore.attend.default
-        out = call("attend", attend, query, key, value, valid, order, routes, *rows, settings, causal, a.scale, *more)
+        site_of = (query, key, value, valid, order, routes, *rows)
+        out = call("attend", attend, *site_of, settings, causal, a.scale, *more, *sink)
         if decision.mask.mean and valid is not None:
             out = or_mean(graph, out, query, value, valid, a, decision.mask)
         out = original(graph, out, (a.batch, a.heads, q_group, _one(a.e)), a.result, sizes)

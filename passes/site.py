@@ -82,6 +82,7 @@ class Attention:
         sizes: how many values a coordinate takes.
         scale: number or node. factors: tensors without a key axis that multiply the logits, too.
         terms: what the logits go through, in order. softcap: ``c`` of ``c * tanh(logits / c)`` before the terms.
+        sink_logit: one more logit of each query's softmax, after the terms, which belongs to no key: a learned sink.
         is_causal: ``k <= q``. dropout: its probability, 0.0 where off.
         asked: the device that was asked about, see ``rewrite``; "" for the one that the tensors are on.
     """
@@ -102,6 +103,7 @@ class Attention:
     factors: tuple[Factor, ...] = ()
     terms: tuple[Term, ...] = ()
     softcap: float | None = None
+    sink_logit: Operand | None = None
     is_causal: bool = False
     dropout: Any = 0.0
     asked: str = ""

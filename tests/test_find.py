@@ -70,6 +70,26 @@ def float_softmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.softmax(s, dim=-1, dtype=torch.float32).to(v.dtype) @ v
 
 
+def joined(logits: Tensor, sinks: Tensor) -> Tensor:
+    """The logits of the keys, and after them those of a learned sink of each head."""
+    batch, _, length, _ = logits.shape
+    return torch.cat([logits, sinks.reshape(1, -1, 1, 1).expand(batch, -1, length, -1)], dim=-1)
+
+
+def gpt_oss(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> Tensor:
+    k, v = (x[:, :, None].expand(B, 2, 2, N, D).reshape(B, H, N, D) for x in (k, v))
+    s = joined(q @ k.transpose(2, 3) * 0.3 + torch.full((N, N), torch.finfo(torch.float32).min).triu(1), sinks)
+    s = s - s.max(dim=-1, keepdim=True).values
+    w = F.softmax(s, dim=-1, dtype=s.dtype)[..., :-1]
+    return (F.dropout(w, p=0.0, training=False).to(v.dtype) @ v).transpose(1, 2).contiguous()
+
+
+def sunk_bmm(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> Tensor:
+    s = torch.bmm(q.flatten(0, 1), k.flatten(0, 1).mT) * 0.3
+    s = torch.cat([s, sinks.repeat(B).view(-1, 1, 1).expand(-1, N, 1)], 2).softmax(2)
+    return torch.bmm(s.narrow(2, 0, N), v.flatten(0, 1)).view(B, H, N, D)
+
+
 SPELLINGS: dict[str, Case] = {
     "matmul": (lambda q, k, v: torch.softmax(q @ k.transpose(-1, -2) / math.sqrt(D), -1) @ v, (Q, K, V)),
     "methods": (lambda q, k, v: q.matmul(k.mT).mul(0.3).softmax(dim=3).matmul(v), (Q, K, V)),
@@ -99,6 +119,16 @@ SPELLINGS: dict[str, Case] = {
     "key stored transposed": (lambda q, k, v: (q @ k).softmax(-1) @ v, (Q, K.mT.contiguous(), V)),
     "transposed all the way": (lambda q, k, v: v.mT @ (k @ q.mT).softmax(-2), (Q, K, V)),
     "less its maximum": (lambda q, k, v: (lambda s: (s - s.amax(-1, True)).softmax(-1) @ v)(q @ k.mT), (Q, K, V)),
+    "gpt-oss": (gpt_oss, (Q, *SHORT_KV, t(H))),
+    "a sink, by bmm": (sunk_bmm, (Q, K, V, t(H))),
+    "a sink in float32": (
+        lambda q, k, v, s: F.softmax(joined(q @ k.mT * 0.3, s).float(), -1)[..., :N].to(v.dtype) @ v,
+        (Q, K, V, t(H).double().float()),
+    ),
+    "a sink of each query": (
+        lambda q, k, v: torch.cat([q @ k.mT, q[..., :1]], -1).softmax(-1)[..., :-1] @ v,
+        (Q, K, V),
+    ),
     "rank 5": (lambda q, k, v: (q @ k.mT).softmax(-1) @ v, (t(B, 3, H, N, D), t(B, 3, H, N, D), t(B, 3, H, N, D))),
     "rank 3": (lambda q, k, v: (q @ k.mT).softmax(-1) @ v, (Q[0], K[0], V[0])),
     "rank 2": (lambda q, k, v: (q @ k.mT).softmax(-1) @ v, (Q[0, 0], K[0, 0], V[0, 0])),
@@ -185,8 +215,39 @@ KEPT: dict[str, tuple[Callable[..., Any], str]] = {
         lambda q, k, v: (lambda s: s.masked_fill(s < s.topk(3, -1)[0][..., -1:], -math.inf).softmax(-1) @ v)(q @ k.mT),
         "opaque_mask",
     ),
-    "a sink": (
-        lambda q, k, v: torch.cat([q @ k.mT, q[..., :1]], -1).softmax(-1)[..., :-1] @ v,
+    "a sink first": (
+        lambda q, k, v: torch.cat([q[..., :1], q @ k.mT], -1).softmax(-1)[..., 1:] @ v,
+        "extra_logits",
+    ),
+    "two sinks": (
+        lambda q, k, v: torch.cat([q @ k.mT, q[..., :2]], -1).softmax(-1)[..., :-2] @ v,
+        "extra_logits",
+    ),
+    "a sink with a value": (
+        lambda q, k, v: torch.cat([q @ k.mT, q[..., :1]], -1).softmax(-1) @ torch.cat([v, v[:, :, :1]], 2),
+        "extra_logits",
+    ),
+    "a sink that takes a key's place": (
+        lambda q, k, v: torch.cat([q @ k.mT, q[..., :1]], -1).softmax(-1)[..., 1:] @ v,
+        "weights_changed",
+    ),
+    "a sink and its weight": (
+        lambda q, k, v: (lambda w: w[..., :-1] @ v * (1 - w[..., -1:]))(
+            torch.cat([q @ k.mT, q[..., :1]], -1).softmax(-1)
+        ),
+        "weights_observed",
+    ),
+    "a sink is scaled, too": (
+        lambda q, k, v: (torch.cat([q @ k.mT, q[..., :1]], -1) * 0.3).softmax(-1)[..., :-1] @ v,
+        "extra_logits",
+    ),
+    "a sink beside logits less their maximum": (
+        lambda q, k, v: torch.cat([(lambda s: s - s.amax(-1, True))(q @ k.mT), q[..., :1]], -1).softmax(-1)[..., :-1]
+        @ v,
+        "unsupported_mask: + -amax",
+    ),
+    "a sink along another axis": (
+        lambda q, k, v: torch.cat([q @ k.mT, k[:, :, :1, :1].expand(B, H, 1, N)], 2).softmax(-1)[:, :, :-1] @ v,
         "extra_logits",
     ),
     "two products": (lambda q, k, v: (q @ k.mT + k @ v.mT).softmax(-1) @ v, "opaque_mask"),

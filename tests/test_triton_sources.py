@@ -38,6 +38,7 @@ def golden() -> dict[str, str]:
         lifted=lifted(sympy.Eq(DOCUMENT(Q), DOCUMENT(K)), sympy.Rational(-1, 8) * sympy.Abs(Q - K)),
     )
     banded = listing.spec(WHOLE, dim=64, causal=False, lifted=lifted(sympy.Abs(Q - K) <= 64))
+    sunk = listing.spec(WHOLE, dim=64, group=8, lifted=lifted(K > Q - 128), sink_logit=True)  # gpt-oss, a local layer
     selected = listing.backward_spec(listing.spec(PLANS["centroids"], dim=64, target="hip"))
     residual = listing.spec(
         Plan(window=0, sinks=1, cluster=32, routes=12, residual=True), dim=64, group=2, causal=False
@@ -59,6 +60,7 @@ def golden() -> dict[str, str]:
         "streaming_attend": listing.forward_sources(streaming)["attend"],
         "masked_attend": listing.forward_sources(masked)["attend"],
         "banded_attend": listing.forward_sources(banded)["attend"],
+        "sunk_attend": listing.forward_sources(sunk)["attend"],
         "banded_d_window": listing.backward_sources(listing.backward_spec(banded))["d_window"],
         "default_d_routes": listing.backward_sources(listing.backward_spec(default))["d_routes"],
         "residual_attend": listing.forward_sources(residual)["attend"],
@@ -88,10 +90,11 @@ def test_what_a_plan_does_not_use_is_not_in_its_source() -> None:
         "Window": lambda spec: spec.causal or spec.settings.window != 0,
         "tl.exp2(logits * (": lambda spec: bool(spec.softcap),
         "mask_": lambda spec: bool(spec.lifted.loads),
+        "sink_logit": lambda spec: spec.sink_logit,
         "split = ": lambda spec: spec.splits > 1,
     }
     specs = [
-        listing.spec(plan, dim=64, causal=causal, valid=valid, softcap=softcap, splits=splits)
+        listing.spec(plan, dim=64, causal=causal, valid=valid, softcap=softcap, sink_logit=valid, splits=splits)
         for plan in PLANS.values()
         for causal, valid, softcap, splits in ((True, False, 0.0, 1), (False, True, 0.0, 1), (True, True, 5.0, 8))
         if not (plan.residual and softcap)

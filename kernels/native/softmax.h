@@ -38,6 +38,12 @@ struct Rows {
     total.assign(rows * L, 0.0f);
     out.assign(rows * width, 0.0f);
   }
+
+  // A logit (in powers of two) that belongs to no key; -inf: none. One that is inf or NaN makes the sum NaN.
+  void begin_with(int64_t row, float logit) {
+    top[row] = logit;
+    if (logit != NEG_INF) total[row * L] = 1.0f + 0.0f * logit;
+  }
 };
 
 // Attend one block: row[i] sees the keys of mask[i].

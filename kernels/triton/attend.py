@@ -38,8 +38,15 @@ def attend(
     $borders
 
     $operands
-    top = tl.full([ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
+    top = tl.full([ROWS], float("-inf"), tl.float32)  #? not sink_logit
+    total = tl.zeros([ROWS], tl.float32)  #? not sink_logit
+    # A learned sink: a logit that belongs to no key.  #? sink_logit
+    sink_at = sink_logit + batch * sink_logit_b + head * sink_logit_h  #? sink_logit
+    sink_at += query_at.to(tl.int64) * sink_logit_n  #? sink_logit
+    top = tl.load(sink_at, mask=live, other=float("-inf")).to(tl.float32) * LOG2E  #? sink_logit
+    top = tl.where(split == 0, top, float("-inf"))  #? sink_logit and split
+    total = tl.where(tl.abs(top) < float("inf"), 1.0, float("nan"))  #? sink_logit
+    total = tl.where(top == float("-inf"), 0.0, total)  #? sink_logit
     summed = tl.zeros([ROWS, VALUE_TILE], tl.float32)
 
     $window
@@ -127,6 +134,8 @@ def attend(
         return out.zero_(), sums.fill_(float("inf"))
     spec = spec_of(site, routes, plan, lifted, float(more.pop("softcap", 0.0)))
     values, grid = operands(spec, site, summary, routes, more)
+    if site.sink_logit is not None:
+        values |= dict(sink_logit=site.sink_logit) | strides("sink_logit", site.sink_logit)
     parts = out
     if spec.splits > 1:
         parts = out.new_empty((spec.splits, *out.shape), dtype=torch.float32)
@@ -148,6 +157,7 @@ def attend(
 def attend_source(spec: Spec) -> str:
     """Source of ``attend``."""
     own = ["out", "log_sums", *["out_s"] * (spec.splits > 1), "out_b", "out_h", "out_n"]
+    own += ["sink_logit", *(f"sink_logit_{axis}" for axis in "bhn")] * spec.sink_logit
     update = fill(SOFTMAX, {"precision": loops.precision(spec)})
     value_mask = loops._inside(spec.value_dim, "value_feature < VALUE_DIM", "[None, :]")
     parts = loops.names(spec) | dict(
@@ -183,6 +193,7 @@ def about(spec: Spec, stage: str) -> dict[str, str]:
     """What the head of a source says."""
     lengths = f"head_dim {spec.dim}, value_dim {spec.value_dim}, {spec.group} query heads a KV head"
     mask = ["causal" if spec.causal else "bidirectional", *["valid keys"] * spec.valid, spec.lifted.allowed]
+    mask += ["a learned sink"] * spec.sink_logit
     return {
         "stage": stage,
         "plan": spec.plan,
@@ -218,6 +229,7 @@ def spec_of(site: Operands, routes: torch.Tensor, plan: Plan, lifted: Lifted = N
         routes=bool(plan.routes),
         lifted=lifted,
         softcap=softcap,
+        sink_logit=site.sink_logit is not None,
         tile=options.forward(target, dtype, dim, value_dim, bool(plan.routes)),
     )
     batch, _, q_len, _ = query.shape
@@ -282,7 +294,7 @@ def copies(summary: Summary, plan: Plan, k_len: Any) -> torch.Tensor:
 
 
 def strides(name: str, tensor: torch.Tensor) -> dict[str, Any]:
-    """``name_b``, ``name_h`` and ``name_n`` of a ``[B, H, N, D]`` tensor."""
+    """``name_b``, ``name_h`` and ``name_n`` of a ``[B, H, N, D]`` or ``[B, H, N]`` tensor."""
     return {f"{name}_{axis}": tensor.stride(at) for at, axis in enumerate("bhn")}
 
 

@@ -275,7 +275,7 @@ def attend_backward(
     plan: Plan,
     lifted: Lifted = NOTHING,
     **more: Any,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, ...]:
     """``reference.attend_backward`` by generated kernels.
 
     Args:
@@ -283,7 +283,8 @@ def attend_backward(
         site, summary, routes, plan, lifted, more: as the forward was given them.
 
     Returns:
-        Gradients of query (its dtype), and of key, value, row_key and row_value (float32).
+        Gradients of query (its dtype), and of key, value, row_key, row_value and, where there is one, sink_logit
+        (float32).
     """
     query, key, value = site[:3]
     batch, heads, q_len, _ = query.shape
@@ -292,9 +293,11 @@ def attend_backward(
     d_key = _float32(key, *key.shape)
     d_value = _float32(value, *value.shape)
     d_row_key, d_row_value = _zeros(summary.row_key), _zeros(summary.row_value)
+    sink = site.sink_logit
     if 0 in (batch, heads, q_len, k_len, value.shape[3]):
-        return d_query.zero_(), d_key.zero_(), d_value.zero_(), d_row_key, d_row_value
-    spec = replace(spec_of(site, routes, plan, lifted, float(more.pop("softcap", 0.0))), splits=1)
+        of_sink = [] if sink is None else [_zeros(sink)]
+        return d_query.zero_(), d_key.zero_(), d_value.zero_(), d_row_key, d_row_value, *of_sink
+    spec = replace(spec_of(site, routes, plan, lifted, float(more.pop("softcap", 0.0))), splits=1, sink_logit=False)
     spec = replace(spec, tile=options.backward(spec.target, spec.dtype, spec.dim, spec.value_dim))
     if grad.stride(3) != 1:
         grad = grad.contiguous()
@@ -325,7 +328,9 @@ def attend_backward(
         run(routes_source(spec), "d_routes", grid, **own, **index)
     if loops.has_rows(spec):
         d_row_key, d_row_value = _rows(spec, run, summary, k_len)
-    return d_query, d_key, d_value, d_row_key, d_row_value
+    # Its value is 0, and so dP of it.
+    of_sink = [] if sink is None else [-torch.exp(sink.float() - log_sums) * inners]
+    return d_query, d_key, d_value, d_row_key, d_row_value, *of_sink
 
 
 def _keys_of_a_cluster(spec: Spec) -> int:

@@ -33,6 +33,7 @@ def spec(
     valid: bool = False,
     lifted: Lifted = NOTHING,
     softcap: float = 0.0,
+    sink_logit: bool = False,
     splits: int = 1,
 ) -> Spec:
     """The spec of a forward kernel; see ``Spec``. ``value_dim`` 0: as ``dim``."""
@@ -49,6 +50,7 @@ def spec(
         routes=bool(plan.routes),
         lifted=lifted,
         softcap=softcap,
+        sink_logit=sink_logit,
         splits=splits,
         tile=options.forward(target, dtype, dim, value_dim, bool(plan.routes)),
     )
@@ -57,7 +59,7 @@ def spec(
 def backward_spec(forward: Spec) -> Spec:
     """The spec of the backward kernels of a forward kernel."""
     tile = options.backward(forward.target, forward.dtype, forward.dim, forward.value_dim)
-    return replace(forward, splits=1, tile=tile)
+    return replace(forward, splits=1, sink_logit=False, tile=tile)
 
 
 def forward_sources(forward: Spec) -> dict[str, str]:

@@ -65,6 +65,7 @@ def names(spec: Spec) -> dict[str, Any]:
         query_high="" if spec.windowed else spec.lifted.query_high,
         bias=spec.lifted.bias,
         softcap=spec.softcap,
+        sink_logit=spec.sink_logit,
         precision=precision(spec),
     )
 

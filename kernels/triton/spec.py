@@ -74,6 +74,7 @@ class Spec:
         causal: query ``i`` attends keys up to ``i + Nk - Nq``.
         valid: there is a tensor of valid keys. routes: queries have routes.
         lifted: the rest of the mask. softcap: ``c`` of ``c * tanh(logits / c)``; 0.0: none.
+        sink_logit: there is a learned sink; the backward has it in the softmax's sums.
         splits: programs that share one tile's keys.
         tile: see ``Tile``.
     """
@@ -89,6 +90,7 @@ class Spec:
     routes: bool
     lifted: Lifted = NOTHING
     softcap: float = 0.0
+    sink_logit: bool = False
     splits: int = 1
     tile: Tile
 

@@ -1,0 +1,170 @@
+"""Learned attention sinks: one more logit of the softmax, which belongs to no key."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from conftest import EVERYTHING, PLANS, ROUTED, check_budget, in_double, operands, routes_of, summary_of
+
+from prescore_compile.kernels import banded, cpu, ops, reference
+from prescore_compile.kernels.logits import K, Logits, Q
+from prescore_compile.kernels.plan import Plan
+from prescore_compile.kernels.reference import Operands
+from prescore_compile.passes.defaults import WHOLE
+
+N = 150
+
+
+def with_sink(site: Operands, per_query: bool = False) -> Operands:
+    batch, heads, length, _ = site.query.shape
+    logits = torch.randn(batch, heads, length) if per_query else torch.randn(1, heads, 1).expand(batch, heads, length)
+    return site._replace(sink_logit=2 * logits)
+
+
+def by_hand(site: Operands) -> torch.Tensor:
+    """As models write it: the logit is put beside those of the keys, and its weight is dropped."""
+    group, length = site.query.shape[1] // site.key.shape[1], site.key.shape[2]
+    key, value = (tensor.repeat_interleave(group, 1) for tensor in (site.key, site.value))
+    logits = site.query @ key.mT * site.scale
+    if site.causal:
+        logits = logits.masked_fill(~torch.ones(length, length, dtype=torch.bool).tril(), -math.inf)
+    if site.valid is not None:
+        logits = logits.masked_fill(~site.valid[:, None, None], -math.inf)
+    assert site.sink_logit is not None
+    return torch.cat([logits, site.sink_logit.unsqueeze(3)], 3).softmax(3)[..., :-1] @ value
+
+
+@pytest.mark.parametrize("per_query", [False, True])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("name", EVERYTHING)
+def test_a_plan_that_covers_every_key_is_exact(name: str, causal: bool, per_query: bool) -> None:
+    """The result and all gradients are those of the attention written by hand; queries without a key get 0."""
+    plan = EVERYTHING[name]
+    if name == "rows" and not causal:
+        plan = Plan(chunk=512, window=0, sinks=4, routes=0, keep=512)
+    site = with_sink(operands(N, causal=causal, padded=True), per_query)
+    leaves = [tensor.requires_grad_() for tensor in (*site[:3], site.sink_logit.detach())]
+    site = site._replace(sink_logit=leaves[3])
+    want, got = by_hand(site), ops.prescored(site, plan)
+    torch.testing.assert_close(reference.exact(site), want)
+    torch.testing.assert_close(got, want, atol=2e-6, rtol=1e-5)
+    grad = torch.randn_like(want)
+    for g, w in zip(torch.autograd.grad(got, leaves, grad), torch.autograd.grad(want, leaves, grad), strict=True):
+        torch.testing.assert_close(g, w, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", PLANS)
+def test_attend_meets_the_reference(name: str, dtype: torch.dtype) -> None:
+    plan = PLANS[name]
+    site = with_sink(operands(N, padded=True, dim=24, value_dim=40, dtype=dtype), per_query=True)
+    summary = summary_of(site, plan)
+    routes = routes_of(site, summary, plan)
+    wide = summary._replace(row_key=summary.row_key.double(), row_value=summary.row_value.double())
+    true = reference.attend(in_double(site), wide, routes, plan)
+    got = cpu.attend(site, summary, routes, plan)
+    assert got.dtype == dtype
+    check_budget(got, reference.attend(site, summary, routes, plan), true)
+
+
+@pytest.mark.parametrize("name", ROUTED)
+def test_routing_and_attending_as_one(name: str) -> None:
+    plan = PLANS[name]
+    site = with_sink(operands(N, padded=True))
+    summary = summary_of(site, plan)
+    near = reference.mass(site, summary, plan)
+    torch.testing.assert_close(cpu.mass(site, summary, plan), near, atol=1e-5, rtol=1e-5)
+    mass = cpu.mass(site, summary, plan) if plan.needs_mass else None
+    routes = cpu.route(site.query, summary, plan, site.causal, N, site.scale, mass)
+    assert torch.equal(cpu.route_attend(site, summary, plan), cpu.attend(site, summary, routes, plan))
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_none_is_minus_infinity(name: str) -> None:
+    site = operands(N, padded=True)
+    sunk = site._replace(sink_logit=torch.full((2, 4, N), -math.inf))
+    assert torch.equal(ops.prescored(sunk, PLANS[name]), ops.prescored(site, PLANS[name]))
+
+
+@pytest.mark.parametrize("name", ["residual", "keep and routes"])
+def test_what_it_takes_is_taken_from_all_keys_alike(name: str) -> None:
+    """Routes that do not hang on the mass: the result is that without a sink times one number a query."""
+    plan, site = PLANS[name], operands(N)
+    without, got = ops.prescored(site, plan), ops.prescored(with_sink(site), plan)
+    share = (got * without).sum(3, keepdim=True) / without.square().sum(3, keepdim=True)
+    torch.testing.assert_close(got, share * without, atol=1e-6, rtol=1e-5)
+    assert share.min() > 0 and share.max() < 1
+    assert (ops.prescored(site._replace(sink_logit=torch.full((2, 4, N), 1e4)), plan).abs() < 1e-30).all()
+
+
+@pytest.mark.parametrize("name", ["share", "together"])
+def test_beside_a_strong_sink_no_cluster_has_its_share(name: str) -> None:
+    plan, site = PLANS[name], operands(N)
+    summary = summary_of(site, plan)
+    sunk = site._replace(sink_logit=torch.full((2, 4, N), 20.0))
+    assert (routes_of(site, summary, plan) >= 0).any() and (routes_of(sunk, summary, plan) < 0).all()
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_the_future_is_not_seen(name: str) -> None:
+    site = with_sink(operands(N), per_query=True)
+    base, cut = ops.prescored(site, PLANS[name]), 101
+    moved = [torch.cat([tensor[:, :, :cut], torch.randn_like(tensor[:, :, cut:])], 2) for tensor in site[:3]]
+    logits = torch.cat([site.sink_logit[:, :, :cut], torch.full((2, 4, N - cut), math.nan)], 2)
+    later = ops.prescored(type(site)(*moved, *site[3:6], logits), PLANS[name])
+    assert torch.equal(later[:, :, :cut], base[:, :, :cut])
+
+
+@pytest.mark.parametrize("logit", [math.inf, math.nan])
+def test_one_that_is_not_finite(logit: float) -> None:
+    """As torch's softmax: its query, and no other, gets NaN."""
+    site = with_sink(operands(N), per_query=True)
+    base = ops.prescored(site, PLANS["routes"])
+    site.sink_logit[1, 2, 70] = logit
+    out = ops.prescored(site, PLANS["routes"])
+    assert out[1, 2, 70].isnan().all() and by_hand(site)[1, 2, 70].isnan().all()
+    out[1, 2, 70] = base[1, 2, 70]
+    assert torch.equal(out, base)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_bands(padded: bool) -> None:
+    """Local layers have sinks, too: the kernel and the gradients tile by tile."""
+    logits = Logits(K >= Q - 20)
+    site = with_sink(operands(300, padded=padded), per_query=True)
+    got, grad = ops.prescored(site, WHOLE, logits), torch.randn(2, 4, 300, 16)
+    summary, routes = summary_of(site, WHOLE), torch.empty(2, 4, 300, 0, dtype=torch.int32)
+    true = reference.attend(in_double(site), summary, routes, WHOLE, logits)
+    check_budget(got, reference.attend(site, summary, routes, WHOLE, logits), true)
+    ends = banded.ends(logits.band(), 300, 300, True)
+    found = banded.backward(grad, site, ends)
+    *wide, _, _, of_sink = reference.attend_backward(grad.double(), in_double(site), summary, routes, WHOLE, logits)
+    for g, w in zip(found, (*wide, of_sink), strict=True):
+        torch.testing.assert_close(g.double(), w.double(), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["share", "keep and routes", "residual"])
+def test_the_operators(name: str) -> None:
+    plan = PLANS[name]
+    site = with_sink(operands(N, padded=True, batch=1, heads=2, kv_heads=1))
+    parts = [part.detach() for part in summary_of(site, plan)]
+    more = (plan.text, site.causal, site.scale)
+    sink = site.sink_logit.contiguous().requires_grad_()
+    tests: Any = ("test_schema", "test_faketensor", "test_autograd_registration")
+    near = (site.query, site.key, site.valid, *parts[4:], *more, "", [], sink)
+    torch.library.opcheck(ops.mass, near, test_utils=tests)
+    mass = ops.mass(*near) if plan.needs_mass else None
+    routes = ops.route(site.query, *parts[:4], plan.text, True, N, site.scale, "", [], mass)
+    leaves = [tensor.requires_grad_() for tensor in (*site[:3], *parts[6:8])]
+    given = (*leaves[:3], site.valid, parts[0], routes, *parts[4:6], *leaves[3:], parts[8], *more, "", [], sink)
+    torch.library.opcheck(ops.attend_forward, given, test_utils=tests)
+    as_one = (*leaves[:3], site.valid, *parts[:6], *leaves[3:], parts[8], *more, sink)
+    torch.library.opcheck(ops.route_attend, as_one)
+    grad = torch.randn(1, 2, N, 16)
+    three, one = ops.attend(*given), ops.route_attend(*as_one)
+    assert torch.equal(three, one)
+    found, same = (torch.autograd.grad(out, [*leaves, sink], grad) for out in (three, one))
+    assert all(torch.equal(a, b) for a, b in zip(found, same, strict=True))
