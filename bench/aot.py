@@ -80,7 +80,7 @@ TYPES = {
 class Variant:
     """One site whose kernels are compiled; ``default``: nothing may spill; ``scores``: those of scores alone.
 
-    ``value_dim``: 0: as many as ``dim``.
+    ``value_dim``: 0: as many as ``dim``. ``sunk``: with a learned sink.
     """
 
     plan: Plan = CAUSAL_ON_A_GPU
@@ -96,6 +96,7 @@ class Variant:
     scores: bool = False
     logits: Logits = NOTHING
     read: torch.dtype = torch.int64
+    sunk: bool = False
 
 
 DOCUMENT = sympy.Function("t00")
@@ -127,6 +128,8 @@ VARIANTS = {
     "masked and capped 128": Variant(dim=128, group=4, logits=IN_DOCUMENTS),
     "sliding window 128": Variant(plan=WHOLE, dim=128, group=4, logits=SLIDING, default=True),
     "two-sided band 64": Variant(plan=WHOLE, causal=False, padded=True, logits=NEAR, default=True),
+    "learned sinks 64": Variant(plan=WHOLE, group=8, logits=Logits(K >= Q - 127), sunk=True, default=True),
+    "default, learned sinks 64": Variant(group=8, sunk=True, default=True),
     "few queries 128": Variant(dim=128, queries=1, backward=False),
     "float32 128": Variant(dtype=torch.float32, dim=128, group=4, backward=False),
     "256, group of 4": Variant(dim=256, group=4, backward=False),
@@ -224,7 +227,8 @@ def _run(variant: Variant, found: list[Launch]) -> None:
     chosen = None
     query = tensor(2, heads * variant.group, variant.queries, variant.dim)
     value = tensor(2, heads, length, variant.value_dim or variant.dim)
-    site = Operands(query, key, value, valid, variant.causal, scale)
+    sinks = tensor(heads * variant.group).reshape(1, -1, 1).expand(query.shape[:3]) if variant.sunk else None
+    site = Operands(query, key, value, valid, variant.causal, scale, sinks)
     if plan.keep:
         of_keys = tensor(2, heads, length, dtype=torch.float32)
         if scores.fits(plan, variant.dim, DTYPES[variant.dtype], device.is_small(key.device)):

@@ -704,8 +704,8 @@ def _or_no_routes(routes: Tensor | None, query: Tensor) -> Tensor:
 
 
 def _banded(plan: Plan, logits: Logits) -> bool:
-    """Whether the band of a mask is all that limits what is attended."""
-    return plan.window is None and logits.only_band
+    """Whether the band of a mask, and causality, are all that limits what is attended."""
+    return plan.window is None and (logits.only_band or logits == NOTHING)
 
 
 def _compiled(query: Tensor) -> bool:

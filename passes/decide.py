@@ -18,7 +18,7 @@ from ..kernels.triton import device
 from . import cost
 from .compat import at_least, forward_mode, hint, known_equal, symbolic, value_of
 from .config import Config
-from .defaults import WHOLE, WIDEST_BAND_ON_A_GPU
+from .defaults import ALONE_FROM, WHOLE, WIDEST_BAND_ON_A_GPU
 from .keys import K, Q
 from .masks import Lifted, Mask, attends_itself, lift
 from .plans import SiteKey
@@ -35,6 +35,7 @@ class Decision:
     """``reason`` is "" for a rewrite; ``plan`` is then what the site runs with.
 
     ``band``: keys that a query may attend on average, where they are a band that is attended whole; 0.0: they are not.
+    ``exact``: why every key is attended that the mask allows, a key of ``report.EXACT``; "": they are not.
     """
 
     site: Site
@@ -42,6 +43,7 @@ class Decision:
     reason: str
     plan: Plan | None
     band: float = 0.0
+    exact: str = ""
 
     @property
     def rewrite(self) -> bool:
@@ -60,13 +62,30 @@ def decide(site: Site, config: Config, key: str = "", known: Lifted | None = Non
     plan: Plan | None = None
     mask = Mask("?") if reason else lift(site, known)  # of one that is left out, too: its table says what it computes
     reason = (reason or mask.reason) if config.covers(site.module) else "excluded"
-    band = 0.0
+    band, exact = 0.0, ""
     if not reason and site.attention is not None:
         band = _band(site.attention, mask)
         plan, reason = (WHOLE, "") if band else _planned(site.attention, mask, config, key)
         if plan is not None:
             reason = _pairs(site.attention, mask, plan) or _lengths(site.attention, mask, config, plan, band)
-    return Decision(site, mask, reason, None if reason else plan, band)
+        exact = "band" if band and not reason else ""
+        if _without_gain(reason) and _alone(site.attention, mask):
+            plan, reason, exact = WHOLE, "", "sink"
+    return Decision(site, mask, reason, None if reason else plan, band, exact)
+
+
+def _without_gain(reason: str) -> bool:
+    """Whether a reason says no more than that nothing is to be approximated."""
+    return reason.partition(":")[0] in ("too_short", "not_faster", "plan_exact", "not_in_plan")
+
+
+def _alone(attention: Attention, mask: Mask) -> bool:
+    """Whether attending every key in one kernel is faster than what computes the site now: no operator of torch takes a
+    learned sink, so that logits are in memory, and are gone over again and again."""
+    if attention.sink_logit is None or _pairs(attention, mask, WHOLE):
+        return False
+    q_len, k_len = attention.size(attention.q), attention.size(attention.k)
+    return at_least(k_len, ALONE_FROM) and (known_equal(q_len, k_len) or at_least(q_len, cpu.TILE))
 
 
 def _band(attention: Attention, mask: Mask) -> float:
@@ -245,7 +264,9 @@ def describe(decision: Decision, kind: str, key: str = "") -> SiteReport:
         named["head_dim"] = (a.d,)
         sizes = {name: str(a.size(*coordinates)) for name, coordinates in named.items()}
         shape, length = _shape(a, decision.mask.causal, decision.band), hint(a.size(a.k))
-        costs = _costs(shape, plan if length else None, length)
+        costs = dict(_costs(shape, plan if length else None, length))
+        if decision.exact == "sink":
+            costs["gain"] = None  # of what is not in the cost model
     return SiteReport(
         module=site.module,
         source=site.source,
@@ -262,7 +283,7 @@ def describe(decision: Decision, kind: str, key: str = "") -> SiteReport:
         key=key,
         value_dim=None if attention is None else hint(attention.size(attention.e)),
         causal=decision.mask.causal,
-        banded=bool(plan and decision.band),
+        exact=decision.exact,
         device=where,
         kernel=kernel,
     )

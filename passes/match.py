@@ -121,7 +121,7 @@ class _Matcher(Prover):
         if logits is None:
             raise Miss("unsupported_logits: the way from the product to the softmax is not followed")
         if self.joint is not None and logits is not self._at_joint:
-            raise Miss("extra_logits: something is done to the logits and an attention sink alike", self.joint.node)
+            raise Miss("extra_logits: something is done to the logits and a learned sink alike", self.joint.node)
         rank = value_of(self.softmax).dim()
         dim = call.get("dim", None)
         if not isinstance(dim, int):
@@ -248,7 +248,7 @@ class _Matcher(Prover):
 
     def _sums_away(self, logits: _Logits, other: Any, index: Index) -> bool:
         """Whether adding it to the logits changes no softmax: it is one number for all keys of a query (a row's
-        maximum, say) and for an attention sink. Only what is a maximum: any other tensor might be infinite."""
+        maximum, say) and for a learned sink. Only what is a maximum: any other tensor might be infinite."""
         if self.joint is not None and logits is not self._at_joint:
             return False
         if not isinstance(other, fx.Node):
@@ -374,7 +374,7 @@ class _Matcher(Prover):
             self.dtypes.append(value_of(node).dtype)
             return self._at_joint
         if any(isinstance(n, fx.Node) and _reaches_back(n, _REACH) for n in tensors):
-            raise Miss("extra_logits: the softmax also runs over logits that are concatenated (an attention sink)")
+            raise Miss("extra_logits: concatenated, and not one logit of a learned sink after those of the keys")
         return None
 
     # Forward: where the weights go.
@@ -408,7 +408,7 @@ class _Matcher(Prover):
         if way.node is found.added:
             raise Miss("weights_changed: baddbmm adds them")
         if self.joint is not None and not way.without_sink:
-            raise Miss("extra_logits: the weight of an attention sink meets the values")
+            raise Miss("extra_logits: the weight of a learned sink meets the values")
         way.user, way.product = user, found
         return True
 
@@ -506,7 +506,7 @@ class _Matcher(Prover):
         result = operand(weights.user, out, value_of(weights.user).shape, self.sizes)
         if result is None:
             raise Miss("unproved_axes: of the output", weights.user)
-        sink_at = self.whole(*self._sink, "attention sink") if self._sink else None
+        sink_at = self.whole(*self._sink, "learned sink") if self._sink else None
         roles = self.roles(query_at, key_at, value_at, k)
         of_sink = [sink_at.node] if sink_at else []
         read = (query_at.node, key_at.node, value_at.node, *of_sink, *(node for node, _, _ in logits.factors))

@@ -11,8 +11,11 @@ from tabulate import tabulate
 
 from ..kernels.plan import Plan
 
-BANDED = "every key that the mask allows is attended, and what lies outside of its band is skipped"
-"""What ``SiteReport.banded`` means."""
+EXACT = {
+    "band": "every key that the mask allows is attended, and what lies outside of its band is skipped",
+    "sink": "every key that the mask allows is attended, in one kernel: no operator of torch takes a learned sink",
+}
+"""What ``SiteReport.exact`` means."""
 
 
 @dataclass(frozen=True)
@@ -31,10 +34,12 @@ class SiteReport:
         exact_cost, prescored_cost: multiply-adds at the sizes compiled for; the latter includes
             scoring and routing, and is None where no plan applies.
         density: attended pairs, routing counted in / exact pairs; None where kept.
-        gain: time of exact attention / that of all stages, as the cost model expects it; None where kept.
+        gain: time of exact attention / that of all stages, as the cost model expects it; None where kept, or where it
+            does not know what computes the site now.
         rule: how it was recognised (rules.RULES). failed: ``file:line: code`` of the first condition that
             failed, where kept: the mask's line for a mask.
-        banded: its mask leaves each query one run of keys, and all of them are attended: it is rewritten, and exact.
+        exact: why a rewritten site attends every key that its mask allows, whatever the plans, a key of ``EXACT``;
+            "": it does not.
         key: the site's name in a plan file. value_dim, causal: what else a plan file checks.
         device: "cpu" or "cuda", or the one that was asked about; "" where nothing is proved. kernel: what its
             generated kernels are specialised with beside the plan, as ``kernels.triton.sources`` takes it, and the
@@ -59,7 +64,7 @@ class SiteReport:
     key: str = ""
     value_dim: int | None = None
     causal: bool = False
-    banded: bool = False
+    exact: str = ""
     device: str = ""
     kernel: dict[str, Any] = field(default_factory=dict)
 
@@ -95,7 +100,7 @@ class Report:
     def __str__(self) -> str:
         if not self.sites:
             return "no attention found"
-        several = len({site.plan for site in self.rewritten}) > 1 or any(site.banded for site in self.rewritten)
+        several = len({site.plan for site in self.rewritten}) > 1 or any(site.exact for site in self.rewritten)
         rows = [_row(site) | ({"plan": _plan(site)} if several else {}) for site in self.sites]
         table = tabulate(rows, headers="keys", disable_numparse=True)
         notes = [*_devices(self.sites), *_plans(self.rewritten), *_absent(self.absent), *_idle(self.idle)]
@@ -104,7 +109,7 @@ class Report:
     @property
     def head(self) -> str:
         """How many sites there are, and how many of them are rewritten."""
-        exact = sum(site.banded for site in self.rewritten)
+        exact = sum(bool(site.exact) for site in self.rewritten)
         which = f" ({exact} of them exact)" if exact else ""
         return f"{len(self.sites)} sites: {len(self.rewritten)} rewritten{which}, {len(self.kept)} kept exact"
 
@@ -133,7 +138,7 @@ def _row(site: SiteReport) -> dict[str, Any]:
 
 
 def _plan(site: SiteReport) -> str:
-    if site.banded:
+    if site.exact:
         return "exact"
     return label(site.plan) if site.plan else "-"
 
@@ -168,6 +173,6 @@ def _devices(sites: list[SiteReport]) -> list[str]:
 
 
 def _plans(sites: list[SiteReport]) -> list[str]:
-    plans = {str(site.plan.settings()) for site in sites if site.plan and not site.banded}
-    exact = [f"exact: {BANDED}"] if any(site.banded for site in sites) else []
+    plans = {str(site.plan.settings()) for site in sites if site.plan and not site.exact}
+    exact = [f"exact: {EXACT[why]}" for why in sorted({site.exact for site in sites if site.exact})]
     return [*(f"plan: {plan}" for plan in sorted(plans)), *exact]

@@ -197,7 +197,7 @@ def test_by_default_sites_are_rewritten_and_exact(name: str, dynamic: bool) -> N
         torch.testing.assert_close(compiled(*inputs), fn(*inputs), atol=1e-5, rtol=1e-5)
     report = explain(fn, *inputs)
     (site,) = report.sites
-    assert site.decision == "rewrite" and site.banded and site.plan == WHOLE
+    assert site.decision == "rewrite" and site.exact and site.plan == WHOLE
     assert site.density is not None and site.density < 0.06 and site.gain is not None and site.gain > 3
     assert "1 rewritten (1 of them exact)" in str(report) and "every key that the mask allows" in str(report)
 
@@ -206,13 +206,13 @@ def test_settings_of_plans_are_for_others_and_lengths_for_all() -> None:
     fn, inputs = masked(SITES["sliding window"]), [torch.randn(1, 2, LENGTH, 16) for _ in range(3)]
     for config in (Config(routes=3, share=0.0), Config(window=0), Config(keep=8), Config(residual=True)):
         (site,) = explain(fn, *inputs, config=config).sites
-        assert site.banded and site.plan == WHOLE
+        assert site.exact and site.plan == WHOLE
     for config, reason in (
         (Config(min_seq_len=4000), "too_short"),
         (Config(exclude=("*",)), "excluded"),
     ):
         (site,) = explain(fn, *inputs, config=config).sites
-        assert site.reason == reason and not site.banded
+        assert site.reason == reason and not site.exact
 
 
 def test_a_band_as_wide_as_the_sequence_gains_nothing() -> None:
@@ -242,7 +242,7 @@ def test_on_a_gpu_bands_that_look_both_ways_are_exact_whatever_their_width() -> 
 
     inputs = [torch.randn(1, 2, 4096, 16, dtype=torch.bfloat16) for _ in range(3)]
     torch.compile(masked(lambda q, k: (q - k).abs() <= 1500), backend=noted)(*inputs)
-    assert found[0].banded and found[0].plan == WHOLE
+    assert found[0].exact and found[0].plan == WHOLE
 
 
 @pytest.mark.parametrize("backward", [False, True])
@@ -267,7 +267,7 @@ def test_on_a_gpu_narrow_bands_are_exact_and_wide_ones_routed(width: int, whole:
     torch.compile(masked(lambda q, k: (k <= q) & (q - k < width)), backend=captured)(*inputs)
     new, report = graphs[0]
     (site,) = report.sites
-    assert site.decision == "rewrite" and site.banded == whole and (site.plan == WHOLE) == whole
+    assert site.decision == "rewrite" and bool(site.exact) == whole and (site.plan == WHOLE) == whole
     assert site.kernel["logits"] == f"softcap 0.0; add 0; where k >= q - {width - 1}"
     routed = [node for node in new.graph.nodes if node.target is torch.ops.prescore.route.default]
     assert bool(routed) != whole
@@ -302,7 +302,7 @@ def test_a_plan_file_leaves_bands_alone() -> None:
     with torch.no_grad():
         compiled(x)
         report = explain(model, x, config=Config(plan=found, min_seq_len=0, only_if_faster=False))
-    assert [site.banded for site in report.sites] == [True, False] and not report.absent
+    assert [site.exact for site in report.sites] == ["band", ""] and not report.absent
     assert all(site.decision == "rewrite" for site in report.sites)
 
 
@@ -336,7 +336,7 @@ def test_models_with_local_layers(name: str, padded: bool, implementation: str) 
     trained = implementation == "sdpa"
     with torch.set_grad_enabled(trained):
         report = explain(model, ids, config=Config(min_seq_len=0, only_if_faster=False), **more)
-    assert sum(site.banded for site in report.sites) == (0 if padded and name == "llama4_text" else local), report
+    assert sum(bool(site.exact) for site in report.sites) == (0 if padded and name == "llama4_text" else local), report
     torch._dynamo.reset()
     options = dict(window=None, sinks=0, routes=0, min_seq_len=0, only_if_faster=False, inner="aot_eager")
     compiled = torch.compile(model, backend="prescore", options=options)
@@ -414,7 +414,7 @@ def test_bounds_of_keys_do_not_fix_a_dynamic_length(dynamic: bool) -> None:
 
     def noted(gm: torch.fx.GraphModule, inputs: Any) -> Any:
         new, report = rewrite(gm, Config(min_seq_len=0, only_if_faster=False))
-        graphs.append(report.sites[0].banded)
+        graphs.append(report.sites[0].exact)
         return new.forward
 
     torch._dynamo.reset()

@@ -8,12 +8,18 @@ from typing import Any
 import pytest
 import torch
 from conftest import EVERYTHING, PLANS, ROUTED, check_budget, in_double, operands, routes_of, summary_of
+from torch import Tensor, nn
 
+from bench import sinks
+from prescore_compile import Config, explain
+from prescore_compile.calibration import calibrate
 from prescore_compile.kernels import banded, cpu, ops, reference
 from prescore_compile.kernels.logits import K, Logits, Q
 from prescore_compile.kernels.plan import Plan
 from prescore_compile.kernels.reference import Operands
-from prescore_compile.passes.defaults import WHOLE
+from prescore_compile.passes import rewrite
+from prescore_compile.passes.defaults import ALONE_FROM, WHOLE
+from prescore_compile.passes.sources import sources_of
 
 N = 150
 
@@ -168,3 +174,133 @@ def test_the_operators(name: str) -> None:
     assert torch.equal(three, one)
     found, same = (torch.autograd.grad(out, [*leaves, sink], grad) for out in (three, one))
     assert all(torch.equal(a, b) for a, b in zip(found, same, strict=True))
+
+
+class Layer(nn.Module):
+    """As gpt-oss writes it: causal, perhaps in a sliding window, a finite number forbids."""
+
+    def __init__(self, window: int = 0, heads: int = 4, kv_heads: int = 2, dim: int = 16) -> None:
+        super().__init__()
+        self.sinks = nn.Parameter(torch.randn(heads))
+        self.heads, self.kv_heads, self.window = heads, kv_heads, window
+        self.project = nn.Linear(dim, (heads + 2 * kv_heads) * dim)
+
+    def forward(self, x: Tensor, padding: Tensor | None = None, keys: int = 0) -> Tensor:
+        batch, length, dim = x.shape
+        qkv = self.project(x).view(batch, length, -1, dim).transpose(1, 2)
+        q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], 1)
+        q = q[:, :, length - keys :] if keys else q
+        k, v = (t.repeat_interleave(self.heads // self.kv_heads, 1) for t in (k, v))
+        i, j = torch.arange(length - q.shape[2], length)[:, None], torch.arange(length)
+        allowed = (j <= i) & (j > i - self.window) if self.window else j <= i
+        if padding is not None:
+            allowed = allowed & padding[:, None, None]
+        logits = q @ k.mT * dim**-0.5
+        logits = logits + torch.where(allowed, 0.0, torch.finfo(q.dtype).min)
+        sinks = self.sinks.reshape(1, -1, 1, 1).expand(batch, -1, q.shape[2], -1)
+        joined = torch.cat([logits, sinks], -1)
+        joined = joined - joined.max(-1, keepdim=True).values
+        return joined.softmax(-1)[..., :-1] @ v
+
+
+def run(model: nn.Module, *args: Any, config: Config, dynamic: bool = False) -> tuple[Any, list[Any]]:
+    """The model with its graph rewritten, called once, and the sites."""
+    sites: list[Any] = []
+
+    def backend(gm: Any, _: Any) -> Any:
+        new, report = rewrite(gm, config)
+        sites.extend(report.sites)
+        return new.forward
+
+    torch._dynamo.reset()
+    call = torch.compile(model, backend=backend, dynamic=dynamic, fullgraph=True)
+    call(*args)
+    return call, sites
+
+
+@pytest.mark.parametrize("window", [0, 40])
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_layer(window: int, padded: bool) -> None:
+    """With padding on the left, whose queries have no key under a finite number: the sink has all the weight."""
+    layer, x = Layer(window), torch.randn(2, 120, 16)
+    padding = (torch.arange(120) >= torch.tensor([[30], [0]])) if padded else None
+    call, (site,) = run(layer, x, padding, config=Config.exact())
+    assert site.decision == "rewrite" and site.exact == ("band" if window else "")
+    want, got = layer(x, padding), call(x, padding)
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+    leaves, grad = [layer.sinks, layer.project.weight], torch.randn_like(want)
+    for g, w in zip(torch.autograd.grad(got, leaves, grad), torch.autograd.grad(want, leaves, grad), strict=True):
+        torch.testing.assert_close(g, w, atol=1e-4, rtol=1e-4)
+
+
+CASES: dict[str, tuple[int, dict[str, Any], str, str]] = {
+    "short": (ALONE_FROM, {}, "sink", ""),
+    "too short": (ALONE_FROM - 1, {}, "", "too_short"),
+    "no plan gains": (2048, {"routes": 0, "window": None}, "sink", ""),
+    "left out": (2048, {"exclude": ("*",)}, "", "excluded"),
+    "a plan": (2048, {"only_if_faster": False}, "", ""),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_where_nothing_is_approximated_one_kernel_attends_all(name: str) -> None:
+    length, options, exact, reason = CASES[name]
+    layer, x = Layer(heads=2, kv_heads=1), torch.randn(1, length, 16)
+    with torch.no_grad():
+        call, (site,) = run(layer, x, config=Config(**options))
+        assert (site.exact, site.reason, site.plan == WHOLE) == (exact, reason, bool(exact))
+        if exact:
+            torch.testing.assert_close(call(x), layer(x), atol=1e-5, rtol=1e-5)
+            assert site.gain is None and site.density == 1.0
+
+
+def test_few_queries_are_left_to_torch() -> None:
+    """Behind a cache: what is read of the keys counts, and packing them would be most of the work."""
+    layer, x = Layer(heads=2, kv_heads=1), torch.randn(1, 1500, 16)
+    for queries, exact in ((1, ""), (cpu.TILE - 1, ""), (cpu.TILE, "sink")):
+        with torch.no_grad():
+            call, (site,) = run(layer, x, None, queries, config=Config())
+            assert site.exact == exact, queries
+            torch.testing.assert_close(call(x, None, queries), layer(x, None, queries), atol=1e-5, rtol=1e-5)
+
+
+def test_dynamic_lengths_have_a_graph_on_each_side() -> None:
+    layer = Layer(heads=2, kv_heads=1)
+    with torch.no_grad():
+        call, sites = run(layer, torch.randn(1, 1100, 16), config=Config(), dynamic=True)
+        for length in (1200, 300, 400, 1300):
+            x = torch.randn(1, length, 16)
+            torch.testing.assert_close(call(x), layer(x), atol=1e-5, rtol=1e-5)
+    assert [site.exact for site in sites] == ["sink", ""]
+
+
+def test_report_and_kernels() -> None:
+    layer, x = Layer(window=40, heads=2, kv_heads=1), torch.randn(1, 2048, 16)
+    report = explain(layer, x)
+    assert report.sites[0].exact == "band" and report.sites[0].kernel["sink_logit"]
+    gm = torch.export.export(layer, (x,)).module()
+    _, on_a_gpu = rewrite(gm, None, device="cuda")
+    sources = {source.name: source.text for source in sources_of(on_a_gpu)}
+    assert "sink_logit" in sources["attend.py"] and "sink_logit" not in sources["d_query.py"].split("@triton.jit")[1]
+
+
+def test_calibrate_gives_such_sites_plans_and_what_stays_exact_is_one_kernel() -> None:
+    layer, x = Layer(heads=2, kv_heads=1), torch.randn(1, 1100, 16)
+    layer.eval()
+    small = Plan(chunk=64, window=0, routes=4)
+    same: dict[str, Any] = dict(measure="cosine", candidates=[small], progress=None)
+    assert [site.plan for site in calibrate(layer, [x], drift=10.0, **same).sites] == [small]
+    found = calibrate(layer, [x], drift=0.0, **same)
+    assert [site.plan for site in found.sites] == [None]
+    with torch.no_grad():
+        _, (site,) = run(layer, x, config=Config(plan=found))
+    assert site.exact == "sink" and site.plan == WHOLE
+
+
+def test_the_benchmark_checks_what_it_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = sinks.row(64, 300, torch.float32, rounds=1, backward=True)
+    assert found["faster"] > 0 and max(found["errors"].values()) < 1e-4
+    right = ops.prescored
+    monkeypatch.setattr(sinks.ops, "prescored", lambda *given: 1.01 * right(*given))
+    with pytest.raises(AssertionError, match="wrong result"):
+        sinks.row(64, 300, torch.float32, rounds=1, backward=True)

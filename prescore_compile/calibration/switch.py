@@ -110,10 +110,10 @@ class Switch:
         graph = _Graph(_kept(gm), self._config)
         self._graphs.append(graph)
         for site in graph.report.rewritten:
-            if not site.banded:
+            if not site.exact:
                 self.sites.setdefault(SiteKey.of(site), site)
         self.kept.update({site.key: site.reason for site in graph.report.kept})
-        self.kept.update({site.key: "a band, which is attended whole" for site in graph.report.sites if site.banded})
+        self.kept.update({site.key: "a band, which is attended whole" for site in graph.report.sites if site.exact})
 
         def run(*args: Any) -> Any:
             module, spent = graph.ready(self._config, self._plans)
@@ -131,7 +131,7 @@ class _Graph:
         # A plan without a limit shows every site that some plan can be given.
         everything = config.changed(window=None, sinks=0, keep=0, centroids=0, routes=0)
         _, self.report = rewrite(gm, everything)
-        self.sites = {SiteKey.of(site): _pairs(site) for site in self.report.rewritten if not site.banded}
+        self.sites = {SiteKey.of(site): _pairs(site) for site in self.report.rewritten if not site.exact}
         self._last: tuple[Plans, fx.GraphModule, Spent] | None = None
 
     def ready(self, config: Config, plans: Plans) -> tuple[fx.GraphModule, Spent]:
@@ -148,14 +148,15 @@ class _Graph:
         module, report = self.rewritten(config, plans)
         for site in report.rewritten:
             assert site.density is not None
-            if not site.banded:
+            if not site.exact:
                 key = SiteKey.of(site)
                 spent.attended[key] = round(site.density * self.sites[key])
         return module, spent
 
     def rewritten(self, config: Config, plans: Plans) -> tuple[fx.GraphModule, Report]:
-        """The graph rewritten, and what was decided."""
-        return rewrite(self.gm, config.changed(plan=plans_only(plans)))
+        """The graph rewritten, and what was decided; without gradients, as it was captured."""
+        with torch.no_grad():
+            return rewrite(self.gm, config.changed(plan=plans_only(plans)))
 
 
 def _pairs(site: SiteReport) -> int:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ..passes import REASONS
 from ..passes.diff import GraphDiff, diff
 from ..passes.dump import described
-from ..passes.report import BANDED, SiteReport
+from ..passes.report import EXACT, SiteReport
 from ..passes.rules import RULES
 from ..passes.snapshot import Snapshot
 from ..passes.sources import Source
@@ -67,7 +67,7 @@ def page(inspection: Inspection, tab: str = "diff") -> str:
         "views": views,
         "kernels": _kernels(inspection.sources),
         "reasons": REASONS,
-        "banded": BANDED,
+        "exact": EXACT,
         "rules": RULES,
         "strings": list(strings.numbers),
     }

@@ -328,8 +328,8 @@
   const meaning = (site) => data.reasons[site.reason.split(":")[0]] || "";
   function siteCard(site) {
     return el("div", {class: "site"}, facts([
-      ["decision", site.decision === "keep" ? `kept exact: ${site.reason}` : site.banded ? "rewritten, and exact" : `rewritten with ${site.plan}`],
-      ["meaning", site.decision === "keep" ? meaning(site) : site.banded ? data.banded : "", true],
+      ["decision", site.decision === "keep" ? `kept exact: ${site.reason}` : site.exact ? "rewritten, and exact" : `rewritten with ${site.plan}`],
+      ["meaning", site.decision === "keep" ? meaning(site) : site.exact ? data.exact[site.exact] : "", true],
       ["failed at", site.decision === "keep" ? site.failed : ""],
       ["rule", `${site.rule}: ${data.rules[site.rule] || ""}`, true],
       ["mask", maths(site.mask)],
@@ -464,7 +464,7 @@
     const text = value(site);
     if (name === "module") return el("td", {class: text.length < 40 ? `${kind} whole` : kind}, el("div", {class: "clip", title: text}, text));
     if (name === "source") return el("td", {class: kind, title: text}, short(text), el("span", {class: "quiet"}, site.code));
-    if (name === "decision") return el("td", {}, el("span", {class: `badge ${site.decision}`, style: "margin:0"}, site.decision), site.banded ? el("span", {class: "quiet", title: data.banded}, "exact") : "");
+    if (name === "decision") return el("td", {}, el("span", {class: `badge ${site.decision}`, style: "margin:0"}, site.decision), site.exact ? el("span", {class: "quiet", title: data.exact[site.exact]}, "exact") : "");
     if (name === "reason") return el("td", {title: meaning(site)}, text || "—", site.failed ? el("span", {class: "quiet"}, `at ${short(site.failed)}`) : "");
     if (name === "rule") return el("td", {class: "whole", title: data.rules[text] || ""}, text);
     if (name === "mask") return el("td", {class: text.length < 40 ? "whole" : ""}, maths(text));

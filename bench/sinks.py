@@ -1,0 +1,116 @@
+"""Exact attention with a learned sink in one kernel against what models write by hand, compiled by Inductor.
+
+    python -m bench.sinks                    # a minute or two; a table and bench/results/sinks-cpu.json
+    python -m bench.sinks --backward         # forward and backward
+
+As in gpt-oss: heads of 64 features, a finite number in the mask, causal, with a window of 128 and without one. Each
+result is checked before it is timed: its error against float64, on the last queries, may be twice that of the
+attention by hand. Both ways run in turn and the medians are told.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+from collections.abc import Callable
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.bands import told
+from bench.operands import smooth
+from prescore_compile.demo import interleaved
+from prescore_compile.kernels import ops
+from prescore_compile.kernels.logits import NOTHING, K, Logits, Q
+from prescore_compile.kernels.reference import Operands
+from prescore_compile.passes.defaults import WHOLE
+
+RESULTS = Path(__file__).parent / "results" / "sinks-cpu.json"
+DIM, HEADS, GROUP = 64, 16, 8
+WINDOWS = (0, 128)
+CHECKED = 64
+
+
+def by_hand(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, sinks: Tensor, scale: float) -> Tensor:
+    """``eager_attention_forward`` of transformers' gpt-oss."""
+    group = query.shape[1] // key.shape[1]
+    key, value = (tensor.repeat_interleave(group, 1) for tensor in (key, value))
+    logits = query @ key.mT * scale + mask
+    sinks = sinks.reshape(1, -1, 1, 1).expand(query.shape[0], -1, query.shape[2], -1)
+    joined = torch.cat([logits, sinks], -1)
+    joined = joined - joined.max(-1, keepdim=True).values
+    return joined.softmax(-1, dtype=joined.dtype)[..., :-1] @ value
+
+
+def mask_of(length: int, window: int, dtype: torch.dtype) -> Tensor:
+    at = torch.arange(length)
+    allowed = at <= at[:, None]
+    if window:
+        allowed &= at > at[:, None] - window
+    return torch.zeros(length, length, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)
+
+
+def row(window: int, length: int, dtype: torch.dtype, rounds: int, backward: bool) -> dict[str, Any]:
+    """One line of the table."""
+    site, sinks = smooth(length, HEADS, GROUP, DIM, True, dtype), torch.randn(HEADS, dtype=dtype)
+    leaves = [tensor.requires_grad_(backward) for tensor in (*site[:3], sinks)]
+    mask, logits = mask_of(length, window, dtype), Logits(Q - window < K) if window else NOTHING
+    torch._dynamo.reset()
+    hand = torch.compile(by_hand, dynamic=False)
+
+    def one_kernel() -> Tensor:
+        sunk: Operands = site._replace(sink_logit=sinks.reshape(1, -1, 1).expand(1, -1, length))
+        return ops.prescored(sunk, WHOLE, logits)
+
+    def whole(run: Callable[[], Tensor]) -> Callable[[], Any]:
+        return (lambda: (out := run(), *torch.autograd.grad(out.sum(), leaves))) if backward else run
+
+    runs = {
+        "by hand": whole(lambda: hand(*site[:3], mask, sinks, site.scale)),
+        "one kernel": whole(one_kernel),
+    }
+    wide = [tensor.detach().double() for tensor in (site.query[:, :, -CHECKED:], *site[1:3], mask[-CHECKED:], sinks)]
+    want, errors = by_hand(*wide, site.scale), {}
+    for way, run in runs.items():
+        out = run()[0] if backward else run()
+        errors[way] = (out.detach()[:, :, -CHECKED:].double() - want).abs().max().item()
+        if not errors[way] <= 2 * errors["by hand"] + 1e-5:
+            raise AssertionError(f"wrong result: {way} is off by {errors[way]:.2g}, by hand {errors['by hand']:.2g}")
+    if backward:
+        for got, other in zip(runs["one kernel"]()[1:], runs["by hand"]()[1:], strict=True):
+            scale = other.abs().max().item()
+            torch.testing.assert_close(got, other, atol=(1e-4 if dtype == torch.float32 else 5e-2) * scale, rtol=0)
+    seconds = interleaved(runs, rounds)
+    return {
+        "window": window or "none", "n": length, "heads": f"{HEADS} / {HEADS // GROUP}", "dtype": str(dtype)[6:],
+        **{f"{way}, ms": 1e3 * taken for way, taken in seconds.items()},
+        "faster": seconds["by hand"] / seconds["one kernel"], "errors": errors,
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--lengths", type=int, nargs="+", default=[512, 1024, 2048, 4096])
+    parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--backward", action="store_true")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    rows = []
+    for dtype, window, length in product(options.dtypes, WINDOWS, options.lengths):
+        rows.append(row(window, length, getattr(torch, dtype), options.rounds, options.backward))
+        print(rows[-1], flush=True)
+    print(told(rows))
+    about = {
+        "torch": torch.__version__, "threads": torch.get_num_threads(), "machine": platform.processor(),
+        "cpu": torch.backends.cpu.get_cpu_capability(), "backward": options.backward,
+    }  # fmt: skip
+    options.out.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
