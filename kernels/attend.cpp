@@ -279,7 +279,7 @@ struct Attend {
     const int64_t count = tiles.size(), bh = task / count, b = bh / g.kv_heads, kv = bh % g.kv_heads;
     const Span& span = tiles[count - 1 - task % count];
     const int64_t length = span.end - span.begin, rows = length * group;
-    s.rows.reset(rows, g.dim, width);
+    s.rows.reset(rows, g.dim, width, g.softcap);
     s.key.resize(g.dim * W);
     s.value.resize(W * width);
     s.all.resize(rows);

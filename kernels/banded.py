@@ -7,7 +7,7 @@ import functools
 import torch
 
 from .band import Band
-from .logits import value
+from .logits import Logits, value
 from .reference import Operands, in_heads, pair_logits, shared_softmax, with_sink
 
 TILE = 128
@@ -53,16 +53,17 @@ def _values(found: Band, queries: torch.Tensor, k_len: int) -> tuple[torch.Tenso
     return tuple(torch.as_tensor(value(end, {"q": queries}, {})).expand_as(queries) for end in (low, high))  # type: ignore[return-value]
 
 
-def backward(grad: torch.Tensor, site: Operands, ends: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def backward(grad: torch.Tensor, site: Operands, ends: torch.Tensor, softcap: float = 0.0) -> tuple[torch.Tensor, ...]:
     """``reference.attend_backward`` of a plan without a limit, tile by tile: of no keys but a tile's own.
 
-    ``grad`` ``[B, H, Nq, Dv]``; ``ends``: with causality. Gradients of query, key, value and, where there is one,
-    sink_logit, in float32 or wider.
+    ``grad`` ``[B, H, Nq, Dv]``; ``ends``: with causality; ``softcap``: 0.0: none. Gradients of query, key, value and,
+    where there is one, sink_logit, in float32 or wider.
     """
     wide = torch.promote_types(grad.dtype, torch.float32)
     query, key, value = (t.to(wide) for t in site[:3])
     q_len, kv_heads = query.shape[2], key.shape[1]
     d_query, d_key, d_value = (torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (query, key, value))
+    capped = Logits(softcap=softcap)
     d_sink = [] if site.sink_logit is None else [torch.zeros_like(site.sink_logit, dtype=wide)]
     for begin in range(0, q_len, TILE):
         end = min(begin + TILE, q_len)
@@ -75,11 +76,12 @@ def backward(grad: torch.Tensor, site: Operands, ends: torch.Tensor) -> tuple[to
             seen = seen & site.valid[:, None, None, low:high]
         q, d_out = query[:, :, begin:end], grad[:, :, begin:end].to(wide)
         k, v = key[:, :, low:high], value[:, :, low:high]
-        logits = pair_logits(q, k, site.scale).masked_fill(~seen, float("-inf"))
+        uncapped = pair_logits(q, k, site.scale)
+        logits = capped.applied(uncapped, {}, {}).masked_fill(~seen, float("-inf"))
         weights, *sink = shared_softmax(with_sink([logits], site, begin, end))
         d_weights = pair_logits(d_out, v, 1.0)
         inner = (weights * d_weights).sum(3, keepdim=True)
-        d_logits = weights * (d_weights - inner) * site.scale
+        d_logits = weights * (d_weights - inner) * capped.slope(uncapped) * site.scale
         rows = in_heads(d_logits, kv_heads)
         d_query[:, :, begin:end] = (rows @ k).view_as(q)
         d_key[:, :, low:high] += rows.mT @ in_heads(q, kv_heads)

@@ -50,6 +50,7 @@ class _Geometry(ctypes.Structure):
         ("scale", ctypes.c_double),
         ("log_share", ctypes.c_double),
         ("spread_factor", ctypes.c_double),
+        ("softcap", ctypes.c_double),
     ]
 
 
@@ -138,14 +139,16 @@ def route(
     return routes
 
 
-def mass(site: Operands, summary: Summary, plan: Plan) -> torch.Tensor:
-    """Compiled ``reference.mass``."""
+def mass(site: Operands, summary: Summary, plan: Plan, softcap: float = 0.0) -> torch.Tensor:
+    """Compiled ``reference.mass``; ``softcap``: of the logits, 0.0: none."""
     batch, heads, q_len, _ = site.query.shape
     k_len = site.key.shape[2]
     found = torch.full((batch, heads, q_len), -math.inf)
     if not found.numel() or k_len == 0:
         return found
-    geometry = _geometry(plan.near, site.query.shape, site.key.shape, 0, k_len, site.causal, 0, site.scale)
+    geometry = _geometry(
+        plan.near, site.query.shape, site.key.shape, 0, k_len, site.causal, 0, site.scale, TILE, softcap
+    )
     sinks = slice(plan.sinks)
     index, bias = (t[:, :, sinks].contiguous() for t in (summary.row_index, summary.row_bias))
     views, alive = zip(*(_view(t) for t in (site.query, site.key, summary.row_key[:, :, sinks])), strict=True)
@@ -167,24 +170,25 @@ def attend(
     plan: Plan,
     tile: int = TILE,
     band: torch.Tensor | None = None,
+    softcap: float = 0.0,
 ) -> torch.Tensor:
     """Compiled ``reference.attend``; accumulates in float32, returns the query's dtype.
 
-    ``band``: of a plan without a limit, the first and the last key that each query may attend, ``[2, Nq]`` int64, which
-    never fall from one query to the next.
+    ``softcap``: of the logits, 0.0: none. ``band``: of a plan without a limit, the first and the last key that each
+    query may attend, ``[2, Nq]`` int64, which never fall from one query to the next.
 
     The result is laid out as ``[B, Nq, H, Dv]`` in memory, as SDPA's CPU kernel does, so that the
     transpose that follows it in every model is free.
     """
-    return _attended(site, summary, routes, plan, tile, band)
+    return _attended(site, summary, routes, plan, tile, band, softcap)
 
 
-def route_attend(site: Operands, summary: Summary, plan: Plan, tile: int = TILE) -> torch.Tensor:
+def route_attend(site: Operands, summary: Summary, plan: Plan, tile: int = TILE, softcap: float = 0.0) -> torch.Tensor:
     """``mass``, ``route`` and ``attend`` in one walk over the queries: no routes are in memory, and no sums.
 
     A tile's rows attend their window and sinks, whose sums a share is of, are routed, and attend the rest.
     """
-    return _attended(site, summary, None, plan, tile, None)
+    return _attended(site, summary, None, plan, tile, None, softcap)
 
 
 def _attended(
@@ -194,6 +198,7 @@ def _attended(
     plan: Plan,
     tile: int,
     band: torch.Tensor | None,
+    softcap: float,
 ) -> torch.Tensor:
     batch, heads, q_len, dim = site.query.shape
     value_dim, k_len = site.value.shape[3], site.key.shape[2]
@@ -204,7 +209,8 @@ def _attended(
     if k_len == 0:
         return out.zero_().to(site.query.dtype)
     count = min(plan.routes, summary.mean.shape[2]) if routes is None else routes.shape[3]
-    geometry = _geometry(plan, site.query.shape, site.key.shape, value_dim, k_len, site.causal, count, site.scale, tile)
+    sizes = (site.query.shape, site.key.shape, value_dim, k_len)
+    geometry = _geometry(plan, *sizes, site.causal, count, site.scale, tile, softcap)
     views, alive = zip(*(_view(t) for t in (site.query, site.key, site.value, out)), strict=True)
     row_views, rows_alive = zip(*(_view(t) for t in (summary.row_key, summary.row_value)), strict=True)
     valid = None if site.valid is None else site.valid.contiguous()
@@ -251,6 +257,7 @@ def _geometry(
     routes: int,
     scale: float,
     tile: int = TILE,
+    softcap: float = 0.0,
 ) -> _Geometry:
     window = -1 if plan.window is None else min(plan.window, 2 * chunk_count(k_len, plan.chunk) * plan.chunk)
     return _Geometry(
@@ -277,6 +284,7 @@ def _geometry(
         scale=scale,
         log_share=math.log(plan.share) if plan.share else -math.inf,
         spread_factor=plan.spread_factor,
+        softcap=softcap,
     )
 
 

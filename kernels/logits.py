@@ -77,6 +77,11 @@ class Logits:
         return band(sympy.And(self.allowed, sympy.Le(K, Q + shift)) if causal else self.allowed, K, Q)
 
     @property
+    def uncapped(self) -> Logits:
+        """The same without the softcap."""
+        return replace(self, softcap=0.0)
+
+    @property
     def only_band(self) -> bool:
         """Whether that is all that is said."""
         return self != NOTHING and replace(self, allowed=self.band().rest) == NOTHING

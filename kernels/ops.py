@@ -38,8 +38,8 @@ def prescored(
     settings = plan.text
     scores = score(q, k, valid, settings, causal, scale) if plan.keep else None
     summary = Summary(*summarize(k, v, valid, scores, settings))
-    if plan.routes and q.device.type == "cpu" and not logits.text:
-        return route_attend(*site[:4], *summary, settings, causal, scale, sink_logit)
+    if plan.routes and q.device.type == "cpu" and logits.uncapped == NOTHING:
+        return route_attend(*site[:4], *summary, settings, causal, scale, sink_logit, logits.softcap)
     routes = _routes(site, summary, settings, *more) if plan.routes else None
     return attend(*site[:4], summary.order, routes, *summary[4:], settings, causal, scale, *more, sink_logit)
 
@@ -279,9 +279,9 @@ def mass_eager(
     site = Operands(query, key, key, valid, causal, scale, sink_logit)
     none = query.new_empty(0)
     summary = Summary(none, none, none, none, row_index, row_owner, row_key, row_value, row_bias)
-    if _compiled(query) and not logits:
-        return cpu.mass(site, summary, Plan.parse(plan))
     given = parse(logits)
+    if _compiled(query) and given.uncapped == NOTHING:
+        return cpu.mass(site, summary, Plan.parse(plan), given.softcap)
     return reference.mass(site, summary, Plan.parse(plan), given, named(given, tensors))
 
 
@@ -344,7 +344,7 @@ def route_eager(
     """``route`` by the compiled CPU kernel or the reference."""
     settings, given = Plan.parse(plan), parse(logits)
     clusters = _clusters(order, mean, spread, bias)
-    if _compiled(query) and not logits:
+    if _compiled(query) and given.uncapped == NOTHING:  # a softcap keeps the order
         return cpu.route(query, clusters, settings, causal, k_len, scale, mass)
     return coarse.route(query, clusters, settings, causal, k_len, scale, given, named(given, tensors), mass)
 
@@ -416,9 +416,12 @@ def attend_forward(
     scale: float,
     logits: str,
     tensors: Sequence[Tensor],
-    sink_logit: Tensor | None = None,
+    sink_logit: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """``attend``, and the logarithms of its softmax's sums that the backward needs.
+
+    All arguments are asked for: a backward must return one gradient for each that was passed, and torch leaves out what
+    equals a default.
 
     The sums are ``[B, H, Nq]`` float32, +inf for a query without keys; where no generated kernel runs, ``[0]``.
     """
@@ -467,11 +470,11 @@ def attend_eager(
     site = Operands(query, key, value, valid, causal, scale, sink_logit)
     summary = _rows_and_order(order, row_index, row_owner, row_key, row_value, row_bias)
     routes, settings, given = _or_no_routes(routes, query), Plan.parse(plan), parse(logits)
-    if _compiled(query) and not logits:
-        return cpu.attend(site, summary, routes, settings)
+    if _compiled(query) and given.uncapped == NOTHING:
+        return cpu.attend(site, summary, routes, settings, softcap=given.softcap)
     if _compiled(query) and _banded(settings, given):
         near, ends = banded.within(site, banded.ends(given.band(), query.shape[2], key.shape[2], causal))
-        return cpu.attend(near, summary, routes, settings, band=ends)
+        return cpu.attend(near, summary, routes, settings, band=ends, softcap=given.softcap)
     out = reference.attend(site, summary, routes, settings, given, named(given, tensors))
     return out.transpose(1, 2).contiguous().transpose(1, 2)
 
@@ -613,7 +616,7 @@ def attend_backward_eager(
     grads: tuple[Tensor, ...]
     if query.device.type == "cpu" and _banded(settings, given):
         ends = banded.ends(given.band(), query.shape[2], key.shape[2], causal)
-        d_query, d_key, d_value, *d_sink = banded.backward(grad, site, ends)
+        d_query, d_key, d_value, *d_sink = banded.backward(grad, site, ends, given.softcap)
         grads = (d_query, d_key, d_value, torch.zeros_like(row_key), torch.zeros_like(row_value), *d_sink)
     else:
         known = named(given, tensors)
@@ -642,18 +645,21 @@ def route_attend(
     plan: str,
     causal: bool,
     scale: float,
-    sink_logit: Tensor | None = None,
+    sink_logit: Tensor | None,
+    softcap: float,
 ) -> Tensor:
     """``mass``, ``route`` and ``attend`` as one, whose routes are never in memory as a whole; for CPUs.
 
-    The result of the three, and as differentiable: the backward routes once more.
+    ``softcap``: all that is said of logits, 0.0: nothing. The result of the three, and as differentiable: the backward
+    routes once more.
     """
     site = Operands(query, key, value, valid, causal, scale, sink_logit)
     summary = Summary(order, mean, spread, bias, row_index, row_owner, row_key, row_value, row_bias)
     if _compiled(query):
-        return cpu.route_attend(site, summary, Plan.parse(plan))
-    routes = _routes(site, summary, plan)
-    return attend(*site[:4], order, routes, *summary[4:], plan, causal, scale, "", [], sink_logit)
+        return cpu.route_attend(site, summary, Plan.parse(plan), softcap=softcap)
+    logits = Logits(softcap=softcap).text
+    routes = _routes(site, summary, plan, logits)
+    return attend(*site[:4], order, routes, *summary[4:], plan, causal, scale, logits, [], sink_logit)
 
 
 route_attend.register_fake(_attended)
@@ -668,7 +674,7 @@ def _routes(site: Operands, summary: Summary, plan: str, logits: str = "", tenso
 
 
 def _route_attend_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, plan, causal, scale, sink_logit = inputs
+    *tensors, plan, causal, scale, sink_logit, ctx.softcap = inputs
     ctx.settings, ctx.padded, ctx.sunk = (plan, causal, scale), tensors[3] is not None, sink_logit is not None
     ctx.save_for_backward(output, *(t for t in (*tensors, sink_logit) if t is not None))
 
@@ -679,13 +685,14 @@ def _route_attend_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     sink_logit = rest.pop() if ctx.sunk else None
     summary, (plan, causal, scale) = Summary(*rest), ctx.settings
     site = Operands(query, key, value, valid, causal, scale, sink_logit)
-    routes = _routes(site, summary, plan)
-    operands: tuple[Any, ...] = (*site[:4], summary.order, routes, *summary[4:], *ctx.settings, "", [], sink_logit)
+    logits = Logits(softcap=ctx.softcap).text
+    routes = _routes(site, summary, plan, logits)
+    operands: tuple[Any, ...] = (*site[:4], summary.order, routes, *summary[4:], *ctx.settings, logits, [], sink_logit)
     sums = query.new_empty(0, dtype=torch.float32)
     if _generated(query):  # a graph that was lowered for a CPU and moved
         out, sums = attend_forward(*operands)
     d_query, d_key, d_value, d_row_key, d_row_value, d_sink = attend_backward(grad, out, sums, *operands)
-    more = (*[None] * 4, d_sink if ctx.sunk else None)
+    more = (*[None] * 4, d_sink if ctx.sunk else None, None)
     return d_query, d_key, d_value, *[None] * 7, d_row_key, d_row_value, *more
 
 
@@ -705,7 +712,7 @@ def _or_no_routes(routes: Tensor | None, query: Tensor) -> Tensor:
 
 def _banded(plan: Plan, logits: Logits) -> bool:
     """Whether the band of a mask, and causality, are all that limits what is attended."""
-    return plan.window is None and (logits.only_band or logits == NOTHING)
+    return plan.window is None and (logits.uncapped.only_band or logits.uncapped == NOTHING)
 
 
 def _compiled(query: Tensor) -> bool:

@@ -70,7 +70,7 @@ def decide(site: Site, config: Config, key: str = "", known: Lifted | None = Non
             reason = _pairs(site.attention, mask, plan) or _lengths(site.attention, mask, config, plan, band)
         exact = "band" if band and not reason else ""
         if _without_gain(reason) and _alone(site.attention, mask):
-            plan, reason, exact = WHOLE, "", "sink"
+            plan, reason, exact = WHOLE, "", "alone"
     return Decision(site, mask, reason, None if reason else plan, band, exact)
 
 
@@ -80,9 +80,9 @@ def _without_gain(reason: str) -> bool:
 
 
 def _alone(attention: Attention, mask: Mask) -> bool:
-    """Whether attending every key in one kernel is faster than what computes the site now: no operator of torch takes a
-    learned sink, so that logits are in memory, and are gone over again and again."""
-    if attention.sink_logit is None or _pairs(attention, mask, WHOLE):
+    """Whether attending every key in one kernel is faster than what computes the site now: no call of SDPA takes a
+    learned sink or a softcap, so that logits are in memory, and are gone over again and again."""
+    if (attention.sink_logit is None and not attention.softcap) or _pairs(attention, mask, WHOLE):
         return False
     q_len, k_len = attention.size(attention.q), attention.size(attention.k)
     return at_least(k_len, ALONE_FROM) and (known_equal(q_len, k_len) or at_least(q_len, cpu.TILE))
@@ -91,7 +91,7 @@ def _alone(attention: Attention, mask: Mask) -> bool:
 def _band(attention: Attention, mask: Mask) -> float:
     """``Decision.band``: the mask leaves each query one short run of keys, which a kernel need not look beyond."""
     logits, on_a_gpu = logits_of(attention, mask), _generated(attention.device)
-    if not on_a_gpu and not logits.only_band:
+    if not on_a_gpu and not logits.uncapped.only_band:
         return 0.0
     average, most = banded.keys_a_query(reach_of(mask, attention))
     routed = on_a_gpu and mask.causal and most > WIDEST_BAND_ON_A_GPU
@@ -111,7 +111,7 @@ def _planned(attention: Attention, mask: Mask, config: Config, key: str) -> tupl
 
 def logits_of(attention: Attention, mask: Mask) -> Logits:
     """What the site does to its logits besides scale, causality and valid keys."""
-    return replace(mask.logits, softcap=float(attention.softcap or 0.0))
+    return replace(mask.logits, softcap=abs(float(attention.softcap or 0.0)))
 
 
 def _pairs(attention: Attention, mask: Mask, plan: Plan) -> str:
@@ -120,7 +120,10 @@ def _pairs(attention: Attention, mask: Mask, plan: Plan) -> str:
     if logits == NOTHING:
         return ""
     if not _generated(attention.device):
-        return "" if plan.window is None and logits.only_band else mask.needs
+        if plan.window is None and logits.uncapped.only_band:
+            return ""
+        if logits.uncapped != NOTHING:
+            return mask.needs
     if plan.centroids or plan.residual:
         return f"{mask.needs or 'softcap: ' + format(logits.softcap, 'g')}; a centroid stands for several keys"
     if not mask.needs:
@@ -131,7 +134,7 @@ def _pairs(attention: Attention, mask: Mask, plan: Plan) -> str:
 
 
 def _generated(device: torch.device) -> bool:
-    """Whether generated kernels run there: compiled ones take no mask of pairs, bias or softcap."""
+    """Whether generated kernels run there: compiled ones take no mask of pairs but a band, and no bias."""
     return device.type == "cuda"
 
 
@@ -188,8 +191,6 @@ def _unsupported(site: Site) -> str:
         return f"unsupported_head_dim: {dims[0]}, {dims[1]}"
     if heads % kv_heads:
         return f"unsupported_heads: {heads}, {kv_heads}"
-    if attention.softcap is not None and not _generated(attention.device):
-        return f"softcap: {attention.softcap:g}"
     return "no_compiler" if on_cpu and not cpu.available() else ""
 
 
@@ -265,7 +266,7 @@ def describe(decision: Decision, kind: str, key: str = "") -> SiteReport:
         sizes = {name: str(a.size(*coordinates)) for name, coordinates in named.items()}
         shape, length = _shape(a, decision.mask.causal, decision.band), hint(a.size(a.k))
         costs = dict(_costs(shape, plan if length else None, length))
-        if decision.exact == "sink":
+        if decision.exact == "alone":
             costs["gain"] = None  # of what is not in the cost model
     return SiteReport(
         module=site.module,

@@ -40,9 +40,8 @@ REASONS = {
     "flex_attention": "FlexAttention is left to its own compiler, which already skips what its mask forbids.",
     "weights_changed": "Between softmax and value, something is done to the weights (the reason names it).",
     "unsupported_logits": "The logits go through an operator that is not a scale, mask, bias, cast or softcap.",
-    "extra_logits": "The softmax also runs over logits of something else, which are not one learned sink after the keys.",
-    "softcap": "The logits are capped by tanh, which a CPU's kernels do not take, nor a plan with centroids or a "
-    "residual.",
+    "extra_logits": "The softmax also runs over logits of something else, not of one learned sink after the keys.",
+    "softcap": "The logits are capped by tanh, which a plan with centroids or a residual does not take.",
     "wrong_axis": "It looks like attention, but softmax and products do not run over one key axis.",
     "unproved_axes": "It looks like attention, but which axes are batch, head, query, key and feature is not proved.",
     "modified_in_place": "A tensor of the attention is written to in place. Write it out of place.",

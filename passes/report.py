@@ -13,7 +13,7 @@ from ..kernels.plan import Plan
 
 EXACT = {
     "band": "every key that the mask allows is attended, and what lies outside of its band is skipped",
-    "sink": "every key that the mask allows is attended, in one kernel: no operator of torch takes a learned sink",
+    "alone": "every key that the mask allows is attended, in one kernel: SDPA takes no learned sink and no softcap",
 }
 """What ``SiteReport.exact`` means."""
 

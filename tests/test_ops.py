@@ -15,7 +15,7 @@ from prescore_compile.kernels.plan import Plan
 @pytest.mark.parametrize("name", PLANS)
 def test_opcheck(name: str) -> None:
     plan = PLANS[name]
-    q, k, v, valid, causal, scale = operands(150, padded=True)
+    q, k, v, valid, causal, scale = operands(150, padded=True)[:6]
     settings = plan.text
     score_args = (q, k, valid, settings, causal, scale)
     torch.library.opcheck(ops.score, score_args)
@@ -37,7 +37,7 @@ def test_opcheck(name: str) -> None:
     more = (*parts[4:6], *rows, settings, causal, scale)
     torch.library.opcheck(ops.attend, (q, k, v, valid, parts[0], routes, *more, "", []))
     if plan.routes:
-        torch.library.opcheck(ops.route_attend, (q, k, v, valid, *parts[:4], *more))
+        torch.library.opcheck(ops.route_attend, (q, k, v, valid, *parts[:4], *more, None, 0.0))
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -49,7 +49,7 @@ def test_routing_and_attending_as_one_has_the_gradients_of_the_three(
     if not compiled:
         monkeypatch.setattr(cpu, "available", lambda: False)
     plan = PLANS[name]
-    q, k, v, valid, causal, scale = operands(150, padded=True)
+    q, k, v, valid, causal, scale = operands(150, padded=True)[:6]
     settings, more = plan.text, (plan.text, causal, scale)
     parts = ops.summarize(k, v, valid, ops.score(q, k, valid, *more) if plan.keep else None, settings)
     order, mean, spread, bias, index, owner, *rows = (part.detach() for part in parts)
@@ -58,7 +58,7 @@ def test_routing_and_attending_as_one_has_the_gradients_of_the_three(
     near = ops.mass(q, k, valid, *rows, *more, "", []) if plan.needs_mass else None
     routes = ops.route(q, order, mean, spread, bias, settings, causal, 150, scale, "", [], near)
     three = ops.attend(q, k, v, valid, order, routes, *rows, *more, "", [])
-    one = ops.route_attend(q, k, v, valid, order, mean, spread, bias, *rows, *more)
+    one = ops.route_attend(q, k, v, valid, order, mean, spread, bias, *rows, *more, None, 0.0)
     assert torch.equal(one, three)
     grad = torch.randn_like(one)
     for got, want in zip(torch.autograd.grad(one, leaves, grad), torch.autograd.grad(three, leaves, grad), strict=True):
@@ -134,7 +134,7 @@ def test_a_cache_that_cannot_be_written_does_not_stop_the_model(monkeypatch: pyt
 
 @pytest.mark.parametrize("settings", [{"clustering": "leverage"}, {"keep": 4, "method": "leverage"}])
 def test_scores_and_clusters_are_the_same_under_autocast(settings: dict[str, Any]) -> None:
-    q, k, v, _, causal, scale = operands(150, dtype=torch.bfloat16)
+    q, k, v, _, causal, scale = operands(150, dtype=torch.bfloat16)[:6]
     plan = Plan(chunk=32, routes=3, **settings)
 
     def found() -> list[torch.Tensor]:

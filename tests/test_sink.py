@@ -167,7 +167,7 @@ def test_the_operators(name: str) -> None:
     leaves = [tensor.requires_grad_() for tensor in (*site[:3], *parts[6:8])]
     given = (*leaves[:3], site.valid, parts[0], routes, *parts[4:6], *leaves[3:], parts[8], *more, "", [], sink)
     torch.library.opcheck(ops.attend_forward, given, test_utils=tests)
-    as_one = (*leaves[:3], site.valid, *parts[:6], *leaves[3:], parts[8], *more, sink)
+    as_one = (*leaves[:3], site.valid, *parts[:6], *leaves[3:], parts[8], *more, sink, 0.0)
     torch.library.opcheck(ops.route_attend, as_one)
     grad = torch.randn(1, 2, N, 16)
     three, one = ops.attend(*given), ops.route_attend(*as_one)
@@ -234,9 +234,9 @@ def test_a_layer(window: int, padded: bool) -> None:
 
 
 CASES: dict[str, tuple[int, dict[str, Any], str, str]] = {
-    "short": (ALONE_FROM, {}, "sink", ""),
+    "short": (ALONE_FROM, {}, "alone", ""),
     "too short": (ALONE_FROM - 1, {}, "", "too_short"),
-    "no plan gains": (2048, {"routes": 0, "window": None}, "sink", ""),
+    "no plan gains": (2048, {"routes": 0, "window": None}, "alone", ""),
     "left out": (2048, {"exclude": ("*",)}, "", "excluded"),
     "a plan": (2048, {"only_if_faster": False}, "", ""),
 }
@@ -257,7 +257,7 @@ def test_where_nothing_is_approximated_one_kernel_attends_all(name: str) -> None
 def test_few_queries_are_left_to_torch() -> None:
     """Behind a cache: what is read of the keys counts, and packing them would be most of the work."""
     layer, x = Layer(heads=2, kv_heads=1), torch.randn(1, 1500, 16)
-    for queries, exact in ((1, ""), (cpu.TILE - 1, ""), (cpu.TILE, "sink")):
+    for queries, exact in ((1, ""), (cpu.TILE - 1, ""), (cpu.TILE, "alone")):
         with torch.no_grad():
             call, (site,) = run(layer, x, None, queries, config=Config())
             assert site.exact == exact, queries
@@ -271,7 +271,7 @@ def test_dynamic_lengths_have_a_graph_on_each_side() -> None:
         for length in (1200, 300, 400, 1300):
             x = torch.randn(1, length, 16)
             torch.testing.assert_close(call(x), layer(x), atol=1e-5, rtol=1e-5)
-    assert [site.exact for site in sites] == ["sink", ""]
+    assert [site.exact for site in sites] == ["alone", ""]
 
 
 def test_report_and_kernels() -> None:
@@ -294,7 +294,7 @@ def test_calibrate_gives_such_sites_plans_and_what_stays_exact_is_one_kernel() -
     assert [site.plan for site in found.sites] == [None]
     with torch.no_grad():
         _, (site,) = run(layer, x, config=Config(plan=found))
-    assert site.exact == "sink" and site.plan == WHOLE
+    assert site.exact == "alone" and site.plan == WHOLE
 
 
 def test_the_benchmark_checks_what_it_times(monkeypatch: pytest.MonkeyPatch) -> None:

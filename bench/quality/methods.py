@@ -40,7 +40,7 @@ class Planned:
         self.queries = self.routed = 0
 
     def __call__(self, site: Operands, first: int) -> torch.Tensor:
-        query, key, value, valid, causal, scale = site
+        query, key, value, valid, causal, scale = site[:6]
         plan = self.plan
         scores = summaries.score(query, key, valid, plan, causal, scale) if plan.keep else None
         summary = summaries.summarize(key, value, valid, scores, plan, cpu.clusters)

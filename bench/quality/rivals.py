@@ -31,7 +31,7 @@ def _by_runs(plan: Plan, score: Router) -> Attend:
     """Routes to runs of consecutive keys, chosen by ``score``; window and sinks as the plan."""
 
     def attend(site: Operands, first: int) -> Tensor:
-        query, key, value, _, causal, scale = site
+        query, key, value, _, causal, scale = site[:6]
         length, size = key.shape[2], plan.cluster
         summary = summaries.summarize(key, value, None, None, replace(plan, clustering="contiguous"))
         group = query.shape[1] // key.shape[1]
@@ -76,7 +76,7 @@ def oracle(plan: Plan, keys: int) -> Attend:
     """Window and sinks of the plan, and each query's own ``keys`` best keys of the rest (found by exact search)."""
 
     def attend(site: Operands, first: int) -> Tensor:
-        query, key, value, _, _, scale = site
+        query, key, value, _, _, scale = site[:6]
         group, length = query.shape[1] // key.shape[1], key.shape[2]
         k, v = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
         asked = query[:, :, first:]

@@ -16,6 +16,7 @@ struct Geometry {
   int64_t chunk, cluster, window, causal, sinks, keep, centroids, routes, coarse, group_routes, residual, tile, threads;
   double scale, log_share;  // log_share: natural, -inf: none
   double spread_factor;     // of a cluster's variance, for each unit of ln(count)
+  double softcap;           // c of c * tanh(logits / c); 0: none
 };
 
 struct View {  // a [batch, head, position, feature] tensor; features are contiguous

@@ -25,14 +25,28 @@ struct Block {
   bool finite;
 };
 
+// c * tanh(x / c), of logits in powers of two; c 0: none.
+struct Softcap {
+  float most, rate;
+
+  explicit Softcap(double c) : most((float)(c * LOG2_E)), rate(c > 0 ? (float)(2 / c) : 0.0f) {}
+
+  vec operator()(vec x) const {
+    const vec power = x * rate > 60.0f ? splat(60.0f) : x * rate;  // a NaN stays
+    return (1.0f - 2.0f / (exp2_vec(power) + 1.0f)) * most;
+  }
+};
+
 // The rows of a tile. `width`: the value's features rounded up to 16.
 struct Rows {
   int64_t dim, width;
+  Softcap softcap{0};
   std::vector<float> query, top, total, out;
 
-  void reset(int64_t rows, int64_t dim_, int64_t width_) {
+  void reset(int64_t rows, int64_t dim_, int64_t width_, double softcap_) {
     dim = dim_;
     width = width_;
+    softcap = Softcap(softcap_);
     query.resize(rows * dim);
     top.assign(rows, NEG_INF);
     total.assign(rows * L, 0.0f);
@@ -69,6 +83,9 @@ struct AttendBlock {
     for (int i = 0; i < N; ++i) q[i] = &rows.query[at[i] * rows.dim];
     vec s[N][V];
     products<N, V>(q, rows.dim, b.key, s);
+    if (rows.softcap.most > 0.0f)
+      for (int i = 0; i < N; ++i)
+        for (int v = 0; v < V; ++v) s[i][v] = rows.softcap(s[i][v]);
     if constexpr (!PLAIN)
       for (int i = 0; i < N; ++i)
         for (int v = 0; v < V; ++v) {

@@ -291,7 +291,7 @@ def test_the_operators(monkeypatch: pytest.MonkeyPatch) -> None:
     summary, routes = parts(site, SOME)
     for tensor in (*site[:3], summary.row_key, summary.row_value):
         tensor.requires_grad_()
-    args = (*site[:4], summary.order, routes, *summary[4:], SOME.text, True, site.scale, "", [])
+    args = (*site[:4], summary.order, routes, *summary[4:], SOME.text, True, site.scale, "", [], None)
     tests: Any = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(ops.attend_forward, args, test_utils=tests)
     out = ops.attend(*args)

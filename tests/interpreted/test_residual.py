@@ -169,7 +169,7 @@ def test_the_operators(monkeypatch: pytest.MonkeyPatch) -> None:
     leaves = (*site[:3], summary.row_key, summary.row_value)
     for tensor in leaves:
         tensor.requires_grad_()
-    args = (*site[:4], summary.order, routes, *summary[4:], BOTH.text, False, site.scale, "", [])
+    args = (*site[:4], summary.order, routes, *summary[4:], BOTH.text, False, site.scale, "", [], None)
     tests: Any = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(ops.attend_forward, args, test_utils=tests)
     got = torch.autograd.grad(ops.attend(*args).square().sum(), leaves)
