@@ -24,9 +24,11 @@ from bench.gpu.checks import Checks
 from bench.gpu.machine import CASE, Case, Machine, cases
 from bench.gpu.measure import OVER, Found, Task
 from bench.gpu.ways import SCORED, Ways, scored, selected
+from prescore_compile.kernels import ops
+from prescore_compile.kernels.logits import K, Logits, Q
 from prescore_compile.kernels.plan import Plan
 from prescore_compile.passes import cost
-from prescore_compile.passes.defaults import default_plan
+from prescore_compile.passes.defaults import WHOLE, default_plan
 
 ROOT = Path(__file__).resolve().parent.parent
 HERE = Machine("cpu", torch.float32, rounds=1)
@@ -67,6 +69,7 @@ def test_dry_run(tmp_path: Path) -> None:
     for case in cases:
         stages = {"summarize", "route", "attend", "total", "total, backward", "sdpa math", "sdpa math, backward"}
         stages |= {f"score {method}" for method in SCORED} | {"centroids", "centroids, backward"}
+        stages |= {"band", "band, backward", "sink", "sink, backward"} if case["causal"] else set()
         assert stages <= set(case["stages"]), case["failed"]
         assert {"sdpa efficient", "sdpa cudnn"} <= set(case["failed"]), "a CPU has neither"
         assert case["faster"] > 0 and case["attend_tflops"] > 0 and case["predicted"]["total"] > 0
@@ -102,6 +105,23 @@ def test_wrong_centroids_get_no_time(wrong: str, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(Ways, "centroids", bent)
     found = measured(CASES[0], Plan(routes=2))
     assert "wrong result" in found["failed"]["centroids"] and "centroids, backward" not in found["stages"]
+
+
+@pytest.mark.parametrize("name", ["band", "sink"])
+def test_wrong_results_of_what_is_attended_whole_get_no_time(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Too wide a window, or a sink that takes a little more."""
+    assert {name, f"{name}, backward"} <= measured(CASES[0], Plan(routes=2))["stages"].keys()
+    if name == "band":
+
+        def wider(ways: Ways, site: Any = None) -> Any:
+            return ops.prescored(site or ways.site, WHOLE, Logits(Q - ways.window - 8 < K))
+
+        monkeypatch.setattr(Ways, "band", wider)
+    else:
+        right = Ways.sink
+        monkeypatch.setattr(Ways, "sink", lambda ways, site=None: right(ways, site) * 0.9)
+    found = measured(CASES[0], Plan(routes=2))
+    assert "wrong result" in found["failed"][name] and f"{name}, backward" not in found["stages"]
 
 
 @pytest.mark.parametrize("place", [0, 1, 2])
@@ -151,7 +171,7 @@ def test_scorers_have_the_chunks_of_the_model() -> None:
 def test_kernels_are_compiled_in_other_processes() -> None:
     """One of the cases that have the same kernels; what cannot be compiled says why."""
     plan = Plan(routes=2)
-    many = [Task(Case(n, True, 16, 2, 2), plan, measure.ours(plan, False)) for n in (128, 256)]
+    many = [Task(Case(n, True, 16, 2, 2), plan, measure.ours(Case(n, True, 16, 2, 2), plan, False)) for n in (128, 256)]
     assert many[0].names == ("summarize", "route", "attend", "total", "total, backward")
     assert warm.warm_up(many, HERE, 600) == {many[0]: {}}
     assert warm.warm_up(many, HERE, 0) == {many[0]: {CASE: OVER}}

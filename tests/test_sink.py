@@ -10,7 +10,7 @@ import torch
 from conftest import EVERYTHING, PLANS, ROUTED, check_budget, in_double, operands, routes_of, summary_of
 from torch import Tensor, nn
 
-from bench import sinks
+from bench import alone
 from prescore_compile import Config, explain
 from prescore_compile.calibration import calibrate
 from prescore_compile.kernels import banded, cpu, ops, reference
@@ -298,9 +298,9 @@ def test_calibrate_gives_such_sites_plans_and_what_stays_exact_is_one_kernel() -
 
 
 def test_the_benchmark_checks_what_it_times(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = sinks.row(64, 300, torch.float32, rounds=1, backward=True)
+    found = alone.row("sink, window 128", 300, torch.float32, rounds=1, backward=True)
     assert found["faster"] > 0 and max(found["errors"].values()) < 1e-4
     right = ops.prescored
-    monkeypatch.setattr(sinks.ops, "prescored", lambda *given: 1.01 * right(*given))
+    monkeypatch.setattr(alone.ops, "prescored", lambda *given: 1.01 * right(*given))
     with pytest.raises(AssertionError, match="wrong result"):
-        sinks.row(64, 300, torch.float32, rounds=1, backward=True)
+        alone.row("softcap", 300, torch.float32, rounds=1, backward=False)

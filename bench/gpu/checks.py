@@ -12,11 +12,13 @@ import torch.nn.functional as F
 
 from prescore_compile.kernels import coarse, reference
 from prescore_compile.kernels import summary as summaries
+from prescore_compile.kernels.logits import K, Logits, Q
 from prescore_compile.kernels.plan import Plan
 from prescore_compile.kernels.reference import Operands
 from prescore_compile.kernels.summary import Summary
+from prescore_compile.passes.defaults import WHOLE as WHOLE_PLAN
 
-from .ways import BACKENDS, SCORED, SCORES, Ways, scored, selected
+from .ways import BACKENDS, MASKED, SCORED, SCORES, Ways, scored, selected
 
 WHOLE = 4096
 """Up to so many keys, every query is compared with the reference."""
@@ -47,6 +49,11 @@ class Checks:
             "centroids": self.centroids,
             "centroids, backward": self.centroids_backward,
             "flex": self.flex,
+            "band": lambda got: error(self.some(got), self.wholly(True)),
+            MASKED: lambda got: error(self.some(got), self.wholly(True)),
+            "sink": lambda got: error(self.some(got), self.wholly(False)),
+            "band, backward": lambda got: self.gradients(got, self.wholly_gradients(True)),
+            "sink, backward": lambda got: self.gradients(got, self.wholly_gradients(False)),
         }
         for name in BACKENDS:
             found[f"sdpa {name}"] = lambda got: error(self.some(got), self.exact)
@@ -128,12 +135,26 @@ class Checks:
         return float(((most - gained).abs() / most.abs().clamp(min=1))[same].max())
 
     def exact_gradients(self) -> tuple[torch.Tensor, ...]:
-        none = self.few.query.new_empty(*self.few.key.shape[:2], 0)
-        wide = none.unsqueeze(3).expand(-1, -1, -1, self.few.query.shape[3])
-        empty = Summary(none.int(), wide, wide, none, none.int(), none.int(), wide, wide, none)
-        routes = self.few.query.new_empty(*self.few.query.shape[:3], 0, dtype=torch.int32)
-        plan = Plan(window=None, sinks=0, routes=0)
-        return reference.attend_backward(self.some(self.ways.grad).float(), self.few, empty, routes, plan)[:3]
+        return self.gradients_of(self.few, Logits())
+
+    def gradients_of(self, site: Operands, logits: Logits) -> tuple[torch.Tensor, ...]:
+        """In query, key and value, where every key is attended."""
+        grad = self.some(self.ways.grad).float()
+        return reference.attend_backward(grad, site, *nothing(site), logits)[:3]
+
+    def sunk(self, banded: bool) -> tuple[Operands, Logits]:
+        """A site that is attended whole: with the window of ``Ways``, or with its learned sink."""
+        first = self.few.key.shape[2] - self.few.query.shape[2] if self.site.causal else 0
+        if banded:  # the queries that are checked are numbered anew
+            return self.few, Logits(Q + first - self.ways.window < K)
+        return self.few._replace(sink_logit=self.some(self.ways.sink_logit)), Logits()
+
+    def wholly(self, banded: bool) -> torch.Tensor:
+        site, logits = self.sunk(banded)
+        return reference.attend(site, *nothing(site), logits)
+
+    def wholly_gradients(self, banded: bool) -> tuple[torch.Tensor, ...]:
+        return self.gradients_of(*self.sunk(banded))
 
     def attended_gradients(self) -> tuple[torch.Tensor, ...]:
         found, routes = self.wide, self.some(self.ways.routes)
@@ -190,6 +211,14 @@ class Checks:
         mask = self.ways.mask_mod(None, None, query, place)
         more = dict(scale=few.scale, enable_gqa=self.ways.case.group > 1)
         return error(self.some(got), F.scaled_dot_product_attention(*few[:3], attn_mask=mask, **more))
+
+
+def nothing(site: Operands) -> tuple[Summary, torch.Tensor, Plan]:
+    """Beside the keys: a summary of nothing, no routes, and the plan that attends every key."""
+    none = site.query.new_empty(*site.key.shape[:2], 0)
+    wide = none.unsqueeze(3).expand(-1, -1, -1, site.query.shape[3])
+    empty = Summary(none.int(), wide, wide, none, none.int(), none.int(), wide, wide, none)
+    return empty, site.query.new_empty(*site.query.shape[:3], 0, dtype=torch.int32), WHOLE_PLAN
 
 
 def error(got: torch.Tensor, want: torch.Tensor, least: float = 1.0) -> float:

@@ -13,11 +13,11 @@ from prescore_compile.passes import cost
 
 from .checks import Checks
 from .machine import CASE, Case, Machine, told
-from .ways import BACKENDS, SCORED, SCORES, SELECTING, Ways, scored, selected, stages_of
+from .ways import BACKENDS, MASKED, SCORED, SCORES, SELECTING, WHOLLY, Ways, scored, selected, stages_of
 
 OVER = "left out, as time was up"
 WRONG = "wrong result"
-MATH_UP_TO, EFFICIENT_BACKWARD_UP_TO = 4096, 32768
+MATH_UP_TO, EFFICIENT_BACKWARD_UP_TO, MASKED_UP_TO = 4096, 32768, 32768
 """Keys; beyond, these take longer than what they would say is worth."""
 
 
@@ -64,9 +64,14 @@ class Found:
         return next((name for name in task.names if name not in tried and self.may(name, task.plan)), None)
 
 
-def ours(plan: Plan, scoring: bool) -> tuple[str, ...]:
+def ours(case: Case, plan: Plan, scoring: bool) -> tuple[str, ...]:
     """The ways that have kernels of ours."""
-    return (*stages_of(plan), "total", "total, backward", *SELECTING * scoring)
+    return (*stages_of(plan), "total", "total, backward", *SELECTING * scoring, *wholly(case) * scoring)
+
+
+def wholly(case: Case) -> tuple[str, ...]:
+    """The ways that are measured of what is attended whole: where it is causal, as such models are."""
+    return WHOLLY if case.causal else ()
 
 
 def ways_of(case: Case, plan: Plan, scoring: bool) -> tuple[str, ...]:
@@ -75,7 +80,8 @@ def ways_of(case: Case, plan: Plan, scoring: bool) -> tuple[str, ...]:
     forward = ["total", *exact]
     if case.n > EFFICIENT_BACKWARD_UP_TO:
         forward.remove("sdpa efficient")
-    return (*stages_of(plan), "total", *exact, *(f"{name}, backward" for name in forward), *SELECTING * scoring)
+    beside = (*SELECTING, *wholly(case), *[MASKED] * (case.causal and case.n <= MASKED_UP_TO)) if scoring else ()
+    return (*stages_of(plan), "total", *exact, *(f"{name}, backward" for name in forward), *beside)
 
 
 def measure(task: Task, machine: Machine, found: Found, timing: bool = True) -> Iterator[tuple[str | None, Found]]:

@@ -26,10 +26,11 @@ from .machine import CASE, Case, Machine
 from .measure import OVER, WRONG, Found, Task, found_of, ours, row_of, ways_of
 from .supervise import Messages, supervised, work
 from .warm import warm_up
-from .ways import SELECTING, STAGES
+from .ways import MASKED, SELECTING, STAGES, WHOLLY
 
 SCORING = ((True, 128, 4), (False, 128, 4))
-"""(causal, dim, group) of the cases that scorers and centroids are measured for, and FlexAttention at some lengths."""
+"""(causal, dim, group) of the cases that scorers, centroids, windows and learned sinks are measured for, and
+FlexAttention at some lengths."""
 FLEX_LENGTHS = (32768, 4096, 131072)
 """It is compiled for each, in half a minute; the most telling first."""
 WARMING = 150.0
@@ -88,7 +89,7 @@ def run(
     out.with_suffix(".svg").write_text(plot(list(rows.values())))
     print(f"wrote {out} and {out.with_suffix('.svg').name}")
     told = [(name, why) for known in rows.values() for name, why in known["failed"].items() if why != OVER]
-    of_ours = (CASE, *STAGES, "total", "total, backward", *SELECTING)
+    of_ours = (CASE, *STAGES, "total", "total, backward", *SELECTING, *WHOLLY)
     return int(any(name in of_ours or why.startswith(WRONG) for name, why in told))
 
 
@@ -117,7 +118,7 @@ def compiled(tasks: list[Task], machine: Machine) -> dict[str, dict[str, str]]:
     print("compiling", flush=True)
     begin = time.monotonic()
     whole = [task for task in tasks if task.names != ("flex",)]
-    todo = [replace(task, names=ours(task.plan, is_scored(task.case, machine))) for task in whole]
+    todo = [replace(task, names=ours(task.case, task.plan, is_scored(task.case, machine))) for task in whole]
     found = warm_up(todo, machine, WARMING)
     failed = {str(task.case): failures for task, failures in found.items() if failures}
     for case, failures in failed.items():
@@ -177,7 +178,7 @@ def plot(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         if (row["causal"], row["dim"], row["group"]) == shape:
             for name, seconds in row["stages"].items():  # a case whose time ran out has some of them
-                beside = name in ("exact", "centroids") or name.startswith("score ")
+                beside = name in ("exact", "centroids", MASKED, *WHOLLY) or name.startswith("score ")
                 if not beside and not name.endswith("backward"):
                     series.setdefault(name, []).append((row["n"], 1e3 * seconds))
     title = f"Attention, {'causal' if shape[0] else 'two-sided'}, D = {shape[1]}, groups of {shape[2]}"

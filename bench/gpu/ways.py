@@ -12,9 +12,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.operands import counted, smooth
 from prescore_compile.kernels import ops
+from prescore_compile.kernels.logits import K, Logits, Q
 from prescore_compile.kernels.plan import Plan
 from prescore_compile.kernels.reference import Operands
 from prescore_compile.kernels.summary import Summary
+from prescore_compile.passes.defaults import WHOLE
 
 from .machine import Case, Machine
 
@@ -30,6 +32,11 @@ SCORED = ("kmeans", "kmedian", "leverage", "peak")
 SCORES = tuple(f"score {method}" for method in SCORED)
 SELECTING = (*SCORES, "centroids", "centroids, backward")
 """The ways of plans that select keys."""
+WHOLLY = ("band", "band, backward", "sink", "sink, backward")
+"""The ways of sites that are attended whole: a sliding window, and a learned sink."""
+MASKED = "sdpa efficient, masked"
+"""That window by SDPA."""
+WINDOW = 1024
 BLOCK = 128
 """Queries, and keys, of a block of FlexAttention."""
 SCORED_CHUNK = 128
@@ -57,6 +64,9 @@ class Ways:
             found[f"sdpa {name}"] = functools.partial(self.sdpa, backend)
             found[f"sdpa {name}, backward"] = functools.partial(self.sdpa_backward, backend)
         found |= {name: functools.partial(self.score, of) for name, of in zip(SCORES, SCORED, strict=True)}
+        found |= {MASKED: self.masked, "band": self.band, "sink": self.sink}
+        for name in ("band", "sink"):
+            found[f"{name}, backward"] = functools.partial(self.backward, found[name], self.site)
         return found | {"centroids": self.centroids, "centroids, backward": self.centroids_backward}
 
     @functools.cached_property
@@ -119,6 +129,34 @@ class Ways:
         leaves = [t.detach().requires_grad_() for t in self.site[1:3]]
         found = self.centroids(self.site._replace(key=leaves[0], value=leaves[1]))
         return found, torch.autograd.grad(found[6:8], leaves, [torch.ones_like(t) for t in found[6:8]])
+
+    @property
+    def window(self) -> int:
+        """Keys of a sliding window, the query's own counted in."""
+        return min(WINDOW, self.case.n // 4)
+
+    def band(self, site: Operands | None = None) -> torch.Tensor:
+        return ops.prescored(site or self.site, WHOLE, Logits(Q - self.window < K))
+
+    @functools.cached_property
+    def sink_logit(self) -> torch.Tensor:
+        """Of each head, as of each query."""
+        heads = torch.linspace(-2, 2, self.case.heads, device=self.machine.device)
+        return heads.view(1, -1, 1).expand(*self.site.query.shape[:3])
+
+    def sink(self, site: Operands | None = None) -> torch.Tensor:
+        return ops.prescored((site or self.site)._replace(sink_logit=self.sink_logit), WHOLE)
+
+    @functools.cached_property
+    def window_mask(self) -> torch.Tensor:
+        """``[n, n]`` bool, as models pass it to SDPA."""
+        at = torch.arange(self.case.n, device=self.machine.device)
+        return (at <= at[:, None]) & (at > at[:, None] - self.window)
+
+    def masked(self) -> torch.Tensor:
+        site = self.expanded
+        with sdpa_kernel(BACKENDS["efficient"]):
+            return F.scaled_dot_product_attention(*site[:3], attn_mask=self.window_mask, scale=site.scale)
 
     @functools.cached_property
     def expanded(self) -> Operands:

@@ -1,11 +1,11 @@
-"""Exact attention with a learned sink in one kernel against what models write by hand, compiled by Inductor.
+"""Exact attention that SDPA does not take, in one kernel against what models write by hand, compiled by Inductor.
 
-    python -m bench.sinks                    # a minute or two; a table and bench/results/sinks-cpu.json
-    python -m bench.sinks --backward         # forward and backward
+    python -m bench.alone                    # some minutes; a table and bench/results/alone-cpu.json
+    python -m bench.alone --backward         # forward and backward
 
-As in gpt-oss: heads of 64 features, a finite number in the mask, causal, with a window of 128 and without one. Each
-result is checked before it is timed: its error against float64, on the last queries, may be twice that of the
-attention by hand. Both ways run in turn and the medians are told.
+Learned sinks as in gpt-oss and softcaps as in Gemma 2, with a window as in their local layers and without one; causal,
+a finite number in the mask. Each result is checked before it is timed: its error against float64, on the last queries,
+may be twice that of the attention by hand. Both ways run in turn and the medians are told.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import sympy
 import torch
 from torch import Tensor
 
@@ -25,23 +26,35 @@ from bench.bands import told
 from bench.operands import smooth
 from prescore_compile.demo import interleaved
 from prescore_compile.kernels import ops
-from prescore_compile.kernels.logits import NOTHING, K, Logits, Q
+from prescore_compile.kernels.logits import K, Logits, Q
 from prescore_compile.kernels.reference import Operands
 from prescore_compile.passes.defaults import WHOLE
 
-RESULTS = Path(__file__).parent / "results" / "sinks-cpu.json"
+RESULTS = Path(__file__).parent / "results" / "alone-cpu.json"
 DIM, HEADS, GROUP = 64, 16, 8
-WINDOWS = (0, 128)
 CHECKED = 64
+# What there is of each: a window, a learned sink, a softcap.
+KINDS: dict[str, tuple[int, bool, float]] = {
+    "sink": (0, True, 0.0),
+    "sink, window 128": (128, True, 0.0),
+    "softcap": (0, False, 50.0),
+    "softcap, window 512": (512, False, 50.0),
+}
 
 
-def by_hand(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, sinks: Tensor, scale: float) -> Tensor:
-    """``eager_attention_forward`` of transformers' gpt-oss."""
+def by_hand(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, sinks: Tensor | None, softcap: float, scale: float
+) -> Tensor:
+    """``eager_attention_forward`` of transformers' gpt-oss and Gemma 2."""
     group = query.shape[1] // key.shape[1]
     key, value = (tensor.repeat_interleave(group, 1) for tensor in (key, value))
-    logits = query @ key.mT * scale + mask
-    sinks = sinks.reshape(1, -1, 1, 1).expand(query.shape[0], -1, query.shape[2], -1)
-    joined = torch.cat([logits, sinks], -1)
+    logits = query @ key.mT * scale
+    if softcap:
+        logits = torch.tanh(logits / softcap) * softcap
+    logits = logits + mask
+    if sinks is None:
+        return logits.softmax(-1, dtype=torch.float32).to(query.dtype) @ value
+    joined = torch.cat([logits, sinks.reshape(1, -1, 1, 1).expand(query.shape[0], -1, query.shape[2], -1)], -1)
     joined = joined - joined.max(-1, keepdim=True).values
     return joined.softmax(-1, dtype=joined.dtype)[..., :-1] @ value
 
@@ -54,27 +67,31 @@ def mask_of(length: int, window: int, dtype: torch.dtype) -> Tensor:
     return torch.zeros(length, length, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)
 
 
-def row(window: int, length: int, dtype: torch.dtype, rounds: int, backward: bool) -> dict[str, Any]:
+def row(kind: str, length: int, dtype: torch.dtype, rounds: int, backward: bool) -> dict[str, Any]:
     """One line of the table."""
-    site, sinks = smooth(length, HEADS, GROUP, DIM, True, dtype), torch.randn(HEADS, dtype=dtype)
-    leaves = [tensor.requires_grad_(backward) for tensor in (*site[:3], sinks)]
-    mask, logits = mask_of(length, window, dtype), Logits(Q - window < K) if window else NOTHING
+    window, sunk, softcap = KINDS[kind]
+    site, sinks = smooth(length, HEADS, GROUP, DIM, True, dtype), torch.randn(HEADS, dtype=dtype) if sunk else None
+    leaves = [tensor.requires_grad_(backward) for tensor in (*site[:3], *([] if sinks is None else [sinks]))]
+    mask, logits = mask_of(length, window, dtype), Logits(Q - window < K if window else sympy.true, softcap=softcap)
     torch._dynamo.reset()
     hand = torch.compile(by_hand, dynamic=False)
 
     def one_kernel() -> Tensor:
-        sunk: Operands = site._replace(sink_logit=sinks.reshape(1, -1, 1).expand(1, -1, length))
-        return ops.prescored(sunk, WHOLE, logits)
+        given: Operands = site
+        if sinks is not None:
+            given = site._replace(sink_logit=sinks.reshape(1, -1, 1).expand(1, -1, length))
+        return ops.prescored(given, WHOLE, logits)
 
     def whole(run: Callable[[], Tensor]) -> Callable[[], Any]:
         return (lambda: (out := run(), *torch.autograd.grad(out.sum(), leaves))) if backward else run
 
     runs = {
-        "by hand": whole(lambda: hand(*site[:3], mask, sinks, site.scale)),
+        "by hand": whole(lambda: hand(*site[:3], mask, sinks, softcap, site.scale)),
         "one kernel": whole(one_kernel),
     }
-    wide = [tensor.detach().double() for tensor in (site.query[:, :, -CHECKED:], *site[1:3], mask[-CHECKED:], sinks)]
-    want, errors = by_hand(*wide, site.scale), {}
+    wide = [tensor.detach().double() for tensor in (site.query[:, :, -CHECKED:], *site[1:3], mask[-CHECKED:])]
+    want = by_hand(*wide, None if sinks is None else sinks.detach().double(), softcap, site.scale)
+    errors = {}
     for way, run in runs.items():
         out = run()[0] if backward else run()
         errors[way] = (out.detach()[:, :, -CHECKED:].double() - want).abs().max().item()
@@ -86,7 +103,7 @@ def row(window: int, length: int, dtype: torch.dtype, rounds: int, backward: boo
             torch.testing.assert_close(got, other, atol=(1e-4 if dtype == torch.float32 else 5e-2) * scale, rtol=0)
     seconds = interleaved(runs, rounds)
     return {
-        "window": window or "none", "n": length, "heads": f"{HEADS} / {HEADS // GROUP}", "dtype": str(dtype)[6:],
+        "attention": kind, "n": length, "heads": f"{HEADS} / {HEADS // GROUP}", "dtype": str(dtype)[6:],
         **{f"{way}, ms": 1e3 * taken for way, taken in seconds.items()},
         "faster": seconds["by hand"] / seconds["one kernel"], "errors": errors,
     }  # fmt: skip
@@ -95,14 +112,15 @@ def row(window: int, length: int, dtype: torch.dtype, rounds: int, backward: boo
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--lengths", type=int, nargs="+", default=[512, 1024, 2048, 4096])
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--backward", action="store_true")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     rows = []
-    for dtype, window, length in product(options.dtypes, WINDOWS, options.lengths):
-        rows.append(row(window, length, getattr(torch, dtype), options.rounds, options.backward))
+    for dtype, kind, length in product(options.dtypes, options.kinds, options.lengths):
+        rows.append(row(kind, length, getattr(torch, dtype), options.rounds, options.backward))
         print(rows[-1], flush=True)
     print(told(rows))
     about = {
