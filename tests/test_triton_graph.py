@@ -259,3 +259,29 @@ def test_a_residual_is_taken_on_a_gpu() -> None:
     FakeTensorProp(gm, mode).propagate_dont_convert_inputs(q, q, q)
     _, report = rewrite(gm, Config(residual=True, window=0, cluster=32, routes=12))
     assert [site.decision for site in report.sites] == ["rewrite"], report.sites[0].reason
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_learned_sink_is_read_and_never_written(dynamic: bool) -> None:
+    """Its gradient is what torch operations make of the softmax's sums: no kernel of its own."""
+    plan = PLANS["together"]
+    real = arguments(plan)
+    with FakeTensorMode():
+        tensors = fakes(real, "cuda")
+        batch, heads, length, _ = tensors[0].shape
+        sinks, out = torch.empty(heads, device="cuda"), torch.empty_like(tensors[0])
+        sums = torch.empty(batch, heads, length, device="cuda")
+
+        def forward(sinks: torch.Tensor, *t: torch.Tensor) -> torch.Tensor:
+            return ops.attend(*t, plan.text, True, 0.25, "", [], sinks.view(1, -1, 1).expand(t[0].shape[:3]))
+
+        def backward(sinks: torch.Tensor, *t: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            given = sinks.view(1, -1, 1).expand(t[0].shape[:3])
+            return ops.attend_backward(t[0], t[0], t[1], *t[2:], plan.text, True, 0.25, "", [], given)
+
+        ahead = kernels(graph_of(forward, sinks, *tensors, dynamic=dynamic))
+        back = kernels(graph_of(backward, sinks, out, sums, *tensors, dynamic=dynamic))
+        d_sink = backward(sinks, out, sums, *tensors)[5]
+    assert list(ahead) == [*prefixed(plan), "attend"] and ahead["attend"] == {"out", "log_sums"}
+    assert list(back) == [*prefixed(plan), "d_query", "d_window", "d_routes", "d_sinks"]
+    assert d_sink.shape == sums.shape
