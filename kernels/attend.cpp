@@ -294,7 +294,7 @@ struct Attend {
       if (!from.sink_logit) continue;
       float logit;
       read(*from.sink_logit, b, kv * group + r / length, span.begin + r % length, 1, &logit);
-      s.rows.begin_with(r, logit * (float)LOG2_E);
+      s.rows.begin_with(r, logit);
     }
     attend_window(s, span, b, kv, rows);
     if (span.finished) attend_rows(s, span, b, kv, 0, g.sinks, rows);

@@ -161,7 +161,7 @@ PURE = {
     *("matmul", "bmm", "mm", "baddbmm", "einsum", "softmax", "dropout", "same", "to", "tanh", "amax", "max", "any"),
     *("add", "sub", "rsub", "mul", "div", "rdiv", "neg", "masked_fill", "where", "eq", "not", "transpose", "permute"),
     *("movedim", "view", "expand", "repeat_interleave", "getitem", "slice", "select", "narrow", "mT", "t", "T", "full"),
-    *("full_like", "zeros_like", "ones_like", "detach"),
+    *("full_like", "zeros_like", "ones_like", "detach", "cat"),
 }
 """Operators that do nothing but compute, of those that an attention is written with."""
 

@@ -30,6 +30,18 @@ CENTROIDS_PER_KEY = 120_000
 BAND_EDGE = 256
 # The price of a band's pairs in 16 bits: exact attention takes half as long where there is AMX, and ours does not.
 BAND_NARROW_PRICE = 2.0
+# Attention by hand, compiled by Inductor, whose logits are in memory: what a pair costs beside its products, where
+# logits fit into a cache and where they do not; and a multiply-add of its products, in 16 bits where there is AMX. The
+# same of a kernel that attends every key. Measured by `python -m bench.alone`, docs/cpu.md.
+BY_HAND_PAIR, BY_HAND_LARGE = 50, 120
+BY_HAND_PRODUCT, BY_HAND_NARROW = 0.8, 0.3
+ALONE_PRICE = 1.05
+LARGE_LOGITS = 2**25
+"""Bytes."""
+ALONE_GAIN = 1.4
+"""The least that is expected of it: what is measured differs from machine to machine, and from mask to mask."""
+ALONE_FROM = 1024
+"""Keys; below, what a call of an operator costs weighs as much as what it computes."""
 LONGEST = 2**24
 # Of the routes that a plan with a share may take, those that it takes on average: of 64 at a share of 0.0012 and 8192
 # tokens of text, by `python -m bench.quality`. Content decides, so this is an expectation.
@@ -267,6 +279,26 @@ def break_even(shape: Shape, plan: Plan) -> int | None:
         middle = (low + high) // 2
         low, high = (low, middle) if faster(middle) < 0 else (middle + 1, high)
     return low
+
+
+@functools.cache
+def alone_from(shape: Shape, trained: bool) -> int | None:
+    """The fewest keys from which one kernel that attends all of them is faster than attention by hand; None: never.
+
+    ``trained``: gradients are asked for; they take as many passes over logits again by hand, and torch operations in
+    tiles otherwise, which is faster only where logits do not fit into a cache. A band's pairs are few whatever else.
+    """
+    if shape.band or shape.device != "cpu":
+        return ALONE_FROM
+    features, half = shape.head_dim + shape.value_dim, shape.causal and not shape.queries
+    kernel = ALONE_PRICE * features * (0.5 if half else 1.0)
+    products = features * (BY_HAND_NARROW if shape.narrow else BY_HAND_PRODUCT)
+    if BY_HAND_PAIR + products >= ALONE_GAIN * kernel and not trained:
+        return ALONE_FROM
+    if BY_HAND_LARGE + products < ALONE_GAIN * kernel:
+        return None
+    pairs = LARGE_LOGITS // (shape.batch * shape.heads * (2 if shape.narrow else 4))
+    return max(ALONE_FROM, pairs // shape.queries if shape.queries else math.isqrt(pairs))
 
 
 def at(expr: sympy.Expr, length: int) -> float:

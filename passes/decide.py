@@ -18,7 +18,7 @@ from ..kernels.triton import device
 from . import cost
 from .compat import at_least, forward_mode, hint, known_equal, symbolic, value_of
 from .config import Config
-from .defaults import ALONE_FROM, WHOLE, WIDEST_BAND_ON_A_GPU
+from .defaults import WHOLE, WIDEST_BAND_ON_A_GPU
 from .keys import K, Q
 from .masks import Lifted, Mask, attends_itself, lift
 from .plans import SiteKey
@@ -32,7 +32,7 @@ MAX_HEAD_DIM = 256
 
 @dataclass(frozen=True)
 class Decision:
-    """``reason`` is "" for a rewrite; ``plan`` is then what the site runs with.
+    """``plan`` is what a rewritten site runs with; ``reason`` why it is none, or none of those that approximate.
 
     ``band``: keys that a query may attend on average, where they are a band that is attended whole; 0.0: they are not.
     ``exact``: why every key is attended that the mask allows, a key of ``report.EXACT``; "": they are not.
@@ -47,16 +47,18 @@ class Decision:
 
     @property
     def rewrite(self) -> bool:
-        return not self.reason
+        return self.plan is not None
 
 
 def decide(site: Site, config: Config, key: str = "", known: Lifted | None = None) -> Decision:
-    """Check, in this order: the user's wish, what is computed, the mask, the plan file, the length, the gain.
+    """Check, in this order: the user's wish, what is computed, the mask, the plan file, the length, the gain; then,
+    where nothing is to be approximated, whether one kernel that attends all is faster than what is there.
 
     ``key``: the site's name in a plan file.
 
     With dynamic lengths the comparison with ``min_seq_len`` and the break-even length becomes a guard (``at_least``):
-    two compiled graphs, one on each side, never one a length. ``known``: as for ``lift``.
+    two compiled graphs, one on each side, never one a length; three where one kernel attends all from some length on.
+    ``known``: as for ``lift``.
     """
     reason = _unsupported(site)
     plan: Plan | None = None
@@ -69,23 +71,25 @@ def decide(site: Site, config: Config, key: str = "", known: Lifted | None = Non
         if plan is not None:
             reason = _pairs(site.attention, mask, plan) or _lengths(site.attention, mask, config, plan, band)
         exact = "band" if band and not reason else ""
-        if _without_gain(reason) and _alone(site.attention, mask):
-            plan, reason, exact = WHOLE, "", "alone"
+        if _without_gain(reason) and _alone(site.attention, mask, band):
+            return Decision(site, mask, reason, WHOLE, band, "alone")
     return Decision(site, mask, reason, None if reason else plan, band, exact)
 
 
 def _without_gain(reason: str) -> bool:
     """Whether a reason says no more than that nothing is to be approximated."""
-    return reason.partition(":")[0] in ("too_short", "not_faster", "plan_exact", "not_in_plan")
+    return reason.partition(":")[0] in ("too_short", "not_faster", "cross_attention", "plan_exact", "not_in_plan")
 
 
-def _alone(attention: Attention, mask: Mask) -> bool:
+def _alone(attention: Attention, mask: Mask, band: float) -> bool:
     """Whether attending every key in one kernel is faster than what computes the site now: no call of SDPA takes a
     learned sink or a softcap, so that logits are in memory, and are gone over again and again."""
     if (attention.sink_logit is None and not attention.softcap) or _pairs(attention, mask, WHOLE):
         return False
     q_len, k_len = attention.size(attention.q), attention.size(attention.k)
-    return at_least(k_len, ALONE_FROM) and (known_equal(q_len, k_len) or at_least(q_len, cpu.TILE))
+    same = known_equal(q_len, k_len)
+    least = cost.alone_from(_shape(attention, mask.causal, band), attention.trained)
+    return least is not None and at_least(k_len, least) and (same or at_least(q_len, cpu.TILE))
 
 
 def _band(attention: Attention, mask: Mask) -> float:

@@ -42,12 +42,6 @@ WIDEST_BAND_ON_A_GPU = 2048
 are chosen within a mask."""
 
 
-ALONE_FROM = 1024
-"""Keys from which exact attention with a learned sink or a softcap is faster in one kernel than as torch's operations:
-measured on a CPU with AMX, with a sink, 3.6 times in float32 at 512 and 0.8 times in bfloat16, 5.7 and 3.4 times at
-1,024."""
-
-
 def default_plan(causal: bool, device: str, length: int | torch.SymInt, pairs: bool = False) -> Plan:
     """The plan of a site of ``length`` keys; ``pairs``: a mask, bias or softcap rules centroids out.
 

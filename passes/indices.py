@@ -165,6 +165,8 @@ def pull(node: fx.Node, call: Call, index: Index, sizes: Sizes) -> tuple[fx.Node
 
 def push(node: fx.Node, call: Call, index: Index, sizes: Sizes) -> Index:
     """The index in ``node`` of element ``index`` of its input, for views that lose and repeat nothing."""
+    if not isinstance(call["input"], fx.Node) or not isinstance(value_of(node), torch.Tensor):
+        raise NotAView(call.spelled)
     shape, out = value_of(call["input"]).shape, value_of(node).shape
     if call.name in ("to", "same"):
         return index

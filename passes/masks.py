@@ -99,7 +99,8 @@ def lift(site: Site, known: Lifted | None = None) -> Mask:
     if any(site.memory.changes(node, site.output) for node in nodes):
         return Mask(mask.text, reason="opaque_mask: modified in place")
     # A query without keys gives 0 under -inf (where torch's softmax gives NaN), but the mean of all
-    # values under a finite number; 0 again where a learned sink, of no such number, has all the weight.
+    # values under a finite number, where gradients are asked for with some in its logits; 0 again where a learned
+    # sink, of no such number, has all the weight.
     always_a_key = mask.keys is None and shift.is_nonnegative
     if (
         mask.reason
@@ -108,15 +109,10 @@ def lift(site: Site, known: Lifted | None = None) -> Mask:
         or (always_a_key and _every_query(mask.logits.allowed, shift))
     ):
         return mask
-    told = not mask.needs or (mask.keys is not None and mask.logits.only_band and not _trained(attention))
+    told = not mask.needs or (mask.keys is not None and mask.logits.only_band and not attention.trained)
     if len(meaning.finite) == 1 and meaning.uniform and told and (not mask.causal or shift == 0):
         return replace(mask, mean=True)
     return Mask(mask.text, reason="additive_mask: finite numbers where padded queries have no key")
-
-
-def _trained(a: Attention) -> bool:
-    """Whether gradients are asked for: where a number is added, a query without a key has some in its logits."""
-    return any(value_of(operand.node).requires_grad for operand in (a.query, a.key, a.value))
 
 
 def _question(a: Attention) -> Hashable:

@@ -36,6 +36,8 @@ _ENDS = {"linear", "addmm", "embedding", "softmax", "log_softmax", "layer_norm",
 _REACH = 12
 _MOST = 200
 _ROUNDS_NOTHING = 1e4
+# What makes several tensors of weights, of which one may go on.
+_TUPLES = {"native_dropout", "split", "split_with_sizes", "tensor_split", "chunk", "unbind"}
 _BUFFERS = {"empty", "empty_like", "new_empty", "zeros", "zeros_like", "new_zeros"}
 _Placed = tuple[fx.Node, Index]
 
@@ -373,6 +375,7 @@ class _Matcher(Prover):
             self._sink = (self.joint.sink, self._inner(self.joint.sink, index))
             self.dtypes.append(value_of(node).dtype)
             return self._at_joint
+        tensors = tensors if isinstance(tensors, (list, tuple)) else (tensors,)
         if any(isinstance(n, fx.Node) and _reaches_back(n, _REACH) for n in tensors):
             raise Miss("extra_logits: concatenated, and not one logit of a learned sink after those of the keys")
         return None
@@ -617,7 +620,12 @@ def _joint(softmax: fx.Node) -> _Joint | None:
         return None
     call, rank = call_of(node), value_of(node).dim()
     tensors, axis = call.get("tensors", ()), call.get("dim", 0)
-    if len(tensors) != 2 or not isinstance(axis, int) or axis % rank != dim % rank:
+    if (
+        not isinstance(tensors, (list, tuple))
+        or len(tensors) != 2
+        or not isinstance(axis, int)
+        or axis % rank != dim % rank
+    ):
         return None
     logits, sink = tensors
     whole = all(isinstance(n, fx.Node) and value_of(n).dim() == rank for n in tensors)
@@ -666,7 +674,7 @@ def _reaches_forward(weights: fx.Node, node: fx.Node, steps: int) -> bool:
                 return True
             continue
         value = value_of(at)
-        tuple_of = isinstance(value, (tuple, list)) and call.spelled == "native_dropout"
+        tuple_of = isinstance(value, (tuple, list)) and call.spelled.strip("_") in _TUPLES
         if call.name in _ENDS or at in seen or not left or not (is_float(value) or tuple_of):
             continue
         seen.add(at)

@@ -27,7 +27,7 @@ class SiteReport:
         source: ``file:line`` of the call in the user's code. code: that line.
         kind: "sdpa", "hand-written", "flex_attention", or the composite call that it is in.
         decision: "rewrite" or "keep". reason: a code of docs/reasons.md, perhaps followed by
-            ``: detail``; "" where rewritten.
+            ``: detail``; "" where rewritten, but for why nothing is approximated where ``exact`` is "alone".
         plan: the settings it runs with; None where kept.
         mask: what the site's mask means, in plain maths over b, h, q, k.
         shape: batch, heads, kv_heads, q_len, k_len, head_dim as ints or symbols.

@@ -116,6 +116,11 @@ class Attention:
         found: torch.device = value_of(self.query.node).device
         return found
 
+    @property
+    def trained(self) -> bool:
+        """Whether gradients are asked for."""
+        return any(value_of(operand.node).requires_grad for operand in (self.query, self.key, self.value))
+
     def size(self, *coordinates: sympy.Symbol | None) -> Any:
         """How many values the coordinates take together, as int or SymInt."""
         found: Any = 1

@@ -252,6 +252,11 @@ KEPT: dict[str, tuple[Callable[..., Any], str]] = {
         @ v,
         "unsupported_mask: + -amax",
     ),
+    "a sink that is split off": (
+        lambda q, k, v: torch.split(torch.cat([q @ k.mT, q[..., :1]], -1).softmax(-1), [N, 1], -1)[0] @ v,
+        "weights_changed: split",
+    ),
+    "0 or weights": (lambda q, k, v: torch.where(q.sum() > 0, 0.0, weights(q, k)) @ v, "weights_changed"),
     "a sink along another axis": (
         lambda q, k, v: torch.cat([q @ k.mT, k[:, :, :1, :1].expand(B, H, 1, N)], 2).softmax(-1)[:, :, :-1] @ v,
         "extra_logits",
@@ -278,13 +283,15 @@ NOTHING: dict[str, Callable[..., Any]] = {
         (q @ k.mT).softmax(-1).topk(2)
     ),
     "a classifier": lambda q, k, v: (q @ k.mT).softmax(-1),
+    "halves side by side": lambda q, k, v: torch.cat(q.split(2), 1).softmax(1),
     "a softmax before": lambda q, k, v: q.softmax(-1) @ k.mT @ v,
 }
 
 
+@pytest.mark.parametrize("kind", ("dynamo", "symbolic_trace"))
 @pytest.mark.parametrize("name", NOTHING)
-def test_what_is_no_attention_is_not_found(name: str) -> None:
-    assert run(NOTHING[name], (Q, K, V), "dynamo") == []
+def test_what_is_no_attention_is_not_found(name: str, kind: str) -> None:
+    assert run(NOTHING[name], (Q, K, V), kind) == []
 
 
 BIASES: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], str]] = {

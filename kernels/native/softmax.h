@@ -2,6 +2,8 @@
 
 #pragma once
 
+#include <algorithm>
+#include <limits>
 #include <vector>
 
 #include "simd.h"
@@ -53,10 +55,12 @@ struct Rows {
     out.assign(rows * width, 0.0f);
   }
 
-  // A logit (in powers of two) that belongs to no key; -inf: none. One that is inf or NaN makes the sum NaN.
+  // A logit that belongs to no key; -inf: none. One that is inf or NaN makes the sum NaN.
   void begin_with(int64_t row, float logit) {
-    top[row] = logit;
-    if (logit != NEG_INF) total[row * L] = 1.0f + 0.0f * logit;
+    if (logit == NEG_INF) return;
+    const float most = std::numeric_limits<float>::max() / (float)LOG2_E;
+    top[row] = std::min(std::max(logit, -most), most) * (float)LOG2_E;
+    total[row * L] = 1.0f + 0.0f * logit;
   }
 };
 

@@ -43,10 +43,12 @@ def attend(
     # A learned sink: a logit that belongs to no key.  #? sink_logit
     sink_at = sink_logit + batch * sink_logit_b + head * sink_logit_h  #? sink_logit
     sink_at += query_at.to(tl.int64) * sink_logit_n  #? sink_logit
-    top = tl.load(sink_at, mask=live, other=float("-inf")).to(tl.float32) * LOG2E  #? sink_logit
-    top = tl.where(split == 0, top, float("-inf"))  #? sink_logit and split
-    total = tl.where(tl.abs(top) < float("inf"), 1.0, float("nan"))  #? sink_logit
-    total = tl.where(top == float("-inf"), 0.0, total)  #? sink_logit
+    own = tl.load(sink_at, mask=live, other=float("-inf")).to(tl.float32)  #? sink_logit
+    own = tl.where(split == 0, own, float("-inf"))  #? sink_logit and split
+    total = tl.where(tl.abs(own) < float("inf"), 1.0, float("nan"))  #? sink_logit
+    total = tl.where(own == float("-inf"), 0.0, total)  #? sink_logit
+    # The largest numbers are not in range as powers of two.  #? sink_logit
+    top = tl.minimum(tl.maximum(own, -2.3e38), 2.3e38) * LOG2E  #? sink_logit
     summed = tl.zeros([ROWS, VALUE_TILE], tl.float32)
 
     $window

@@ -62,9 +62,11 @@ def attend(
     # A learned sink: a logit that belongs to no key.
     sink_at = sink_logit + batch * sink_logit_b + head * sink_logit_h
     sink_at += query_at.to(tl.int64) * sink_logit_n
-    top = tl.load(sink_at, mask=live, other=float("-inf")).to(tl.float32) * LOG2E
-    total = tl.where(tl.abs(top) < float("inf"), 1.0, float("nan"))
-    total = tl.where(top == float("-inf"), 0.0, total)
+    own = tl.load(sink_at, mask=live, other=float("-inf")).to(tl.float32)
+    total = tl.where(tl.abs(own) < float("inf"), 1.0, float("nan"))
+    total = tl.where(own == float("-inf"), 0.0, total)
+    # The largest numbers are not in range as powers of two.
+    top = tl.minimum(tl.maximum(own, -2.3e38), 2.3e38) * LOG2E
     summed = tl.zeros([ROWS, VALUE_TILE], tl.float32)
 
     # The band: what queries attend lies from start to stop, and all of them attend what lies from inside to whole.
