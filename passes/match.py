@@ -442,9 +442,9 @@ class _Matcher(Prover):
 
     def _drops_sink(self, way: _Weights, user: fx.Node, call: Call) -> bool:
         """Whether ``user`` is all of the weights but those of the sink, which are the last."""
-        old, new = value_of(way.node).shape, value_of(user).shape
         if self.joint is None or way.without_sink or call.name not in ("getitem", "slice", "narrow"):
             return False
+        old, new = value_of(way.node).shape, value_of(user).shape
         cut = [(a, b) for a, b in zip(old, new, strict=False) if not known_equal(a, b)]
         sizes = [value_of(node).shape[self.joint.axis] for node in (self.joint.node, self.joint.logits)]
         if len(old) != len(new) or len(cut) != 1 or not all(map(known_equal, cut[0], sizes)):
