@@ -286,19 +286,25 @@ def alone_from(shape: Shape, trained: bool) -> int | None:
     """The fewest keys from which one kernel that attends all of them is faster than attention by hand; None: never.
 
     ``trained``: gradients are asked for; they take as many passes over logits again by hand, and torch operations in
-    tiles otherwise, which is faster only where logits do not fit into a cache. A band's pairs are few whatever else.
+    tiles otherwise: what is measured of the forward holds where logits do not fit into a cache, or a band is short.
     """
-    if shape.band or shape.device != "cpu":
+    if shape.device != "cpu":
         return ALONE_FROM
-    features, half = shape.head_dim + shape.value_dim, shape.causal and not shape.queries
-    kernel = ALONE_PRICE * features * (0.5 if half else 1.0)
+    features = shape.head_dim + shape.value_dim
     products = features * (BY_HAND_NARROW if shape.narrow else BY_HAND_PRODUCT)
-    if BY_HAND_PAIR + products >= ALONE_GAIN * kernel and not trained:
-        return ALONE_FROM
-    if BY_HAND_LARGE + products < ALONE_GAIN * kernel:
-        return None
-    pairs = LARGE_LOGITS // (shape.batch * shape.heads * (2 if shape.narrow else 4))
-    return max(ALONE_FROM, pairs // shape.queries if shape.queries else math.isqrt(pairs))
+    kernel = ALONE_GAIN * ALONE_PRICE * features
+    # The most of the pairs that the kernel may attend, and those that it does.
+    in_cache, beyond = ((pair + products) / kernel for pair in (BY_HAND_PAIR, BY_HAND_LARGE))
+    attended = 0.5 if shape.causal and not shape.queries else 1.0
+    found = []
+    if attended <= in_cache and not trained:
+        found.append(0)
+    if attended <= beyond:
+        pairs = LARGE_LOGITS // (shape.batch * shape.heads * (2 if shape.narrow else 4))
+        found.append(pairs // shape.queries if shape.queries else math.isqrt(pairs))
+    if shape.band:
+        found.append(math.ceil(shape.band / min(in_cache, attended) * (2 if trained else 1)))
+    return max(ALONE_FROM, min(found)) if found else None
 
 
 def at(expr: sympy.Expr, length: int) -> float:

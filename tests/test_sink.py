@@ -282,6 +282,9 @@ def test_where_one_kernel_is_faster_than_by_hand() -> None:
     assert cost.alone_from(replace(shape, queries=128), False) == 4096
     for other in (replace(narrow, band=128.0), replace(narrow, device="cuda", causal=False)):
         assert cost.alone_from(other, True) == ALONE_FROM
+    gemma = cost.Shape(1, 8, 4, 256, 256, True, band=4096.0, narrow=True)
+    assert cost.alone_from(gemma, False) > 3 * 4096, "a window as long as the sequence is no band yet"
+    assert cost.alone_from(replace(gemma, narrow=False), False) == ALONE_FROM
 
 
 def test_nothing_of_the_attention_by_hand_is_left() -> None:
