@@ -280,7 +280,7 @@ def describe(decision: Decision, kind: str, key: str = "") -> SiteReport:
         decision="rewrite" if decision.rewrite else "keep",
         reason=decision.reason,
         plan=plan,
-        mask=decision.mask.text,
+        mask=_mask_text(decision.mask, attention),
         shape=sizes,
         **costs,
         rule=rule_of(site, kind),
@@ -292,6 +292,12 @@ def describe(decision: Decision, kind: str, key: str = "") -> SiteReport:
         device=where,
         kernel=kernel,
     )
+
+
+def _mask_text(mask: Mask, a: Attention | None) -> str:
+    """The mask, and what else is done to the logits that SDPA does not take."""
+    softcap = [f"softcap {a.softcap:g}"] if a is not None and a.softcap else []
+    return "; ".join([mask.text, *softcap, *["learned sink"] * (a is not None and a.sink_logit is not None)])
 
 
 def _kernel(decision: Decision, a: Attention) -> dict[str, Any]:

@@ -29,7 +29,7 @@ class SiteReport:
         decision: "rewrite" or "keep". reason: a code of docs/reasons.md, perhaps followed by
             ``: detail``; "" where rewritten, but for why nothing is approximated where ``exact`` is "alone".
         plan: the settings it runs with; None where kept.
-        mask: what the site's mask means, in plain maths over b, h, q, k.
+        mask: what the site's mask means, in plain maths over b, h, q, k; then its softcap and learned sink, if any.
         shape: batch, heads, kv_heads, q_len, k_len, head_dim as ints or symbols.
         exact_cost, prescored_cost: multiply-adds at the sizes compiled for; the latter includes
             scoring and routing, and is None where no plan applies.

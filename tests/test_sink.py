@@ -316,6 +316,7 @@ def test_report_and_kernels() -> None:
     layer, x = Layer(window=40, heads=2, kv_heads=1), torch.randn(1, 2048, 16)
     report = explain(layer, x)
     assert report.sites[0].exact == "band" and report.sites[0].kernel["sink_logit"]
+    assert report.sites[0].mask == "k <= q and q - 39 <= k; learned sink"
     gm = torch.export.export(layer, (x,)).module()
     _, on_a_gpu = rewrite(gm, None, device="cuda")
     sources = {source.name: source.text for source in sources_of(on_a_gpu)}

@@ -131,6 +131,7 @@ def test_sites(length: int, options: dict[str, Any], exact: str, decision: str) 
     out = torch.compile(capped, backend=backend)(*inputs)
     ((site, names),) = found
     assert (site.decision, site.exact) == (decision, exact), site.reason
+    assert site.mask == "k <= q; softcap 5"
     assert ("prescore_route_attend" in names) == (decision == "rewrite" and not exact)
     if exact:
         torch.testing.assert_close(out, capped(*inputs), atol=1e-5, rtol=1e-5)
