@@ -11,8 +11,6 @@ may be twice that of the attention by hand. Both ways run in turn and the median
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
@@ -22,7 +20,7 @@ import sympy
 import torch
 from torch import Tensor
 
-from bench.bands import told
+from bench.bands import CHECKED, errors_of, finish, same_gradients, with_gradients
 from bench.operands import smooth
 from prescore_compile.demo import interleaved
 from prescore_compile.kernels import ops
@@ -32,7 +30,6 @@ from prescore_compile.passes.defaults import WHOLE
 
 RESULTS = Path(__file__).parent / "results" / "alone-cpu.json"
 DIM, HEADS, GROUP = 64, 16, 8
-CHECKED = 64
 # What there is of each: a window, a learned sink, a softcap.
 KINDS: dict[str, tuple[int, bool, float]] = {
     "sink": (0, True, 0.0),
@@ -83,7 +80,7 @@ def row(kind: str, length: int, dtype: torch.dtype, rounds: int, backward: bool)
         return ops.prescored(given, WHOLE, logits)
 
     def whole(run: Callable[[], Tensor]) -> Callable[[], Any]:
-        return (lambda: (out := run(), *torch.autograd.grad(out.sum(), leaves))) if backward else run
+        return with_gradients(run, leaves) if backward else run
 
     runs = {
         "by hand": whole(lambda: hand(*site[:3], mask, sinks, softcap, site.scale)),
@@ -91,16 +88,9 @@ def row(kind: str, length: int, dtype: torch.dtype, rounds: int, backward: bool)
     }
     wide = [tensor.detach().double() for tensor in (site.query[:, :, -CHECKED:], *site[1:3], mask[-CHECKED:])]
     want = by_hand(*wide, None if sinks is None else sinks.detach().double(), softcap, site.scale)
-    errors = {}
-    for way, run in runs.items():
-        out = run()[0] if backward else run()
-        errors[way] = (out.detach()[:, :, -CHECKED:].double() - want).abs().max().item()
-        if not errors[way] <= 2 * errors["by hand"] + 1e-5:
-            raise AssertionError(f"wrong result: {way} is off by {errors[way]:.2g}, by hand {errors['by hand']:.2g}")
+    errors = errors_of(runs, want, backward)
     if backward:
-        for got, other in zip(runs["one kernel"]()[1:], runs["by hand"]()[1:], strict=True):
-            scale = other.abs().max().item()
-            torch.testing.assert_close(got, other, atol=(1e-4 if dtype == torch.float32 else 5e-2) * scale, rtol=0)
+        same_gradients(runs["one kernel"], runs["by hand"], {torch.float32: 1e-4, torch.bfloat16: 5e-2})
     seconds = interleaved(runs, rounds)
     return {
         "attention": kind, "n": length, "heads": f"{HEADS} / {HEADS // GROUP}", "dtype": str(dtype)[6:],
@@ -122,12 +112,7 @@ def main() -> None:
     for dtype, kind, length in product(options.dtypes, options.kinds, options.lengths):
         rows.append(row(kind, length, getattr(torch, dtype), options.rounds, options.backward))
         print(rows[-1], flush=True)
-    print(told(rows))
-    about = {
-        "torch": torch.__version__, "threads": torch.get_num_threads(), "machine": platform.processor(),
-        "cpu": torch.backends.cpu.get_cpu_capability(), "backward": options.backward,
-    }  # fmt: skip
-    options.out.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+    finish(rows, options)
 
 
 if __name__ == "__main__":

@@ -130,6 +130,10 @@ def in_double(site: Operands) -> Operands:
     return site._replace(query=site.query.double(), key=site.key.double(), value=site.value.double())
 
 
+def rows_in_double(summary: Summary) -> Summary:
+    return summary._replace(row_key=summary.row_key.double(), row_value=summary.row_value.double())
+
+
 def check_budget(got: torch.Tensor, low: torch.Tensor, true: torch.Tensor, times: int = 2) -> None:
     """Within ``times`` x (the low-precision reference's own error + one rounding of the result)."""
     band = torch.finfo(got.dtype).eps * true.abs().max()

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import EVERYTHING, PLANS, ROUTED, check_budget, in_double, operands, routes_of, summary_of
+from conftest import EVERYTHING, PLANS, ROUTED, check_budget, in_double, operands, routes_of, rows_in_double, summary_of
 
 from prescore_compile.kernels import cpu, ops, reference
 from prescore_compile.kernels import summary as summaries
@@ -15,10 +15,6 @@ from prescore_compile.kernels.plan import Plan
 from prescore_compile.kernels.reference import Operands
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason="no C++ compiler")
-
-
-def wide(summary):  # type: ignore[no-untyped-def]
-    return summary._replace(row_key=summary.row_key.double(), row_value=summary.row_value.double())
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -30,7 +26,7 @@ def test_attend_meets_the_reference(name: str, length: int, causal: bool, padded
     site = operands(length, causal=causal, padded=padded, dim=24, value_dim=40)
     summary = summary_of(site, plan)
     routes = routes_of(site, summary, plan)
-    true = reference.attend(in_double(site), wide(summary), routes, plan)
+    true = reference.attend(in_double(site), rows_in_double(summary), routes, plan)
     check_budget(cpu.attend(site, summary, routes, plan), reference.attend(site, summary, routes, plan), true)
 
 
@@ -41,7 +37,7 @@ def test_low_precision(name: str, dtype: torch.dtype) -> None:
     site = operands(300, dtype=dtype)
     summary = summary_of(site, plan)
     routes = routes_of(site, summary, plan)
-    true = reference.attend(in_double(site), wide(summary), routes, plan)
+    true = reference.attend(in_double(site), rows_in_double(summary), routes, plan)
     got = cpu.attend(site, summary, routes, plan)
     assert got.dtype == dtype
     check_budget(got, reference.attend(site, summary, routes, plan), true)
@@ -131,7 +127,7 @@ def test_any_head_dim(dim: int, value_dim: int) -> None:
     site = operands(150, dim=dim, value_dim=value_dim)
     summary = summary_of(site, plan)
     routes = routes_of(site, summary, plan)
-    true = reference.attend(in_double(site), wide(summary), routes, plan)
+    true = reference.attend(in_double(site), rows_in_double(summary), routes, plan)
     check_budget(cpu.attend(site, summary, routes, plan), reference.attend(site, summary, routes, plan), true)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import EVERYTHING, PLANS, ROUTED, check_budget, in_double, operands, routes_of, summary_of
+from conftest import EVERYTHING, PLANS, ROUTED, check_budget, in_double, operands, routes_of, rows_in_double, summary_of
 from torch import Tensor, nn
 
 from bench import alone
@@ -72,8 +72,7 @@ def test_attend_meets_the_reference(name: str, dtype: torch.dtype) -> None:
     site = with_sink(operands(N, padded=True, dim=24, value_dim=40, dtype=dtype), per_query=True)
     summary = summary_of(site, plan)
     routes = routes_of(site, summary, plan)
-    wide = summary._replace(row_key=summary.row_key.double(), row_value=summary.row_value.double())
-    true = reference.attend(in_double(site), wide, routes, plan)
+    true = reference.attend(in_double(site), rows_in_double(summary), routes, plan)
     got = cpu.attend(site, summary, routes, plan)
     assert got.dtype == dtype
     check_budget(got, reference.attend(site, summary, routes, plan), true)

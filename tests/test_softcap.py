@@ -6,24 +6,18 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import PLANS, ROUTED, check_budget, in_double, operands, routes_of, summary_of
+from conftest import PLANS, ROUTED, check_budget, in_double, operands, routes_of, rows_in_double, summary_of
 from torch import Tensor
 
 from prescore_compile import Config
 from prescore_compile.kernels import banded, cpu, ops, reference
 from prescore_compile.kernels.logits import K, Logits, Q
-from prescore_compile.kernels.reference import Operands
 from prescore_compile.passes import rewrite
 from prescore_compile.passes.cost import ALONE_FROM
 from prescore_compile.passes.defaults import WHOLE
 
 N = 150
 CAPPED = [name for name, plan in PLANS.items() if not plan.residual]
-
-
-def wide(site: Operands, summary: Any) -> tuple[Operands, Any]:
-    rows = dict(row_key=summary.row_key.double(), row_value=summary.row_value.double())
-    return in_double(site), summary._replace(**rows)
 
 
 @pytest.mark.parametrize("softcap", [0.5, 50.0])
@@ -35,8 +29,7 @@ def test_attend_meets_the_reference(name: str, dtype: torch.dtype, softcap: floa
     site = site._replace(query=8 * site.query)  # logits that the cap is felt by
     summary = summary_of(site, plan)
     routes = routes_of(site, summary, plan)
-    true_site, true_summary = wide(site, summary)
-    true = reference.attend(true_site, true_summary, routes, plan, logits)
+    true = reference.attend(in_double(site), rows_in_double(summary), routes, plan, logits)
     got = cpu.attend(site, summary, routes, plan, softcap=softcap)
     assert got.dtype == dtype
     check_budget(got, reference.attend(site, summary, routes, plan, logits), true)

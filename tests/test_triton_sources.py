@@ -14,6 +14,7 @@ from conftest import PLANS
 
 from prescore_compile.kernels.plan import METHODS, Plan
 from prescore_compile.kernels.triton import listing, sources
+from prescore_compile.kernels.triton.attend_backward import backward_spec
 from prescore_compile.kernels.triton.maths import lifted
 from prescore_compile.kernels.triton.scores import kernel as scores
 from prescore_compile.passes.defaults import CAUSAL, CAUSAL_ON_A_GPU, WHOLE
@@ -39,7 +40,7 @@ def golden() -> dict[str, str]:
     )
     banded = listing.spec(WHOLE, dim=64, causal=False, lifted=lifted(sympy.Abs(Q - K) <= 64))
     sunk = listing.spec(WHOLE, dim=64, group=8, lifted=lifted(K > Q - 128), sink_logit=True)  # gpt-oss, a local layer
-    selected = listing.backward_spec(listing.spec(PLANS["centroids"], dim=64, target="hip"))
+    selected = backward_spec(listing.spec(PLANS["centroids"], dim=64, target="hip"))
     residual = listing.spec(
         Plan(window=0, sinks=1, cluster=32, routes=12, residual=True), dim=64, group=2, causal=False
     )
@@ -61,11 +62,11 @@ def golden() -> dict[str, str]:
         "masked_attend": listing.forward_sources(masked)["attend"],
         "banded_attend": listing.forward_sources(banded)["attend"],
         "sunk_attend": listing.forward_sources(sunk)["attend"],
-        "banded_d_window": listing.backward_sources(listing.backward_spec(banded))["d_window"],
-        "default_d_routes": listing.backward_sources(listing.backward_spec(default))["d_routes"],
+        "banded_d_window": listing.backward_sources(backward_spec(banded))["d_window"],
+        "default_d_routes": listing.backward_sources(backward_spec(default))["d_routes"],
         "residual_attend": listing.forward_sources(residual)["attend"],
         "residual_centroids": listing.forward_sources(residual)["centroids"],
-        "residual_d_residual": listing.backward_sources(listing.backward_spec(residual))["d_residual"],
+        "residual_d_residual": listing.backward_sources(backward_spec(residual))["d_residual"],
         "centroids_d_segments": listing.backward_sources(selected)["d_segments"],
         "centroids_rows_backward": listing.backward_sources(selected)["rows_backward"],
         "centroids_segment_assign_1": listing.all_sources(selected, "")["segment_assign_1"],

@@ -297,8 +297,7 @@ def attend_backward(
     if 0 in (batch, heads, q_len, k_len, value.shape[3]):
         of_sink = [] if sink is None else [_zeros(sink)]
         return d_query.zero_(), d_key.zero_(), d_value.zero_(), d_row_key, d_row_value, *of_sink
-    spec = replace(spec_of(site, routes, plan, lifted, float(more.pop("softcap", 0.0))), splits=1, sink_logit=False)
-    spec = replace(spec, tile=options.backward(spec.target, spec.dtype, spec.dim, spec.value_dim))
+    spec = backward_spec(spec_of(site, routes, plan, lifted, float(more.pop("softcap", 0.0))))
     if grad.stride(3) != 1:
         grad = grad.contiguous()
     values, programs = operands(spec, site, summary, routes, more)
@@ -331,6 +330,12 @@ def attend_backward(
     # Its value is 0, and so dP of it.
     of_sink = [] if sink is None else [-torch.exp(sink.float() - log_sums) * inners]
     return d_query, d_key, d_value, d_row_key, d_row_value, *of_sink
+
+
+def backward_spec(forward: Spec) -> Spec:
+    """The spec of the backward kernels of a forward kernel; a learned sink is in the softmax's sums."""
+    tile = options.backward(forward.target, forward.dtype, forward.dim, forward.value_dim)
+    return replace(forward, splits=1, sink_logit=False, tile=tile)
 
 
 def _keys_of_a_cluster(spec: Spec) -> int:

@@ -9,7 +9,7 @@ import torch
 from ..plan import Plan
 from . import loops, options, residual, rows, segments
 from .attend import attend_source, merge_source
-from .attend_backward import d_query_source, residual_source, routes_source, rows_source, window_source
+from .attend_backward import backward_spec, d_query_source, residual_source, routes_source, rows_source, window_source
 from .clusters import ClusterSpec, cluster_source, fits
 from .mass import FEATURES
 from .route import route_source
@@ -54,12 +54,6 @@ def spec(
         splits=splits,
         tile=options.forward(target, dtype, dim, value_dim, bool(plan.routes)),
     )
-
-
-def backward_spec(forward: Spec) -> Spec:
-    """The spec of the backward kernels of a forward kernel."""
-    tile = options.backward(forward.target, forward.dtype, forward.dim, forward.value_dim)
-    return replace(forward, splits=1, sink_logit=False, tile=tile)
 
 
 def forward_sources(forward: Spec) -> dict[str, str]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import EVERYTHING, PLANS, check_budget, in_double, operands, routes_of, summary_of
+from conftest import EVERYTHING, PLANS, check_budget, in_double, operands, routes_of, rows_in_double, summary_of
 
 from prescore_compile.kernels import ops, reference
 from prescore_compile.kernels.plan import Plan
@@ -31,15 +31,11 @@ def parts(site: Operands, plan: Plan) -> tuple[Summary, torch.Tensor]:
     return summary, routes_of(site, summary, plan)
 
 
-def wide(summary: Summary) -> Summary:
-    return summary._replace(row_key=summary.row_key.double(), row_value=summary.row_value.double())
-
-
 def check(site: Operands, plan: Plan, found: tuple[Summary, torch.Tensor] | None = None) -> None:
     summary, routes = found or parts(site, plan)
     out, _ = attend(site, summary, routes, plan)
     assert out.dtype == site.query.dtype and out.transpose(1, 2).is_contiguous()
-    true = reference.attend(in_double(site), wide(summary), routes, plan)
+    true = reference.attend(in_double(site), rows_in_double(summary), routes, plan)
     check_budget(out, reference.attend(site, summary, routes, plan), true)
 
 
@@ -55,7 +51,7 @@ def check_gradients(
     grad = torch.randn_like(out)
     got = backward.attend_backward(grad, out, sums, site, summary, routes, plan)
     low = reference.attend_backward(grad, site, summary, routes, plan)
-    true = reference.attend_backward(grad.double(), in_double(site), wide(summary), routes, plan)
+    true = reference.attend_backward(grad.double(), in_double(site), rows_in_double(summary), routes, plan)
     for name, g, lo, t in zip(("query", "key", "value", "row_key", "row_value"), got, low, true, strict=True):
         if g.numel():
             band = torch.finfo(site.query.dtype).eps * t.abs().max().clamp(min=least)

@@ -8,7 +8,7 @@ import pytest
 import sympy
 import torch
 import torch.nn.functional as F
-from conftest import EVERYTHING, PLANS, check_budget, in_double, operands, summary_of
+from conftest import EVERYTHING, PLANS, check_budget, in_double, operands, rows_in_double, summary_of
 
 from prescore_compile.kernels import coarse, reference
 from prescore_compile.kernels.logits import NOTHING, B, H, K, Logits, Q, by_chunk
@@ -59,10 +59,6 @@ def attended(
     return out, list(backward.attend_backward(*given, **more, softcap=logits.softcap))
 
 
-def wide(summary: Summary) -> Summary:
-    return summary._replace(row_key=summary.row_key.double(), row_value=summary.row_value.double())
-
-
 @pytest.mark.parametrize(
     ("logits", "plan", "dtype"),
     [
@@ -88,11 +84,11 @@ def test_route_and_attend(logits: Logits, plan: Plan, dtype: torch.dtype) -> Non
         assert (routes != want).any(3).float().mean() < (0.02 if dtype == torch.float32 else 0.2)
     out, got = attended(site, summary, routes, plan, logits)
     more = (routes, plan, logits, tensors(logits))
-    true = reference.attend(in_double(site), wide(summary), *more)
+    true = reference.attend(in_double(site), rows_in_double(summary), *more)
     check_budget(out, reference.attend(site, summary, *more), true)
     ones = torch.ones_like(out)
     low = reference.attend_backward(ones, site, summary, *more)
-    gradients = reference.attend_backward(ones.double(), in_double(site), wide(summary), *more)
+    gradients = reference.attend_backward(ones.double(), in_double(site), rows_in_double(summary), *more)
     for g, lo, t in zip(got, low, gradients, strict=True):
         if g.numel():  # twice the forward's budget: what is multiplied was rounded before
             band = torch.finfo(dtype).eps * t.abs().max().clamp(min=1)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import PLANS, check_budget, in_double, operands, routes_of, summary_of
+from conftest import PLANS, check_budget, in_double, operands, routes_of, rows_in_double, summary_of
 
 from prescore_compile.kernels import ops, reference
 from prescore_compile.kernels.logits import K, Logits, Q
@@ -30,11 +30,6 @@ def sunk(per_query: bool, **how: Any) -> Operands:
     return site._replace(sink_logit=(2 * torch.randn(size, dtype=site.query.dtype)).expand(batch, heads, N))
 
 
-def wide(site: Operands, summary: Any) -> tuple[Operands, Any]:
-    rows = dict(row_key=summary.row_key.double(), row_value=summary.row_value.double())
-    return in_double(site), summary._replace(**rows)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("name", ["residual", "keep and routes", "centroids", "band"])
 def test_forward_and_backward(name: str, dtype: torch.dtype) -> None:
@@ -47,7 +42,7 @@ def test_forward_and_backward(name: str, dtype: torch.dtype) -> None:
     grads = backward.attend_backward(grad, out, sums, site, summary, routes, plan, logits.lifted)
     assert len(grads) == 6 and grads[5].shape == (2, 6, N)
     found = []
-    for where, rows, of_out in ((site, summary, grad), (*wide(site, summary), grad.double())):
+    for where, rows, of_out in ((site, summary, grad), (in_double(site), rows_in_double(summary), grad.double())):
         given = (where, rows, routes, plan, logits)
         found.append([reference.attend(*given), *reference.attend_backward(of_out, *given)])
     for got, low, true in zip([out, *grads], *found, strict=True):
