@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import sympy
 import torch
-from conftest import in_double, operands
-from test_attend import _bfloat16_products, check, check_gradients, check_gradients_of_a_tail, parts, wide  # noqa: F401
+from conftest import in_double, operands, rows_in_double
+from test_attend import _bfloat16_products, check, check_gradients, check_gradients_of_a_tail, parts  # noqa: F401
 
 from prescore_compile.kernels import centroids as stated
 from prescore_compile.kernels import ops, reference
@@ -148,7 +148,7 @@ def test_few_queries_continue_a_cache(padded: bool) -> None:
     routes = reference.route(tail.query, summary, BOTH, True, 150, tail.scale)
     assert spec_of(tail, routes, BOTH).splits > 1
     out, _ = attend(tail, summary, routes, BOTH)
-    want = reference.attend(in_double(tail), wide(summary), routes, BOTH)
+    want = reference.attend(in_double(tail), rows_in_double(summary), routes, BOTH)
     torch.testing.assert_close(out.double(), want, atol=1e-5, rtol=1e-5)
     check_gradients_of_a_tail(tail, summary, routes, BOTH)
 
