@@ -7,8 +7,10 @@
 // and the rows take all the tile's rows; a routed cluster takes those that routed to it (a counting
 // sort of the tile's routes), so its keys are loaded once for all of them; the centroids of a
 // residual take all rows but those. A tile of one query is
-// the query-major order, a large tile the cluster-major one.
+// the query-major order, a large tile the cluster-major one. Where there are tiles of bfloat16 (native/tiles.h), and all
+// that is read is bfloat16, blocks are attended 16 rows at a time by their products.
 
+#include "native/blocks.h"
 #include "native/cluster.h"
 #include "native/route.h"
 #include "native/simd.h"
@@ -27,12 +29,7 @@ struct Sources {  // what attend reads besides the query
   const int64_t* band = nullptr;  // first and last key that each query may attend, [2, query]
 };
 
-// 16 keys and values as blocks; lanes without a key are zero.
-struct Packed {
-  uint32_t lanes;
-  bool finite;
-};
-
+template <typename Layout>
 struct Attend {
   const Geometry& g;
   const Sources& from;
@@ -40,70 +37,56 @@ struct Attend {
   float* mass;    // [batch, head, query]: logarithm of the softmax's sum; or null
   Route* router;  // finds the routes; or null, where they are given
 
+  using Number = typename Layout::Number;
   std::vector<Span> tiles = spans(g);
+  int64_t key_size = Layout::key_size(g.dim);
   int64_t group = g.heads / g.kv_heads, width = (g.value_dim + W - 1) / W * W;
   int64_t chunks = (g.k_len + g.chunk - 1) / g.chunk, places = g.routes ? chunks * g.chunk : 0;
   int64_t per_segment = g.keep + g.centroids, rows_total = g.sinks + chunks * per_segment;
 
   // Clusters are packed for the KV heads [packed_from, packed_to) at a time: a copy of all keys and
   // values would be as large as they are.
+  static constexpr int64_t MOST_BLOCKS = 4;  // of a cluster, and that a layout attends at once
   static constexpr int64_t PACKED_BYTES = 4 << 20;
   int64_t packed_from = 0, packed_to = 0;
-  std::vector<float> cluster_key, cluster_value;  // blocks of 16 places
-  std::vector<uint32_t> cluster_lanes;            // lane mask; bit 16: values are finite
+  std::vector<Number> cluster_key, cluster_value;  // blocks of 16 places
+  std::vector<uint32_t> cluster_lanes;             // lane mask; bit 16: values are finite
   // A residual's centroids, one a cluster: blocks of 16 of them, as keys. Bias -inf: no key.
   int64_t clusters = places / g.cluster, centroid_blocks = g.residual ? (clusters + W - 1) / W : 0;
-  std::vector<float> centroid_key, centroid_value, centroid_bias;
+  std::vector<Number> centroid_key, centroid_value;
+  std::vector<float> centroid_bias;
 
   struct Scratch {
+    Tiles tiles;
     Rows rows;
     std::vector<int32_t> all, listed, start, cursor;
     std::vector<uint16_t> masks;
-    std::vector<float> key, value, rowwise;
+    std::vector<Number> key, value;
+    typename Layout::Scratch packing;
     std::vector<uint8_t> copied;
-    float bias[W];
+    float bias[Layout::AT_ONCE][W];
     Route::Scratch route;  // what a router needs and finds: sums over window and sinks, and routes, of each row
     std::vector<float> near;
     std::vector<int32_t> routes;
   };
-  Scratch scratch() const { return {}; }
+  Scratch scratch() const { return {Tiles(g.narrow)}; }
 
   template <typename Index>
-  Packed pack(Index index, const View& key, const View& value, int64_t b, int64_t h, std::vector<float>& rowwise,
-              float* key_out, float* value_out) const {
-    Packed packed{0, true};
-    rowwise.resize(W * g.dim);
-    vec taint = {};
-    for (int j = 0; j < W; ++j) {
-      const int64_t at = index(j);
-      float* v = value_out + j * width;
-      if (at < 0) {
-        std::fill_n(&rowwise[j * g.dim], g.dim, 0.0f);
-        std::fill_n(v, width, 0.0f);
-        continue;
-      }
-      packed.lanes |= 1u << j;
-      read(key, b, h, at, g.dim, &rowwise[j * g.dim]);
-      read(value, b, h, at, g.value_dim, v);
-      std::fill(v + g.value_dim, v + width, 0.0f);
-      for (int64_t c = 0; c < width; c += L) taint += load(v + c) * 0.0f;
-    }
-    for (int64_t d = 0; d < g.dim; ++d)
-      for (int j = 0; j < W; ++j) key_out[d * W + j] = rowwise[j * g.dim + d];
-    packed.finite = sum_lanes(taint) == 0.0f;
-    return packed;
+  Packed pack(Index index, const View& key, const View& value, int64_t b, int64_t h,
+              typename Layout::Scratch& scratch, Number* key_out, Number* value_out) const {
+    return Layout::pack(index, key, value, b, h, g, width, scratch, key_out, value_out);
   }
 
   struct PackClusters {
     Attend& a;
-    std::vector<float> scratch() const { return {}; }
-    void run(int64_t task, std::vector<float>& rowwise) const {  // one task: one (batch, KV head, chunk)
+    typename Layout::Scratch scratch() const { return {}; }
+    void run(int64_t task, typename Layout::Scratch& packing) const {  // one task: one (batch, KV head, chunk)
       const int64_t bh = task / a.chunks, b = bh / a.g.kv_heads, kv = bh % a.g.kv_heads, in_chunk = a.g.chunk / W;
       for (int64_t block = task * in_chunk; block < (task + 1) * in_chunk; ++block) {
         const int32_t* order = a.from.order + block * W;
         const int64_t to = block - a.packed_from * a.places / W;
-        const Packed p = a.pack([&](int j) { return (int64_t)order[j]; }, a.from.key, a.from.value, b, kv, rowwise,
-                                &a.cluster_key[to * a.g.dim * W], &a.cluster_value[to * W * a.width]);
+        const Packed p = a.pack([&](int j) { return (int64_t)order[j]; }, a.from.key, a.from.value, b, kv, packing,
+                                &a.cluster_key[to * a.key_size], &a.cluster_value[to * W * a.width]);
         a.cluster_lanes[to] = p.lanes | (p.finite ? 1u << W : 0);
       }
       if (a.g.residual)
@@ -118,18 +101,9 @@ struct Attend {
     int64_t count = 0;
     for (int64_t b = first; b < first + g.cluster / W; ++b) count += __builtin_popcount(cluster_lanes[b] & ALL);
     centroid_bias[block * W + lane] = count ? (float)(std::log((double)count) * LOG2_E) : NEG_INF;
-    const float share = 1.0f / (float)std::max<int64_t>(count, 1);
-    for (int64_t d = 0; d < g.dim; ++d) {
-      vec sum = {};
-      for (int64_t b = first; b < first + g.cluster / W; ++b)
-        for (int j = 0; j < W; j += L) sum += load(&cluster_key[(b * g.dim + d) * W + j]);
-      centroid_key[(block * g.dim + d) * W + lane] = sum_lanes(sum) * share;
-    }
-    for (int64_t c = 0; c < width; c += L) {
-      vec sum = {};
-      for (int64_t j = first * W; j < first * W + g.cluster; ++j) sum += load(&cluster_value[j * width + c]);
-      store(&centroid_value[(block * W + lane) * width + c], sum * share);
-    }
+    Layout::average(&cluster_key[first * key_size], &cluster_value[first * W * width], g.cluster / W,
+                    1.0f / (float)std::max<int64_t>(count, 1), g.dim, width, &centroid_key[block * key_size],
+                    &centroid_value[block * W * width], lane);
   }
 
   // The centroids outside the window, for each row those of the clusters that it did not route to; the
@@ -137,25 +111,28 @@ struct Attend {
   void attend_residual(Scratch& s, const Span& span, int64_t head, int64_t rows) const {
     const int64_t per_chunk = g.chunk / g.cluster, low = span.low / g.chunk * per_chunk;
     const int64_t high = g.causal ? clusters : (span.high + g.chunk - 1) / g.chunk * per_chunk;
-    for (int64_t block = 0; block < centroid_blocks; ++block) {
+    Block<Number> blocks[Layout::AT_ONCE];
+    for (int64_t block = 0, found = 0; block < centroid_blocks; ++block) {
       const int64_t at = head * centroid_blocks + block;
-      const float *bias = &centroid_bias[at * W], *value = &centroid_value[at * W * width];
+      const float* bias = &centroid_bias[at * W];
+      const Number* value = &centroid_value[at * W * width];
       uint32_t lanes = 0;
       for (int64_t c = block * W; c < std::min((block + 1) * W, clusters); ++c)
         if ((c < low || c >= high) && bias[c % W] > NEG_INF) lanes |= 1u << c % W;
-      if (!lanes) continue;
-      std::fill_n(s.masks.begin(), rows, (uint16_t)lanes);
-      for (int64_t c = block * W; c < std::min((block + 1) * W, clusters); ++c)
-        for (int64_t i = s.start[c]; i < s.start[c + 1]; ++i) s.masks[s.listed[i]] &= (uint16_t)~(1u << c % W);
-      vec taint = {};
-      for (int64_t c = 0; c < W * width; c += L) taint += load(value + c) * 0.0f;
-      for (int j = 0; j < W; ++j) s.bias[j] = lanes >> j & 1 ? bias[j] : 0.0f;
-      attend_block(s, s.all.data(), rows, {&centroid_key[at * g.dim * W], value, s.bias, sum_lanes(taint) == 0.0f});
+      if (lanes) {
+        uint16_t* masks = &s.masks[found * rows];
+        std::fill_n(masks, rows, (uint16_t)lanes);
+        for (int64_t c = block * W; c < std::min((block + 1) * W, clusters); ++c)
+          for (int64_t i = s.start[c]; i < s.start[c + 1]; ++i) masks[s.listed[i]] &= (uint16_t)~(1u << c % W);
+        for (int j = 0; j < W; ++j) s.bias[found][j] = lanes >> j & 1 ? bias[j] : 0.0f;
+        blocks[found] = {&centroid_key[at * key_size], value, s.bias[found], Layout::finite(value, width), masks};
+        ++found;
+      }
+      if (found == Layout::AT_ONCE || (found && block + 1 == centroid_blocks)) {
+        Layout::attend(s.rows, s.all.data(), rows, blocks, found);
+        found = 0;
+      }
     }
-  }
-
-  void attend_block(Scratch& s, const int32_t* listed, int64_t count, const Block& block) const {
-    by_groups<GROUP>(count, AttendBlock{s.rows, listed, s.masks.data(), block});
   }
 
   void attend_rows(Scratch& s, const Span& span, int64_t b, int64_t kv, int64_t first, int64_t count,
@@ -170,16 +147,17 @@ struct Attend {
         if (index[r] >= span.low && index[r] < span.high) return -1;
         return r;
       };
-      const Packed p = pack(at, from.row_key, from.row_value, b, kv, s.rowwise, s.key.data(), s.value.data());
+      const Packed p = pack(at, from.row_key, from.row_value, b, kv, s.packing, s.key.data(), s.value.data());
       if (!p.lanes) continue;
       bool biased = false;
       for (int j = 0; j < W; ++j) {
-        s.bias[j] = p.lanes >> j & 1 ? bias[base + j] * (float)LOG2_E : 0.0f;
-        biased |= s.bias[j] != 0.0f;
+        s.bias[0][j] = p.lanes >> j & 1 ? bias[base + j] * (float)LOG2_E : 0.0f;
+        biased |= s.bias[0][j] != 0.0f;
         if (!s.copied.empty() && p.lanes >> j & 1 && index[base + j] >= 0) s.copied[index[base + j]] = 1;
       }
       std::fill_n(s.masks.begin(), rows, (uint16_t)p.lanes);
-      attend_block(s, s.all.data(), rows, {s.key.data(), s.value.data(), biased ? s.bias : nullptr, p.finite});
+      const Block<Number> block{s.key.data(), s.value.data(), biased ? s.bias[0] : nullptr, p.finite, s.masks.data()};
+      Layout::attend(s.rows, s.all.data(), rows, &block, 1);
     }
   }
 
@@ -200,23 +178,41 @@ struct Attend {
       start = std::max(start, first[0]);
       stop = std::min(stop, last[length - 1] + 1);
     }
-    for (int64_t base = start; base < stop; base += W) {
-      auto at = [&](int j) -> int64_t {
-        const int64_t n = base + j;
-        return n < stop && (!from.valid || from.valid[b * g.k_len + n]) ? n : -1;
-      };
-      const Packed p = pack(at, from.key, from.value, b, kv, s.rowwise, s.key.data(), s.value.data());
-      if (!p.lanes) continue;
-      int64_t listed = 0;
-      for (int64_t r = 0; r < rows; ++r) {
-        uint32_t lanes = p.lanes;
-        if (g.causal) lanes &= between(0, span.begin + r % length + shift - base);
-        if (from.band) lanes &= between(first[r % length] - base, last[r % length] - base);
-        if (!lanes) continue;
-        s.listed[listed] = (int32_t)r;
-        s.masks[listed++] = (uint16_t)lanes;
+    constexpr int64_t N = Layout::AT_ONCE;
+    Block<Number> blocks[N];
+    uint32_t lanes[N];
+    for (int64_t base = start; base < stop; base += N * W) {
+      uint32_t any = 0;
+      for (int64_t i = 0; i < N; ++i) {
+        auto at = [&](int j) -> int64_t {
+          const int64_t n = base + i * W + j;
+          return n < stop && (!from.valid || from.valid[b * g.k_len + n]) ? n : -1;
+        };
+        Number *key = &s.key[i * key_size], *value = &s.value[i * W * width];
+        const Packed p = pack(at, from.key, from.value, b, kv, s.packing, key, value);
+        blocks[i] = {key, value, nullptr, p.finite, &s.masks[i * rows]};
+        any |= lanes[i] = p.lanes;
       }
-      attend_block(s, s.listed.data(), listed, {s.key.data(), s.value.data(), nullptr, p.finite});
+      if (!any) continue;
+      if (!from.band && (!g.causal || base + N * W - 1 <= span.begin + shift)) {  // every query attends it
+        for (int64_t i = 0; i < N; ++i) std::fill_n(&s.masks[i * rows], rows, (uint16_t)lanes[i]);
+        Layout::attend(s.rows, s.all.data(), rows, blocks, N);
+        continue;
+      }
+      int64_t listed = 0;
+      for (int64_t r = 0, at = 0; r < rows; ++r, at = at + 1 < length ? at + 1 : 0) {
+        any = 0;
+        for (int64_t i = 0; i < N; ++i) {
+          uint32_t seen = lanes[i];
+          if (g.causal) seen &= between(0, span.begin + at + shift - base - i * W);
+          if (from.band) seen &= between(first[at] - base - i * W, last[at] - base - i * W);
+          s.masks[i * rows + listed] = (uint16_t)seen;
+          any |= seen;
+        }
+        s.listed[listed] = (int32_t)r;
+        listed += any != 0;
+      }
+      Layout::attend(s.rows, s.listed.data(), listed, blocks, N);
     }
   }
 
@@ -258,6 +254,8 @@ struct Attend {
     for (int64_t c = 0; c < clusters; ++c) {
       const int64_t count = s.start[c + 1] - s.start[c];
       if (!count) continue;
+      Block<Number> blocks[MOST_BLOCKS];
+      int64_t found = 0;
       for (int64_t i = 0; i < per_cluster; ++i) {
         const int64_t in_head = c * per_cluster + i, block = (bh - packed_from) * (places / W) + in_head;
         const int32_t* order = from.order + bh * places + in_head * W;
@@ -266,11 +264,12 @@ struct Attend {
           for (int j = 0; j < W; ++j)
             if (lanes >> j & 1 && s.copied[order[j]]) lanes &= ~(1u << j);
         if (!lanes) continue;
-        std::fill_n(s.masks.begin(), count, (uint16_t)lanes);
-        attend_block(s, &s.listed[s.start[c]], count,
-                     {&cluster_key[block * g.dim * W], &cluster_value[block * W * width], nullptr,
-                      (cluster_lanes[block] >> W & 1) != 0});
+        uint16_t* masks = &s.masks[found * count];
+        std::fill_n(masks, count, (uint16_t)lanes);
+        blocks[found++] = {&cluster_key[block * key_size], &cluster_value[block * W * width], nullptr,
+                           (cluster_lanes[block] >> W & 1) != 0, masks};
       }
+      Layout::attend(s.rows, &s.listed[s.start[c]], count, blocks, found);
     }
   }
 
@@ -279,18 +278,16 @@ struct Attend {
     const int64_t count = tiles.size(), bh = task / count, b = bh / g.kv_heads, kv = bh % g.kv_heads;
     const Span& span = tiles[count - 1 - task % count];
     const int64_t length = span.end - span.begin, rows = length * group;
-    s.rows.reset(rows, g.dim, width, g.softcap);
-    s.key.resize(g.dim * W);
-    s.value.resize(W * width);
+    s.rows.reset(rows, g.dim, width, g.scale, g.softcap);
+    s.key.resize(Layout::AT_ONCE * key_size);
+    s.value.resize(Layout::AT_ONCE * W * width);
     s.all.resize(rows);
-    s.masks.resize(rows);
+    s.masks.resize(MOST_BLOCKS * rows);
     s.listed.resize(rows);
     s.copied.assign(g.keep && g.routes ? g.k_len : 0, 0);
     for (int64_t r = 0; r < rows; ++r) {
       s.all[r] = (int32_t)r;
-      float* q = &s.rows.query[r * g.dim];
-      read(query, b, kv * group + r / length, span.begin + r % length, g.dim, q);
-      for (int64_t d = 0; d < g.dim; ++d) q[d] *= (float)(g.scale * LOG2_E);
+      Layout::read_query(s.rows, r, query, b, kv * group + r / length, span.begin + r % length);
       if (!from.sink_logit) continue;
       float logit;
       read(*from.sink_logit, b, kv * group + r / length, span.begin + r % length, 1, &logit);
@@ -314,12 +311,12 @@ struct Attend {
   }
 
   void run_all() {
-    const int64_t heads = g.batch * g.kv_heads, head_bytes = places * (g.dim + width) * (int64_t)sizeof(float);
+    const int64_t heads = g.batch * g.kv_heads, head_bytes = places * (key_size / W + width) * (int64_t)sizeof(Number);
     const int64_t at_once = std::clamp<int64_t>(PACKED_BYTES / std::max<int64_t>(head_bytes, 1), 1, heads);
-    cluster_key.resize(at_once * places * g.dim);
+    cluster_key.resize(at_once * places / W * key_size);
     cluster_value.resize(at_once * places * width);
     cluster_lanes.resize(at_once * places / W);
-    centroid_key.resize(at_once * centroid_blocks * W * g.dim);
+    centroid_key.resize(at_once * centroid_blocks * key_size);
     centroid_value.resize(at_once * centroid_blocks * W * width);
     centroid_bias.resize(at_once * centroid_blocks * W);
     for (; packed_from < heads; packed_from = packed_to) {
@@ -334,9 +331,19 @@ struct Attend {
   }
 };
 
+void attend(const Geometry& g, const Sources& from, const View& query, const View& out, float* mass, Route* router) {
+  if (g.narrow)
+    Attend<Narrow>{g, from, query, out, mass, router}.run_all();
+  else
+    Attend<Wide>{g, from, query, out, mass, router}.run_all();
+}
+
 }  // namespace prescore
 
 extern "C" {
+
+// Whether this processor has tiles of bfloat16 that this process may use.
+int64_t prescore_tiles() { return prescore::have_tiles(); }
 
 void prescore_cluster(const Geometry* g, const View* key, const View* value, const uint8_t* member, int32_t* order,
                       float* mean, float* spread, float* bias) {
@@ -360,7 +367,7 @@ void prescore_attend(const Geometry* g, const View* query, const View* key, cons
                      const int64_t* band) {
   const prescore::Sources from{*key,     *value,     valid,    order,      routes, row_index,
                                *row_key, *row_value, row_bias, sink_logit, band};
-  prescore::Attend{*g, from, *query, *out, nullptr, nullptr}.run_all();
+  prescore::attend(*g, from, *query, *out, nullptr, nullptr);
 }
 
 // Both, without routes in memory.
@@ -372,7 +379,7 @@ void prescore_route_attend(const Geometry* g, const View* query, const View* key
   const prescore::Sources from{*key,     *value,     valid,    order,     nullptr, row_index,
                                *row_key, *row_value, row_bias, sink_logit};
   prescore::Route route{*g, *query, {mean, spread, bias}, {chunk_mean, chunk_spread, chunk_bias}};
-  prescore::Attend{*g, from, *query, *out, nullptr, &route}.run_all();
+  prescore::attend(*g, from, *query, *out, nullptr, &route);
 }
 
 // As attend over window, sinks and a learned one, with values of no features: only the sums are wanted.
@@ -380,7 +387,7 @@ void prescore_mass(const Geometry* g, const View* query, const View* key, const 
                    const int32_t* row_index, const View* row_key, const float* row_bias, const View* sink_logit,
                    float* mass) {
   const prescore::Sources from{*key, *key, valid, nullptr, nullptr, row_index, *row_key, *row_key, row_bias, sink_logit};
-  prescore::Attend{*g, from, *query, *query, mass, nullptr}.run_all();
+  prescore::attend(*g, from, *query, *query, mass, nullptr);
 }
 
 }  // extern "C"

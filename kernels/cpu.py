@@ -44,7 +44,7 @@ class _Geometry(ctypes.Structure):
             (name, ctypes.c_int64)
             for name in (
                 "batch heads kv_heads q_len k_len dim value_dim "
-                "chunk cluster window causal sinks keep centroids routes coarse group_routes residual tile threads"
+                "chunk cluster window causal sinks keep centroids routes coarse group_routes residual tile threads narrow"
             ).split()
         ),
         ("scale", ctypes.c_double),
@@ -92,6 +92,13 @@ def available() -> bool:
     return library() is not None
 
 
+@functools.cache
+def tiles() -> bool:
+    """Whether this processor multiplies tiles of bfloat16 (AMX), which then stand for its products in float32."""
+    found = library()
+    return found is not None and bool(found.prescore_tiles())
+
+
 def clusters(
     key: torch.Tensor, value: torch.Tensor, member: torch.Tensor, plan: Plan
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -130,6 +137,7 @@ def route(
     if not routes.numel():
         return routes
     geometry = _geometry(plan, query.shape, summary.mean.shape, dim, k_len, causal, count, scale)
+    geometry.narrow = _narrow(query)
     view, keep_alive = _view(query)
     levels, more_alive = _levels(summary, plan)
     mass = None if mass is None else mass.contiguous()  # named, as a pointer does not keep what it points to
@@ -149,6 +157,7 @@ def mass(site: Operands, summary: Summary, plan: Plan, softcap: float = 0.0) -> 
     geometry = _geometry(
         plan.near, site.query.shape, site.key.shape, 0, k_len, site.causal, 0, site.scale, TILE, softcap
     )
+    geometry.narrow = _narrow(site.query, site.key, summary.row_key)
     sinks = slice(plan.sinks)
     index, bias = (t[:, :, sinks].contiguous() for t in (summary.row_index, summary.row_bias))
     views, alive = zip(*(_view(t) for t in (site.query, site.key, summary.row_key[:, :, sinks])), strict=True)
@@ -211,6 +220,7 @@ def _attended(
     count = min(plan.routes, summary.mean.shape[2]) if routes is None else routes.shape[3]
     sizes = (site.query.shape, site.key.shape, value_dim, k_len)
     geometry = _geometry(plan, *sizes, site.causal, count, site.scale, tile, softcap)
+    geometry.narrow = _narrow(*site[:3], summary.row_key, summary.row_value)
     views, alive = zip(*(_view(t) for t in (site.query, site.key, site.value, out)), strict=True)
     row_views, rows_alive = zip(*(_view(t) for t in (summary.row_key, summary.row_value)), strict=True)
     valid = None if site.valid is None else site.valid.contiguous()
@@ -286,6 +296,10 @@ def _geometry(
         spread_factor=plan.spread_factor,
         softcap=softcap,
     )
+
+
+def _narrow(*tensors: torch.Tensor) -> int:
+    return int(tiles() and all(tensor.dtype == torch.bfloat16 for tensor in tensors))
 
 
 def _view(tensor: torch.Tensor) -> tuple[_View, torch.Tensor]:

@@ -28,7 +28,7 @@ struct Cluster {
     s.centred.resize(g.chunk * width);
     for (auto* v : {&s.mean, &s.direction, &s.next}) v->resize(width);
     s.along.resize(g.chunk);
-    s.value.resize(g.value_dim);
+    s.value.resize((g.value_dim + L - 1) / L * L);
     s.at.resize(g.chunk);
     s.moved.resize(g.chunk);
     return s;
@@ -59,6 +59,34 @@ struct Cluster {
     return count;
   }
 
+  // to = sum over the rows of (row . by) row, `by` and the sum in registers where they fit.
+  void multiply(const float* row, int64_t count, const float* by, float* to) const {
+    switch (width / L) {
+      case 1: return multiply<1>(row, count, by, to);
+      case 2: return multiply<2>(row, count, by, to);
+      case 3: return multiply<3>(row, count, by, to);
+      case 4: return multiply<4>(row, count, by, to);
+      case 5: return multiply<5>(row, count, by, to);
+      case 6: return multiply<6>(row, count, by, to);
+      case 8: return multiply<8>(row, count, by, to);
+    }
+    std::fill(to, to + width, 0.0f);
+    for (int64_t i = 0; i < count; ++i, row += width) add(to, row, dot(row, by));
+  }
+
+  template <int C>
+  void multiply(const float* row, int64_t count, const float* by, float* to) const {
+    vec factor[C], sum[C] = {};
+    for (int c = 0; c < C; ++c) factor[c] = load(by + c * L);
+    for (int64_t i = 0; i < count; ++i, row += C * L) {
+      vec x[C], along = {};
+      for (int c = 0; c < C; ++c) along += (x[c] = load(row + c * L)) * factor[c];
+      const float times = sum_lanes(along);
+      for (int c = 0; c < C; ++c) sum[c] += x[c] * times;
+    }
+    for (int c = 0; c < C; ++c) store(to + c * L, sum[c]);
+  }
+
   void split(Scratch& s, int64_t first, int64_t last, const uint8_t* in) const {
     mean_of(s, first, last, in, s.mean.data());
     int64_t farthest = first;
@@ -80,11 +108,7 @@ struct Cluster {
     std::copy_n(&s.centred[farthest * width], width, s.direction.data());
     for (int step = 0; step < POWER_ITERATIONS; ++step) {
       normalize(s.direction);
-      std::fill(s.next.begin(), s.next.end(), 0.0f);
-      for (int64_t i = first; i < last; ++i) {
-        const float* c = &s.centred[i * width];
-        add(s.next.data(), c, dot(c, s.direction.data()));
-      }
+      multiply(&s.centred[first * width], last - first, s.direction.data(), s.next.data());
       std::swap(s.direction, s.next);
     }
     normalize(s.direction);
@@ -115,7 +139,7 @@ struct Cluster {
       const int64_t first = c * g.cluster, last = first + g.cluster, to = bh * chunks * per_chunk + chunk * per_chunk + c;
       const int64_t count = mean_of(s, first, last, in, s.mean.data());
       const float widen = (float)g.spread_factor * std::log((float)std::max<int64_t>(count, 1)) / (float)std::max<int64_t>(count, 1);
-      float taint = count ? 0.0f : NEG_INF;
+      vec taint = {};
       std::fill(s.next.begin(), s.next.end(), 0.0f);
       for (int64_t i = first; i < last; ++i) {
         const int64_t n = begin + s.at[i];
@@ -123,18 +147,18 @@ struct Cluster {
         if (!in[s.at[i]]) continue;
         const float* p = &s.point[s.at[i] * width];
         read(value, b, kv, n, g.value_dim, s.value.data());
-        for (int64_t d = 0; d < g.dim; ++d) {
-          const float off = p[d] - s.mean[d];
-          s.next[d] += off * off;
-          taint += p[d] * 0.0f;
+        for (int64_t d = 0; d < width; d += L) {
+          const vec off = load(p + d) - load(&s.mean[d]);
+          store(&s.next[d], load(&s.next[d]) + off * off);
+          taint += load(p + d) * 0.0f;
         }
-        for (int64_t d = 0; d < g.value_dim; ++d) taint += s.value[d] * 0.0f;
+        for (int64_t d = 0; d < (int64_t)s.value.size(); d += L) taint += load(&s.value[d]) * 0.0f;
       }
       for (int64_t d = 0; d < g.dim; ++d) {
         mean[to * g.dim + d] = s.mean[d];
         spread[to * g.dim + d] = s.next[d] * widen;
       }
-      bias[to] = taint;
+      bias[to] = count ? sum_lanes(taint) : NEG_INF;
     }
   }
 };

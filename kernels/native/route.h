@@ -5,6 +5,7 @@
 #include "choose.h"
 #include "simd.h"
 #include "site.h"
+#include "tiles.h"
 
 namespace prescore {
 
@@ -20,13 +21,18 @@ struct Route {
   static constexpr int V = 2, BLOCK = V * L;          // representatives scored at once
   static constexpr int GROUP = L == 4 ? 6 : L == 8 ? 6 : 12;  // rows scored at once: the registers there are
   static constexpr int64_t ROWS = 48;                 // rows whose ranks stay in cache until they are chosen from
+  static constexpr int64_t NARROW_ROWS = 64;          // the same by tiles, which take 32
   static constexpr int64_t STEP = 4;                  // blocks that stay in cache while the rows pass over them
 
   std::vector<Span> tiles = spans(g);
   int64_t heads = g.group_routes ? g.heads / g.kv_heads : 1;  // that route together
   int64_t per_chunk = g.chunk / g.cluster, chunks = (g.k_len + g.chunk - 1) / g.chunk;
-  int64_t block_size = (2 * g.dim + 1) * BLOCK;
-  // Of the KV heads from packed_from on, per block: mean [dim][BLOCK], spread [dim][BLOCK], bias [BLOCK].
+  // By products of tiles: each number is the sum of two in bfloat16, which is nearly what float32 gives.
+  bool narrow = g.narrow && BLOCK == 2 * SIDE;
+  int64_t steps = (g.dim + STEP_OF - 1) / STEP_OF, part = steps * STEP_OF;
+  int64_t block_size = (narrow ? 2 * part + 1 : 2 * g.dim + 1) * BLOCK;
+  // Of the KV heads from packed_from on, per block: mean [dim][BLOCK], spread [dim][BLOCK], bias [BLOCK]. Of tiles: for
+  // each 16 of the BLOCK, as bfloat16, mean, what that leaves, spread, what that leaves, as columns of tile_sums; bias.
   int64_t packed_from = 0;
   std::vector<float> clusters, level;
 
@@ -44,7 +50,13 @@ struct Route {
     for (int64_t bh = first; bh < last; ++bh)
       for (int64_t c = 0; c < blocks * BLOCK; ++c) {
         float* block = &to[((bh - first) * blocks + c / BLOCK) * block_size + c % BLOCK];
-        block[2 * g.dim * BLOCK] = c < count ? from.bias[bh * count + c] : NEG_INF;
+        block[block_size - BLOCK] = c < count ? from.bias[bh * count + c] : NEG_INF;
+        if (narrow && c < count) {
+          uint16_t* tile = reinterpret_cast<uint16_t*>(block - c % BLOCK) + c % BLOCK / SIDE * 4 * part * SIDE;
+          split(from.mean + (bh * count + c) * g.dim, tile, c % SIDE);
+          split(from.spread + (bh * count + c) * g.dim, tile + 2 * part * SIDE, c % SIDE);
+          continue;
+        }
         for (int64_t d = 0; c < count && d < g.dim; ++d) {
           block[d * BLOCK] = from.mean[(bh * count + c) * g.dim + d];
           block[(g.dim + d) * BLOCK] = from.spread[(bh * count + c) * g.dim + d];
@@ -53,9 +65,19 @@ struct Route {
     return to;
   }
 
+  // A column of two parts, of numbers as bfloat16 and of what that leaves.
+  void split(const float* from, uint16_t* to, int64_t column) const {
+    for (int64_t d = 0; d < g.dim; ++d) {
+      const int64_t at = (d / 2 * SIDE + column) * 2 + d % 2;
+      to[at] = prescore::narrow(from[d]);
+      to[part * SIDE + at] = prescore::narrow(from[d] - widen(to[at]));
+    }
+  }
+
   struct Scratch {
     std::vector<int64_t> row;       // rows of the tile that are scored at once
     std::vector<float> query, square, mass;
+    std::vector<uint16_t> parts;    // of tiles: [row][query, its square, what bfloat16 leaves of that]
     std::vector<int32_t> rank;      // [row][listed blocks * BLOCK]
     std::vector<int32_t> listed;    // the blocks that are scored, ascending
     std::vector<int32_t> chosen;    // [row][coarse]: chunks, ascending, then -1
@@ -97,9 +119,50 @@ struct Route {
     }
   };
 
+  // The same of 32 rows, by tiles.
+  void score_tiles(Scratch& s, const float* from, int64_t first, int64_t last, int64_t row, int64_t rows) const {
+    alignas(64) float dot[4 * SIDE * SIDE], var[4 * SIDE * SIDE];
+    const int64_t width = (int64_t)s.listed.size() * BLOCK, size = 3 * part;
+    const uint16_t *q = &s.parts[row * size], *square = q + part, *left = square + part;
+    const float scale = (float)g.scale, widen_by = std::abs(scale);
+    for (int64_t at = first; at < last; ++at) {
+      const float* block = from + s.listed[at] * block_size;
+      const uint16_t *mean = reinterpret_cast<const uint16_t*>(block), *spread = mean + 2 * part * SIDE;
+      auto four = [&](const uint16_t* rows_of, const uint16_t* columns) {  // 2 times 16 rows by 2 times 16 columns
+        const uint16_t *others = rows_of + SIDE * size, *beside = columns + 4 * part * SIDE;
+        return Factors<4>{{rows_of, rows_of, others, others}, {columns, beside, columns, beside}};
+      };
+      tile_sums<4>(dot, size, steps, {four(q, mean), four(q, mean + part * SIDE)});
+      tile_sums<4>(var, size, steps, {four(square, spread), four(left, spread), four(square, spread + part * SIDE)});
+      for (int64_t c = 0; c < BLOCK; c += L) {
+        const vec bias = load(block + block_size - BLOCK + c);
+        const ivec empty = bias == NEG_INF;
+        for (int64_t i = 0; i < std::min(rows - row, 2 * SIDE); ++i) {
+          const int64_t from_tile = (i / SIDE * 2 + c / SIDE) * SIDE * SIDE + i % SIDE * SIDE + c % SIDE;
+          const vec score = load(dot + from_tile) * scale + root(load(var + from_tile)) * widen_by + bias;
+          istore(&s.rank[(row + i) * width + at * BLOCK + c], empty ? isplat(LOWEST_RANK) : rank_of(score));
+        }
+      }
+    }
+  }
+
+  // A row's query, its square, which two numbers of bfloat16 hold, and zeros that fill up.
+  void read_parts(const View& from, int64_t b, int64_t h, int64_t n, uint16_t* to) const {
+    const uint16_t* q = (const uint16_t*)from.data + offset(from, b, h, n);
+    for (int64_t d = 0; d < g.dim; ++d) {
+      const float square = widen(q[d]) * widen(q[d]);
+      to[d] = q[d];
+      to[part + d] = prescore::narrow(square);
+      to[2 * part + d] = prescore::narrow(square - widen(to[part + d]));
+    }
+  }
+
   void score(Scratch& s, const float* from, int64_t rows) const {
     const int64_t count = s.listed.size();
     s.rank.resize(rows * count * BLOCK);
+    for (int64_t at = 0; narrow && at < count; at += STEP)
+      for (int64_t row = 0; row < rows; row += 2 * SIDE) score_tiles(s, from, at, std::min(at + STEP, count), row, rows);
+    if (narrow) return;
     for (int64_t at = 0; at < count; at += STEP)
       by_groups<GROUP>(rows, Score{*this, s, from, at, std::min(at + STEP, count)});
   }
@@ -121,7 +184,7 @@ struct Route {
   void run_tile(Scratch& s, const Span& span, int64_t b, int64_t kv, const Entries<const float>& mass,
                 const Entries<int32_t>& routes) const {
     const int64_t length = span.end - span.begin, rows = length * (g.heads / g.kv_heads);
-    const int64_t step = std::max<int64_t>(ROWS / heads, 1) * heads;
+    const int64_t step = std::max<int64_t>((narrow ? NARROW_ROWS : ROWS) / heads, 1) * heads;
     for (int64_t first = 0; first < rows; first += step) {
       s.row.clear();
       // Rows of the tile, one head's after another's, or one query's where its heads route together.
@@ -135,17 +198,24 @@ struct Route {
                 const Entries<int32_t>& routes) const {
     const int64_t group = g.heads / g.kv_heads, head = b * g.kv_heads + kv - packed_from;
     const int64_t length = span.end - span.begin, rows = s.row.size();
-    s.query.resize(rows * g.dim);
-    s.square.resize(rows * g.dim);
     s.mass.resize(rows);
+    if (narrow)
+      s.parts.resize((rows + 2 * SIDE - 1) / (2 * SIDE) * 2 * SIDE * 3 * part);
+    else
+      s.query.resize(rows * g.dim), s.square.resize(rows * g.dim);
     for (int64_t r = 0; r < rows; ++r) {
+      const int64_t h = kv * group + s.row[r] / length, n = span.begin + s.row[r] % length;
+      if (mass.data) s.mass[r] = *mass(s.row[r]);
+      if (narrow) {
+        read_parts(query, b, h, n, &s.parts[r * 3 * part]);
+        continue;
+      }
       float* q = &s.query[r * g.dim];
-      read(query, b, kv * group + s.row[r] / length, span.begin + s.row[r] % length, g.dim, q);
+      read(query, b, h, n, g.dim, q);
       for (int64_t d = 0; d < g.dim; ++d) {
         q[d] *= (float)g.scale;
         s.square[r * g.dim + d] = q[d] * q[d];
       }
-      if (mass.data) s.mass[r] = *mass(s.row[r]);
     }
     // Chunks outside the window: below `low` and from `after` on.
     const int64_t low = span.low / g.chunk, after = g.causal ? chunks : (span.high + g.chunk - 1) / g.chunk;
@@ -221,12 +291,16 @@ struct RouteAll {
   const float* mass;
   int32_t* routes;
 
-  Route::Scratch scratch() const { return {}; }
-  void run(int64_t task, Route::Scratch& s) const {
+  struct Scratch {
+    Tiles tiles;
+    Route::Scratch route;
+  };
+  Scratch scratch() const { return {Tiles(route.narrow)}; }
+  void run(int64_t task, Scratch& s) const {
     const Geometry& g = route.g;
     const int64_t count = route.tiles.size(), bh = task / count, b = bh / g.kv_heads, kv = bh % g.kv_heads;
     const Span& span = route.tiles[task % count];
-    route.run_tile(s, span, b, kv, entries(mass, g, span, b, kv, 1), entries(routes, g, span, b, kv, g.routes));
+    route.run_tile(s.route, span, b, kv, entries(mass, g, span, b, kv, 1), entries(routes, g, span, b, kv, g.routes));
   }
 };
 

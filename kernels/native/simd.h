@@ -36,6 +36,16 @@ inline ivec iload(const int32_t* p) { return *reinterpret_cast<const ivec*>(p); 
 inline void store(float* p, vec x) { *reinterpret_cast<vec*>(p) = x; }
 inline void istore(int32_t* p, ivec x) { *reinterpret_cast<ivec*>(p) = x; }
 
+// As bfloat16, to nearest, ties to even; a NaN stays one.
+inline void store_narrow(uint16_t* p, vec x) {
+#if defined(__AVX512BF16__)
+  _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh((__m512)x));
+#else
+  const ivec as_bits = (ivec)x, rounded = (as_bits + 0x7fff + ((as_bits >> 16) & 1)) >> 16;
+  for (int i = 0; i < L; ++i) p[i] = (uint16_t)rounded[i];
+#endif
+}
+
 // A NaN in x is passed over.
 inline vec larger(vec best, vec x) { return x > best ? x : best; }
 
@@ -45,10 +55,15 @@ inline float max_lane(vec x) {
   return best;
 }
 
+// In halves, as one after the other takes L times as long.
 inline float sum_lanes(vec x) {
-  float total = 0;
-  for (int i = 0; i < L; ++i) total += x[i];
-  return total;
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)x);
+#else
+  for (int half = L / 2; half; half /= 2)
+    for (int i = 0; i < half; ++i) x[i] += x[i + half];
+  return x[0];
+#endif
 }
 
 inline int32_t sum_lanes(ivec x) {
@@ -79,6 +94,15 @@ inline ivec iota() {
 // The comparison whose lane i is bit i of `mask`.
 inline ivec lanes_of(uint32_t mask) { return ((isplat((int32_t)mask) >> iota()) & 1) != 0; }
 
+// Lane i is x's where bit i of `mask` is set, else y's.
+inline vec choose(uint32_t mask, vec x, vec y) {
+#if defined(__AVX512F__)
+  return (vec)_mm512_mask_blend_ps((__mmask16)mask, (__m512)y, (__m512)x);
+#else
+  return lanes_of(mask) ? x : y;
+#endif
+}
+
 inline vec root(vec x) {
 #if defined(__AVX512F__)
   return (vec)_mm512_sqrt_ps((__m512)x);
@@ -105,6 +129,23 @@ inline vec exp2_vec(vec x) {
   p = p * r + 6.931472028550421e-1f;
   p = p * r + 1.0f;
   return p * (vec)(((ivec)n - (ivec)shift + 127) << 23);
+}
+
+// The same to 3e-6, by least squares, for what is rounded to bfloat16; 2^-126 below that.
+inline vec exp2_rough(vec x) {
+#if defined(__AVX512F__)
+  const __m512 from = _mm512_max_ps(_mm512_set1_ps(-126.0f), (__m512)x);  // a NaN stays
+  const __m512 n = _mm512_roundscale_ps(from, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const vec r = (vec)_mm512_sub_ps(from, n);
+  vec p = splat(0.0095605102f);
+  p = p * r + 0.055917039f;
+  p = p * r + 0.24024981f;
+  p = p * r + 0.69312197f;
+  p = p * r + 0.99999919f;
+  return (vec)_mm512_scalef_ps((__m512)p, n);
+#else
+  return exp2_vec(x);
+#endif
 }
 
 // Products of N rows with the columns of key [dim][V * L], held in registers.

@@ -14,6 +14,7 @@ extern "C" {
 struct Geometry {
   int64_t batch, heads, kv_heads, q_len, k_len, dim, value_dim;
   int64_t chunk, cluster, window, causal, sinks, keep, centroids, routes, coarse, group_routes, residual, tile, threads;
+  int64_t narrow;           // whether products are those of tiles of bfloat16; all views are bfloat16 then
   double scale, log_share;  // log_share: natural, -inf: none
   double spread_factor;     // of a cluster's variance, for each unit of ln(count)
   double softcap;           // c of c * tanh(logits / c); 0: none

@@ -19,12 +19,15 @@ constexpr int COLUMNS = L == 8 ? 2 : 4;
 // A running maximum is raised only when a logit (in powers of two) passes it by this much.
 constexpr float SLACK = 11.0f;
 
-// Keys [dim][16], values `width` floats a key, finite unless said; logit biases in powers of two, or null.
+// Keys and values as a layout of blocks.h has them, `finite`: values are; logit biases in powers of two, or null; which
+// lanes each row sees that attends the block.
+template <typename Number>
 struct Block {
-  const float* key;
-  const float* value;
+  const Number* key;
+  const Number* value;
   const float* bias;
   bool finite;
+  const uint16_t* mask;
 };
 
 // c * tanh(x / c), of logits in powers of two; c 0: none.
@@ -39,15 +42,19 @@ struct Softcap {
   }
 };
 
-// The rows of a tile. `width`: the value's features rounded up to 16.
+// The rows of a tile. `width`: the value's features rounded up to 16; `rate`: what makes a product of query and key a
+// logit in powers of two, which `query`, in float32, has been multiplied with, and `narrow`, in bfloat16, has not.
 struct Rows {
   int64_t dim, width;
+  float rate;
   Softcap softcap{0};
-  std::vector<float> query, top, total, out;
+  std::vector<float> query, top, total, out, part;
+  std::vector<uint16_t> narrow, gathered;
 
-  void reset(int64_t rows, int64_t dim_, int64_t width_, double softcap_) {
+  void reset(int64_t rows, int64_t dim_, int64_t width_, double scale, double softcap_) {
     dim = dim_;
     width = width_;
+    rate = (float)(scale * LOG2_E);
     softcap = Softcap(softcap_);
     query.resize(rows * dim);
     top.assign(rows, NEG_INF);
@@ -62,23 +69,35 @@ struct Rows {
     top[row] = std::min(std::max(logit, -most), most) * (float)LOG2_E;
     total[row * L] = 1.0f + 0.0f * logit;
   }
+
+  // A row's maximum to `most`, if that passes it by more than the slack.
+  void raise(int32_t at, float most) {
+    float& highest = top[at];
+    if (!(most > highest + SLACK)) return;
+    if (highest > NEG_INF) {
+      const float shrink = std::exp2(highest - most);
+      store(&total[at * L], load(&total[at * L]) * shrink);
+      float* row = &out[at * width];
+      for (int64_t c = 0; c < width; c += L) store(row + c, load(row + c) * shrink);
+    }
+    highest = most;
+  }
 };
 
-// Attend one block: row[i] sees the keys of mask[i].
+// Attend one block: row[i] sees the keys of b.mask[i].
 struct AttendBlock {
   Rows& rows;
   const int32_t* row;
-  const uint16_t* mask;
-  const Block& b;
+  const Block<float>& b;
 
   template <int N>
   void run(int64_t first) const {
     bool all = true;
-    for (int i = 0; i < N; ++i) all &= mask[first + i] == ALL;
+    for (int i = 0; i < N; ++i) all &= b.mask[first + i] == ALL;
     if (all && !b.bias && b.finite)
-      weigh_logits<N, true>(row + first, mask + first);
+      weigh_logits<N, true>(row + first, b.mask + first);
     else
-      weigh_logits<N, false>(row + first, mask + first);
+      weigh_logits<N, false>(row + first, b.mask + first);
   }
 
   template <int N, bool PLAIN>
@@ -94,13 +113,17 @@ struct AttendBlock {
       for (int i = 0; i < N; ++i)
         for (int v = 0; v < V; ++v) {
           if (b.bias) s[i][v] += load(b.bias + v * L);
-          s[i][v] = lanes_of(seen[i] >> v * L) ? s[i][v] : splat(NEG_INF);
+          s[i][v] = choose(seen[i] >> v * L, s[i][v], splat(NEG_INF));
         }
     vec over = splat(NEG_INF);
     for (int i = 0; i < N; ++i)
       for (int v = 0; v < V; ++v) over = larger(over, s[i][v] - (rows.top[at[i]] + SLACK));
     if (bits(over > 0.0f))
-      for (int i = 0; i < N; ++i) raise(at[i], s[i]);
+      for (int i = 0; i < N; ++i) {
+        vec best = splat(NEG_INF);
+        for (int v = 0; v < V; ++v) best = larger(best, s[i][v]);
+        rows.raise(at[i], max_lane(best));
+      }
     alignas(64) float weight[N][W];
     for (int i = 0; i < N; ++i) {
       // With no finite logit yet (all NaN or none) any finite reference will do.
@@ -108,7 +131,7 @@ struct AttendBlock {
       vec total = load(&rows.total[at[i] * L]);
       for (int v = 0; v < V; ++v) {
         vec p = exp2_vec(s[i][v] - top);
-        if constexpr (!PLAIN) p = lanes_of(seen[i] >> v * L) ? p : vec{};
+        if constexpr (!PLAIN) p = choose(seen[i] >> v * L, p, vec{});
         store(&weight[i][v * L], p);
         total += p;
       }
@@ -121,21 +144,6 @@ struct AttendBlock {
     } else {
       for (int i = 0; i < N; ++i) weigh_one_by_one(at[i], weight[i], seen[i]);
     }
-  }
-
-  void raise(int32_t at, const vec (&s)[V]) const {
-    vec best = splat(NEG_INF);
-    for (int v = 0; v < V; ++v) best = larger(best, s[v]);
-    const float most = max_lane(best);
-    float& top = rows.top[at];
-    if (!(most > top + SLACK)) return;
-    if (top > NEG_INF) {
-      const float shrink = std::exp2(top - most);
-      store(&rows.total[at * L], load(&rows.total[at * L]) * shrink);
-      float* out = &rows.out[at * rows.width];
-      for (int64_t c = 0; c < rows.width; c += L) store(out + c, load(out + c) * shrink);
-    }
-    top = most;
   }
 
   template <int N, int C>
