@@ -157,7 +157,8 @@ def measure(case: Case, plan: Plan, rounds: int, clock: str, flex: bool) -> dict
         ways["flex"] = flex_of(case, site, ways["exact"])
     memory = {name: peak(ways[name]) for name in ("exact", "total")}
     times = interleaved(ways, rounds, clock=CLOCKS[clock])
-    shape = cost.Shape(1, case.heads, case.heads // case.group, DIM, DIM, case.causal)
+    kind = cost.kind("cpu", case.dtype)
+    shape = cost.Shape(1, case.heads, case.heads // case.group, DIM, DIM, case.causal, kind)
     taken = (routes >= 0).sum().item() / max(routes[..., :1].numel(), 1)
     pairs = {
         "exact": cost.at(cost.exact_pairs(case.causal), case.length),

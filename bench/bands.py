@@ -119,7 +119,8 @@ def row(name: str, length: int, dtype: torch.dtype, options: argparse.Namespace)
     errors = check(name, site, runs, options.backward)
     seconds = interleaved(runs, options.rounds)
     keys = banded.keys_a_query(Logits(expr).band(causal))[0]
-    shape = cost.Shape(1, HEADS, HEADS // GROUP, DIM, DIM, causal, band=keys, narrow=dtype.itemsize == 2)
+    kind, narrow = cost.kind("cpu", dtype), dtype.itemsize == 2
+    shape = cost.Shape(1, HEADS, HEADS // GROUP, DIM, DIM, causal, kind, band=keys, narrow=narrow)
     expected = cost.at(cost.exact_cost(shape) / cost.prescored_time(shape, WHOLE), length)
     return {
         "band": name, "n": length, "heads": f"{HEADS} / {HEADS // GROUP}", "dtype": str(dtype)[6:],

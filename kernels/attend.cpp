@@ -69,7 +69,7 @@ struct Attend {
     std::vector<float> near;
     std::vector<int32_t> routes;
   };
-  Scratch scratch() const { return {Tiles(g.narrow)}; }
+  Scratch scratch() const { return {Tiles(std::is_same_v<Layout, Narrow>)}; }
 
   template <typename Index>
   Packed pack(Index index, const View& key, const View& value, int64_t b, int64_t h,
@@ -332,7 +332,7 @@ struct Attend {
 };
 
 void attend(const Geometry& g, const Sources& from, const View& query, const View& out, float* mass, Route* router) {
-  if (g.narrow)
+  if (g.narrow && may_use_tiles())
     Attend<Narrow>{g, from, query, out, mass, router}.run_all();
   else
     Attend<Wide>{g, from, query, out, mass, router}.run_all();
@@ -343,7 +343,7 @@ void attend(const Geometry& g, const Sources& from, const View& query, const Vie
 extern "C" {
 
 // Whether this processor has tiles of bfloat16 that this process may use.
-int64_t prescore_tiles() { return prescore::have_tiles(); }
+int64_t prescore_tiles() { return prescore::HAVE_TILES && prescore::may_use_tiles(); }
 
 void prescore_cluster(const Geometry* g, const View* key, const View* value, const uint8_t* member, int32_t* order,
                       float* mean, float* spread, float* bias) {

@@ -44,7 +44,8 @@ class _Geometry(ctypes.Structure):
             (name, ctypes.c_int64)
             for name in (
                 "batch heads kv_heads q_len k_len dim value_dim "
-                "chunk cluster window causal sinks keep centroids routes coarse group_routes residual tile threads narrow"
+                "chunk cluster window causal sinks keep centroids routes coarse group_routes residual tile threads "
+                "narrow"
             ).split()
         ),
         ("scale", ctypes.c_double),

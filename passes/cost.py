@@ -8,7 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import sympy
+import torch
 
+from ..kernels import cpu
 from ..kernels.plan import Plan
 
 N = sympy.Symbol("n", integer=True, positive=True)
@@ -28,14 +30,12 @@ SCORE_PER_KEY = {
 CENTROIDS_PER_KEY = 120_000
 # Keys that a query of a band costs beyond its own: of the tile that it lies in. Measured at 1,024 to 8,192 keys.
 BAND_EDGE = 256
-# The price of a band's pairs in 16 bits: exact attention takes half as long where there is AMX, and ours does not.
-BAND_NARROW_PRICE = 2.0
 # Attention by hand, compiled by Inductor, whose logits are in memory: what a pair costs beside its products, where
 # logits fit into a cache and where they do not; and a multiply-add of its products, in 16 bits where there is AMX. The
 # same of a kernel that attends every key. Measured by `python -m bench.alone`, docs/cpu.md.
 BY_HAND_PAIR, BY_HAND_LARGE = 50, 120
 BY_HAND_PRODUCT, BY_HAND_NARROW = 0.8, 0.3
-ALONE_PRICE = 1.05
+ALONE_PRICE, ALONE_ON_TILES = 1.05, 0.45
 LARGE_LOGITS = 2**25
 """Bytes."""
 ALONE_GAIN = 1.4
@@ -57,9 +57,9 @@ class Prices:
     """What stages cost on a kind of device, in multiply-adds of its exact attention.
 
     Attributes:
-        attend: of one multiply-add of an attended pair. route: of a routing pair, its features counted in ``attend``'s
-            way. route_pair: of a routing pair whatever its features. mass: of a pair of the sum that a share is of, in
-            attended pairs: none where attending has that sum.
+        attend: of one multiply-add of an attended pair; band: of a pair of a band. route: of a routing pair, its
+            features counted in ``attend``'s way. route_pair: of a routing pair whatever its features. mass: of a pair
+            of the sum that a share is of, in attended pairs: none where attending has that sum.
         union: routed pairs that are computed, for each that is attended. union_together: where the heads of a group
             route together. chunk_union: chunks of the first of two levels that are walked over, for each chosen.
         lists: a route that a query may take, or the heads together, to list it for its tile.
@@ -73,6 +73,7 @@ class Prices:
     """
 
     attend: float
+    band: float
     route: float
     score: Mapping[str, int]
     other: int
@@ -96,15 +97,23 @@ class Prices:
 PRICES = {
     # What a user's scorer costs nobody knows: as kmedian, the dearest that reads keys alone.
     "cpu": Prices(
-        attend=ATTEND_PRICE, route=ROUTE_PRICE, mass=0.0, per_key=SUMMARY_PER_KEY, centroids=CENTROIDS_PER_KEY,
-        score=SCORE_PER_KEY, other=SCORE_PER_KEY["kmedian"], band_edge=BAND_EDGE, fixed=2e7, attend_fixed=5e6,
+        attend=ATTEND_PRICE, band=ATTEND_PRICE, route=ROUTE_PRICE, mass=0.0,
+        per_key=SUMMARY_PER_KEY, centroids=CENTROIDS_PER_KEY, score=SCORE_PER_KEY, other=SCORE_PER_KEY["kmedian"],
+        band_edge=BAND_EDGE, fixed=2e7, attend_fixed=5e6,
+    ),
+    # bfloat16 where there is AMX, of which SDPA makes more than clusters of 16 keys can: `python -m bench.attention
+    # --dtypes bfloat16`. Scores and centroids take as long as in float32, which SDPA does not.
+    "amx": Prices(
+        attend=3.0, band=1.0, route=3.0, mass=0.0, per_key=90_000, centroids=2.5 * CENTROIDS_PER_KEY,
+        score={method: int(2.5 * price) for method, price in SCORE_PER_KEY.items()},
+        other=int(2.5 * SCORE_PER_KEY["kmedian"]), band_edge=400, fixed=6e7, attend_fixed=1.2e7,
     ),
     # Modelled, not measured: an H100 in bfloat16 as `bench/model.py` has it, for AMD's GPUs too. Scores: 128 features,
     # 4 query heads a KV head. kernel_kmeans, window_peak, random and a user's scorer are torch operations there:
     # what they read and write, or their launches where that is more.
     "cuda": Prices(
-        attend=1.5, route=0.28, route_pair=646.0, route_head=0.17, lists=3_000.0, union=4.3, union_together=2.8,
-        chunk_union=1.5, per_key=79_900.0, per_feature=1_785.0, centroids=210_000, fixed=1.04e10,
+        attend=1.5, band=1.5, route=0.28, route_pair=646.0, route_head=0.17, lists=3_000.0, union=4.3,
+        union_together=2.8, chunk_union=1.5, per_key=79_900.0, per_feature=1_785.0, centroids=210_000, fixed=1.04e10,
         score={
             "kmeans": 114_000, "kmeans_relative": 120_000, "kmedian": 416_000, "leverage": 956_000,
             "peak": 300_000, "query": 103_000, "norm": 26_000, "inverse_norm": 26_000,
@@ -133,6 +142,11 @@ class Shape:
     """Where they are fewer than keys, the last ones, as behind a cache; 0: as many."""
     narrow: bool = False
     """Numbers of 16 bits."""
+
+
+def kind(device: str, dtype: torch.dtype) -> str:
+    """The key of ``PRICES`` for tensors of ``dtype`` on a device of that type."""
+    return "amx" if device == "cpu" and dtype == torch.bfloat16 and cpu.tiles() else device
 
 
 def exact_pairs(causal: bool, band: float = 0.0) -> sympy.Expr:
@@ -237,7 +251,7 @@ def prescored_time(shape: Shape, plan: Plan) -> sympy.Expr:
         attended *= FILLED_LATE
     attended += prices.mass * mass_pairs(plan, shape.causal) + (N * prices.band_edge if shape.band else 0)
     routing *= _late(shape) * (prices.route_head + (1 - prices.route_head) / group)
-    price = BAND_NARROW_PRICE if shape.band and shape.narrow and shape.device == "cpu" else prices.attend
+    price = prices.band if shape.band else prices.attend
     pairs = _per_pair(shape) * (price * attended + prices.route * routing)
     pairs += rows * (prices.route_pair * routing + prices.lists / group * N * (plan.routes + plan.coarse))
     return _part(shape) * pairs + summary + scoring + (prices.attend_fixed if plan.only_window else prices.fixed)
@@ -288,11 +302,11 @@ def alone_from(shape: Shape, trained: bool) -> int | None:
     ``trained``: gradients are asked for; they take as many passes over logits again by hand, and torch operations in
     tiles otherwise: what is measured of the forward holds where logits do not fit into a cache, or a band is short.
     """
-    if shape.device != "cpu":
+    if shape.device == "cuda":
         return ALONE_FROM
     features = shape.head_dim + shape.value_dim
     products = features * (BY_HAND_NARROW if shape.narrow else BY_HAND_PRODUCT)
-    kernel = ALONE_GAIN * ALONE_PRICE * features
+    kernel = ALONE_GAIN * (ALONE_ON_TILES if shape.device == "amx" else ALONE_PRICE) * features
     # The most of the pairs that the kernel may attend, and those that it does.
     in_cache, beyond = ((pair + products) / kernel for pair in (BY_HAND_PAIR, BY_HAND_LARGE))
     attended = 0.5 if shape.causal and not shape.queries else 1.0

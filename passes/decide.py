@@ -226,6 +226,7 @@ def _lengths(attention: Attention, mask: Mask, config: Config, plan: Plan, band:
 def _shape(attention: Attention, causal: bool, band: float = 0.0) -> cost.Shape:
     # The batch scales both sides alike, so the hint of a dynamic one will do; for few queries there is a guard.
     q_len, k_len = hint(attention.size(attention.q)), hint(attention.size(attention.k))
+    dtype = value_of(attention.query.node).dtype
     return cost.Shape(
         batch=hint(attention.size(*attention.batch)),
         heads=hint(attention.size(*attention.heads)),
@@ -233,10 +234,10 @@ def _shape(attention: Attention, causal: bool, band: float = 0.0) -> cost.Shape:
         head_dim=hint(attention.size(attention.d)),
         value_dim=hint(attention.size(attention.e)),
         causal=causal,
-        device=attention.device.type,
+        device=cost.kind(attention.device.type, dtype),
         band=band,
         queries=q_len if q_len < k_len else 0,
-        narrow=value_of(attention.query.node).dtype.itemsize == 2,
+        narrow=dtype.itemsize == 2,
     )
 
 

@@ -32,7 +32,8 @@ def test_attend_meets_the_reference(name: str, length: int, causal: bool, padded
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", PLANS)
-def test_low_precision(name: str, dtype: torch.dtype) -> None:
+def test_low_precision(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "tiles", lambda: False)  # test_tiles.py
     plan = PLANS[name]
     site = operands(300, dtype=dtype)
     summary = summary_of(site, plan)
@@ -45,8 +46,11 @@ def test_low_precision(name: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("group", [1, 3])
 @pytest.mark.parametrize(("dim", "value_dim"), [(5, 3), (64, 64)])
-def test_bfloat16_is_what_float32_gives_rounded(dim: int, value_dim: int, group: int) -> None:
-    """Inputs are widened as they are read and only the result is rounded: the same bits."""
+def test_bfloat16_is_what_float32_gives_rounded(
+    dim: int, value_dim: int, group: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Inputs are widened as they are read and only the result is rounded: the same bits (without tiles)."""
+    monkeypatch.setattr(cpu, "tiles", lambda: False)
     plan = PLANS["keep and routes"]
     site = operands(200, heads=3, kv_heads=3 // group, dim=dim, value_dim=value_dim, dtype=torch.bfloat16, padded=True)
     site = site._replace(query=site.query.transpose(1, 2).contiguous().transpose(1, 2))

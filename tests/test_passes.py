@@ -14,6 +14,7 @@ from torch import fx
 
 from prescore_compile import Config
 from prescore_compile.backend import stages
+from prescore_compile.kernels import cpu
 from prescore_compile.passes import REASONS, find, rewrite
 from prescore_compile.passes.masks import lift
 
@@ -296,6 +297,17 @@ def test_short_and_unprofitable_and_excluded_sites() -> None:
     assert reasons(min_seq_len=0) == ["not_faster", "not_faster"]
     assert reasons(min_seq_len=0, only_if_faster=False, exclude=("blocks.1",)) == ["", "excluded"]
     assert reasons(min_seq_len=0, only_if_faster=False, include=("blocks.1",)) == ["excluded", ""]
+
+
+@pytest.mark.parametrize("tiles", [False, True])
+def test_bfloat16_where_exact_attention_has_amx(tiles: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It breaks even later there, and in float32 where it did."""
+    monkeypatch.setattr(cpu, "tiles", lambda: tiles)
+    for dtype, kept in ((torch.bfloat16, tiles), (torch.float32, False)):
+        q, k, v = (x.to(dtype) for x in qkv(3000, batch=1, dim=64))
+        gm = capture(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True), q, k, v)
+        (site,) = rewrite(gm)[1].sites
+        assert site.reason.startswith("not_faster") == kept, (dtype, site)
 
 
 def _decisions(lengths: Sequence[int], **marked: int) -> list[str]:

@@ -268,7 +268,7 @@ def test_few_queries_are_left_to_torch() -> None:
 
 
 def test_where_one_kernel_is_faster_than_by_hand() -> None:
-    """As measured: without causality it computes what by hand is computed, and 16 bits are AMX's by hand."""
+    """As measured: without causality it computes what by hand is computed, and 16 bits may be AMX's by hand."""
     shape = cost.Shape(1, 16, 2, 64, 64, True)
     assert cost.alone_from(shape, False) == cost.alone_from(shape, True) == ALONE_FROM
     narrow, wide = replace(shape, narrow=True), replace(shape, head_dim=256, value_dim=256)
@@ -284,6 +284,8 @@ def test_where_one_kernel_is_faster_than_by_hand() -> None:
     gemma = cost.Shape(1, 8, 4, 256, 256, True, band=4096.0, narrow=True)
     assert cost.alone_from(gemma, False) > 3 * 4096, "a window as long as the sequence is no band yet"
     assert cost.alone_from(replace(gemma, narrow=False), False) == ALONE_FROM
+    for of_tiles in (few, gemma, replace(narrow, causal=False), replace(narrow, head_dim=256, value_dim=256)):
+        assert cost.alone_from(replace(of_tiles, device="amx"), False) == ALONE_FROM, "one kernel has AMX, too"
 
 
 def test_nothing_of_the_attention_by_hand_is_left() -> None:

@@ -28,7 +28,7 @@ struct Route {
   int64_t heads = g.group_routes ? g.heads / g.kv_heads : 1;  // that route together
   int64_t per_chunk = g.chunk / g.cluster, chunks = (g.k_len + g.chunk - 1) / g.chunk;
   // By products of tiles: each number is the sum of two in bfloat16, which is nearly what float32 gives.
-  bool narrow = g.narrow && BLOCK == 2 * SIDE;
+  bool narrow = g.narrow && may_use_tiles() && BLOCK == 2 * SIDE;
   int64_t steps = (g.dim + STEP_OF - 1) / STEP_OF, part = steps * STEP_OF;
   int64_t block_size = (narrow ? 2 * part + 1 : 2 * g.dim + 1) * BLOCK;
   // Of the KV heads from packed_from on, per block: mean [dim][BLOCK], spread [dim][BLOCK], bias [BLOCK]. Of tiles: for
@@ -146,14 +146,14 @@ struct Route {
     }
   }
 
-  // A row's query, its square, which two numbers of bfloat16 hold, and zeros that fill up.
+  // A row's query, filled up with zeros, and its square, which two numbers of bfloat16 hold.
   void read_parts(const View& from, int64_t b, int64_t h, int64_t n, uint16_t* to) const {
-    const uint16_t* q = (const uint16_t*)from.data + offset(from, b, h, n);
-    for (int64_t d = 0; d < g.dim; ++d) {
-      const float square = widen(q[d]) * widen(q[d]);
-      to[d] = q[d];
-      to[part + d] = prescore::narrow(square);
-      to[2 * part + d] = prescore::narrow(square - widen(to[part + d]));
+    std::memcpy(to, (const uint16_t*)from.data + offset(from, b, h, n), g.dim * sizeof(uint16_t));
+    std::fill(to + g.dim, to + part, 0);
+    for (int64_t d = 0; d < part; d += L) {
+      const vec q = load_narrow(to + d), square = q * q;
+      store_narrow(to + part + d, square);
+      store_narrow(to + 2 * part + d, square - load_narrow(to + part + d));
     }
   }
 

@@ -9,6 +9,8 @@
 #include <thread>
 #include <vector>
 
+#include "simd.h"
+
 extern "C" {
 
 struct Geometry {
@@ -61,7 +63,9 @@ inline void read(const View& v, int64_t b, int64_t h, int64_t n, int64_t dim, fl
 inline void write(const View& v, int64_t b, int64_t h, int64_t n, int64_t dim, const float* from) {
   if (v.bfloat16) {
     uint16_t* to = (uint16_t*)v.data + offset(v, b, h, n);
-    for (int64_t d = 0; d < dim; ++d) to[d] = narrow(from[d]);
+    int64_t d = 0;
+    for (; d + L <= dim; d += L) store_narrow(to + d, load(from + d));
+    for (; d < dim; ++d) to[d] = narrow(from[d]);
   } else {
     std::memcpy((float*)v.data + offset(v, b, h, n), from, dim * sizeof(float));
   }

@@ -21,14 +21,21 @@ constexpr int64_t SIDE = 16;           // rows and columns of a tile of sums
 constexpr int64_t STEP_OF = 2 * SIDE;  // numbers that one product of tiles sums over
 constexpr int64_t HALF_STEP = SIDE;    // the same of weights and values, a block of keys
 
-// Whether there are tiles, and this process may use them.
-inline bool have_tiles() {
+// Whether this processor has tiles.
+#if defined(PRESCORE_AMX)
+constexpr bool HAVE_TILES = true;
+#else
+constexpr bool HAVE_TILES = false;
+#endif
+
+// Whether products of tiles can be asked for: what the system grants where there are tiles, else their plain code.
+inline bool may_use_tiles() {
 #if defined(PRESCORE_AMX)
   constexpr long REQUEST = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
   static const bool granted = syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
   return granted;
 #else
-  return false;
+  return true;
 #endif
 }
 
