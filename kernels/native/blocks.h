@@ -78,7 +78,9 @@ struct Wide {
     return sum_lanes(taint) == 0.0f;
   }
 
-  static void attend(Rows& rows, const int32_t* listed, int64_t count, const Block<float>* blocks, int64_t number) {
+  // Not inlined: its many forms would be compiled wherever it is called.
+  __attribute__((noinline)) static void attend(Rows& rows, const int32_t* listed, int64_t count,
+                                               const Block<float>* blocks, int64_t number) {
     for (int64_t b = 0; b < number; ++b) by_groups<GROUP>(count, AttendBlock{rows, listed, blocks[b]});
   }
 };
