@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -371,3 +373,24 @@ def test_a_share_hides_nothing_that_is_not_finite(near: float) -> None:
     want = reference.route(site.query, summary, plan, True, 300, site.scale, mass=mass)
     assert torch.equal(got, want)
     assert (got[:, :, 64:] == 3).any(3).all()
+
+
+@pytest.mark.skipif(shutil.which("clang++") is None, reason="no Clang")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_clang_makes_of_it(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It once left vectors on its stack where they may not lie."""
+    library = ctypes.CDLL(str(cpu._build("clang++")))
+    monkeypatch.setattr(cpu, "_library", lambda: library)
+    monkeypatch.setattr(cpu, "tiles", lambda: True)
+    for plan in EVERYTHING.values():
+        site = operands(200, dim=24, value_dim=40, padded=True, dtype=dtype)
+        check_budget(ops.prescored(site, plan), reference.exact(site), reference.exact(in_double(site)))
+    for name in ROUTED:
+        site = operands(333, dtype=dtype)
+        summary = summary_of(site, PLANS[name])
+        mass = cpu.mass(site, summary, PLANS[name])
+        differ = (
+            cpu.route(site.query, summary, PLANS[name], True, 333, site.scale, mass)
+            != routes_of(site, summary, PLANS[name])
+        ).any(3)
+        assert differ.float().mean() <= 0.01

@@ -305,7 +305,7 @@ struct Narrow {
       for (int j = 0; j < W; ++j)
         for (int64_t c = 0; c < rows.width; ++c)
           value[j * rows.width + c] = widen(b->value[c / W * W * W + (j / 2 * W + c % W) * 2 + j % 2]);
-      const Block<float> wide{key.data(), value.data(), b->bias, false, b->mask};
+      const Block<float> wide{key.data(), value.data(), b->bias, b->finite, b->mask};
       Wide::attend(rows, listed, count, &wide, 1);
     }
   }

@@ -23,18 +23,21 @@ constexpr int L = 8;
 constexpr int L = 4;
 #endif
 
-typedef float vec __attribute__((vector_size(4 * L), aligned(4), may_alias));
-typedef int32_t ivec __attribute__((vector_size(4 * L), aligned(4), may_alias));
+typedef float vec __attribute__((vector_size(4 * L)));
+typedef int32_t ivec __attribute__((vector_size(4 * L)));
+// The same in memory, anywhere. Of variables that are not aligned Clang forgets to align what it puts on the stack.
+typedef float vec_there __attribute__((vector_size(4 * L), aligned(4), may_alias));
+typedef int32_t ivec_there __attribute__((vector_size(4 * L), aligned(4), may_alias));
 
 constexpr double LOG2_E = 1.44269504088896340736;
 constexpr float NEG_INF = -std::numeric_limits<float>::infinity();
 
 inline vec splat(float x) { return vec{} + x; }
 inline ivec isplat(int32_t x) { return ivec{} + x; }
-inline vec load(const float* p) { return *reinterpret_cast<const vec*>(p); }
-inline ivec iload(const int32_t* p) { return *reinterpret_cast<const ivec*>(p); }
-inline void store(float* p, vec x) { *reinterpret_cast<vec*>(p) = x; }
-inline void istore(int32_t* p, ivec x) { *reinterpret_cast<ivec*>(p) = x; }
+inline vec load(const float* p) { return *reinterpret_cast<const vec_there*>(p); }
+inline ivec iload(const int32_t* p) { return *reinterpret_cast<const ivec_there*>(p); }
+inline void store(float* p, vec x) { *reinterpret_cast<vec_there*>(p) = x; }
+inline void istore(int32_t* p, ivec x) { *reinterpret_cast<ivec_there*>(p) = x; }
 
 // As bfloat16, to nearest, ties to even; a NaN stays one.
 inline void store_narrow(uint16_t* p, vec x) {

@@ -8,7 +8,7 @@
 #include "simd.h"
 #include "site.h"
 
-#if defined(__AMX_BF16__) && defined(__linux__)
+#if (defined(__AMX_BF16__) || defined(__AMXBF16__)) && defined(__linux__)  // GCC's and Clang's names
 #include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -39,6 +39,9 @@ inline bool may_use_tiles() {
 #endif
 }
 
+// Whatever was written is in memory, this too: GCC's intrinsics of tiles do not say that they read it.
+inline void settle(const void* written) { __asm__ volatile("" : : "r"(written) : "memory"); }
+
 // A thread's tiles, set up as long as this lives; then as they were, for whoever else uses them.
 struct Tiles {
 #if defined(PRESCORE_AMX)
@@ -52,12 +55,15 @@ struct Tiles {
 
   explicit Tiles(bool wanted) : on(wanted) {
     if (!on) return;
+    settle(&before);
     _tile_storeconfig(&before);
+    settle(&before);
     Setup mine;
     for (int tile = 0; tile < 8; ++tile) {
       mine.bytes[tile] = tile == 3 ? 2 * HALF_STEP : 4 * SIDE;  // 3: weights
       mine.rows[tile] = tile == 4 ? HALF_STEP / 2 : SIDE;       // 4: values
     }
+    settle(&mine);
     _tile_loadconfig(&mine);
   }
   ~Tiles() {
@@ -97,14 +103,15 @@ struct Factors {
 template <int N>
 inline void tile_sums(float* to, int64_t row_size, int64_t steps, std::initializer_list<Factors<N>> products) {
 #if defined(PRESCORE_AMX)
-#define PRESCORE_ADD(which, tile)                                                    \
-  if constexpr (which < N) {                                                         \
-    _tile_loadd(1, factors.row[which] + step * STEP_OF, row_size * 2);               \
-    _tile_loadd(2, factors.column[which] + step * STEP_OF * SIDE, 4 * SIDE);         \
-    _tile_dpbf16ps(tile, 1, 2);                                                      \
+#define PRESCORE_ADD(which, tile)                                            \
+  if constexpr (which < N) {                                                 \
+    _tile_loadd(1, factors.row[which] + step * STEP_OF, row_size * 2);       \
+    _tile_loadd(2, factors.column[which] + step * STEP_OF * SIDE, 4 * SIDE); \
+    _tile_dpbf16ps(tile, 1, 2);                                              \
   }
 #define PRESCORE_STORE(which, tile) \
   if constexpr (which < N) _tile_stored(tile, to + which * SIDE * SIDE, 4 * SIDE);
+  settle(to);
   _tile_zero(0);
   _tile_zero(5);
   _tile_zero(6);
@@ -150,9 +157,10 @@ template <int N>
 inline void tile_values(const uint16_t* weight, const uint16_t* const* value, int64_t width, float* to) {
   constexpr int64_t PART = HALF_STEP * SIDE;
 #if defined(PRESCORE_AMX)
-#define PRESCORE_ADD(tile, part)              \
+#define PRESCORE_ADD(tile, part)                \
   _tile_loadd(4, from + part * PART, 4 * SIDE); \
   _tile_dpbf16ps(tile, 3, 4);
+  settle(weight);
   int64_t column = 0;
   for (; column + 4 * SIDE <= width; column += 4 * SIDE) {
     _tile_zero(0);
