@@ -44,9 +44,9 @@ struct Attend {
   int64_t chunks = (g.k_len + g.chunk - 1) / g.chunk, places = g.routes ? chunks * g.chunk : 0;
   int64_t per_segment = g.keep + g.centroids, rows_total = g.sinks + chunks * per_segment;
 
+  static constexpr int64_t MOST_BLOCKS = 4;  // of a cluster, and that a layout attends at once
   // Clusters are packed for the KV heads [packed_from, packed_to) at a time: a copy of all keys and
   // values would be as large as they are.
-  static constexpr int64_t MOST_BLOCKS = 4;  // of a cluster, and that a layout attends at once
   static constexpr int64_t PACKED_BYTES = 4 << 20;
   int64_t packed_from = 0, packed_to = 0;
   std::vector<Number> cluster_key, cluster_value;  // blocks of 16 places

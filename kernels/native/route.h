@@ -47,30 +47,54 @@ struct Route {
   std::vector<float> packed(const Level& from, int64_t count, int64_t first, int64_t last) const {
     const int64_t blocks = blocks_of(count);
     std::vector<float> to((last - first) * blocks * block_size);
-    for (int64_t bh = first; bh < last; ++bh)
-      for (int64_t c = 0; c < blocks * BLOCK; ++c) {
-        float* block = &to[((bh - first) * blocks + c / BLOCK) * block_size + c % BLOCK];
-        block[block_size - BLOCK] = c < count ? from.bias[bh * count + c] : NEG_INF;
-        if (narrow && c < count) {
-          uint16_t* tile = reinterpret_cast<uint16_t*>(block - c % BLOCK) + c % BLOCK / SIDE * 4 * part * SIDE;
-          split(from.mean + (bh * count + c) * g.dim, tile, c % SIDE);
-          split(from.spread + (bh * count + c) * g.dim, tile + 2 * part * SIDE, c % SIDE);
-          continue;
-        }
-        for (int64_t d = 0; c < count && d < g.dim; ++d) {
-          block[d * BLOCK] = from.mean[(bh * count + c) * g.dim + d];
-          block[(g.dim + d) * BLOCK] = from.spread[(bh * count + c) * g.dim + d];
-        }
-      }
+    const Pack pack{*this, from, count, blocks, first, to.data()};
+    parallel(0, (last - first) * ((blocks + Pack::BLOCKS - 1) / Pack::BLOCKS), g.threads, pack);
     return to;
+  }
+
+  struct Pack {
+    const Route& r;
+    const Level& from;
+    int64_t count, blocks, first;
+    float* to;
+
+    static constexpr int64_t BLOCKS = 4;  // a task
+    int scratch() const { return 0; }
+    void run(int64_t task, int&) const {
+      const int64_t tasks = (blocks + BLOCKS - 1) / BLOCKS, head = task / tasks, start = task % tasks * BLOCKS;
+      for (int64_t block = start; block < std::min(start + BLOCKS, blocks); ++block)
+        r.pack_block(from, (first + head) * count, block * BLOCK, count, to + (head * blocks + block) * r.block_size);
+    }
+  };
+
+  // The clusters from `begin` on, of `count`, of the head whose first is `first`.
+  void pack_block(const Level& from, int64_t first, int64_t begin, int64_t count, float* to) const {
+    uint16_t* tiles_of = reinterpret_cast<uint16_t*>(to);
+    for (int64_t lane = 0; lane < BLOCK; ++lane) {
+      const int64_t c = begin + lane;
+      to[block_size - BLOCK + lane] = c < count ? from.bias[first + c] : NEG_INF;
+      if (c >= count) continue;
+      const float *mean = from.mean + (first + c) * g.dim, *spread = from.spread + (first + c) * g.dim;
+      if (narrow) {
+        uint16_t* tile = tiles_of + lane / SIDE * 4 * part * SIDE;
+        split(mean, tile, lane % SIDE);
+        split(spread, tile + 2 * part * SIDE, lane % SIDE);
+        continue;
+      }
+      for (int64_t d = 0; d < g.dim; ++d) {
+        to[d * BLOCK + lane] = mean[d];
+        to[(g.dim + d) * BLOCK + lane] = spread[d];
+      }
+    }
   }
 
   // A column of two parts, of numbers as bfloat16 and of what that leaves.
   void split(const float* from, uint16_t* to, int64_t column) const {
     for (int64_t d = 0; d < g.dim; ++d) {
       const int64_t at = (d / 2 * SIDE + column) * 2 + d % 2;
-      to[at] = prescore::narrow(from[d]);
-      to[part * SIDE + at] = prescore::narrow(from[d] - widen(to[at]));
+      const uint16_t high = prescore::narrow(from[d]), rest = prescore::narrow(from[d] - widen(high));
+      std::memcpy(to + at, &high, sizeof(high));  // where floats lie
+      std::memcpy(to + part * SIDE + at, &rest, sizeof(rest));
     }
   }
 
