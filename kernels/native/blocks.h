@@ -88,7 +88,7 @@ struct Wide {
 // Keys [dim / 32][16 pairs of features][16][2], features rounded up to 32; values [width / 16][8 pairs of keys][16][2].
 struct Narrow {
   using Number = uint16_t;
-  struct Scratch {};
+  using Scratch = std::vector<uint16_t>;  // zeros, in place of a key that is none
   static constexpr int AT_ONCE = 4;
   static constexpr int TILES = 4;  // of products: one takes so long that several must be under way
   static int64_t steps(int64_t dim) { return (dim + STEP_OF - 1) / STEP_OF; }
@@ -154,8 +154,9 @@ struct Narrow {
 
   template <typename Index>
   static Packed pack(Index index, const View& key, const View& value, int64_t b, int64_t h, const Geometry& g,
-                     int64_t width, Scratch&, uint16_t* key_out, uint16_t* value_out) {
-    static const uint16_t none[256] = {};
+                     int64_t width, Scratch& zeros, uint16_t* key_out, uint16_t* value_out) {
+    zeros.resize(std::max(g.dim, width));
+    const uint16_t* none = zeros.data();
     const uint16_t *keys[W], *values[W];
     Packed packed{0, true};
     for (int j = 0; j < W; ++j) {
