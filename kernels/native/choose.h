@@ -109,12 +109,22 @@ struct Chooser {
     rank.resize(count + L);
     place.resize(count + L);
     int64_t taken = 0;
+#if defined(__AVX512F__)
+    for (int64_t c = 0; c < count; c += L) {
+      const ivec r = iload(from + c);
+      const __mmask16 found = (__mmask16)bits(r > bar);
+      istore(&rank[taken], (ivec)_mm512_maskz_compress_epi32(found, (__m512i)r));
+      istore(&place[taken], (ivec)_mm512_maskz_compress_epi32(found, (__m512i)(iota() + (int32_t)c)));
+      taken += __builtin_popcount(found);
+    }
+#else
     for (int64_t c = 0; c < count; c += L)
       for (uint32_t found = bits(iload(from + c) > bar); found; found &= found - 1) {
         const int64_t at = c + __builtin_ctz(found);
         rank[taken] = from[at];
         place[taken++] = (int32_t)at;
       }
+#endif
     std::fill_n(&rank[taken], L, LOWEST_RANK);
     return taken;
   }
