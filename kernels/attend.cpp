@@ -6,9 +6,9 @@
 // feature of several keys. Every source is a list of (row, 16-bit lane mask) against a block: the window
 // and the rows take all the tile's rows; a routed cluster takes those that routed to it (a counting
 // sort of the tile's routes), so its keys are loaded once for all of them; the centroids of a
-// residual take all rows but those. A tile of one query is
-// the query-major order, a large tile the cluster-major one. Where there are tiles of bfloat16 (native/tiles.h), and all
-// that is read is bfloat16, blocks are attended 16 rows at a time by their products.
+// residual take all rows but those. A tile of one query is the query-major order, a large tile the
+// cluster-major one. Where there are tiles of bfloat16 (native/tiles.h), and all that is read is
+// bfloat16, blocks are attended 16 rows at a time by their products.
 
 #include "native/blocks.h"
 #include "native/cluster.h"
@@ -279,6 +279,7 @@ struct Attend {
     const Span& span = tiles[count - 1 - task % count];
     const int64_t length = span.end - span.begin, rows = length * group;
     s.rows.reset(rows, g.dim, width, g.scale, g.softcap);
+    Layout::reserve(s.rows, rows);
     s.key.resize(Layout::AT_ONCE * key_size);
     s.value.resize(Layout::AT_ONCE * W * width);
     s.all.resize(rows);

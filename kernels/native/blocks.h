@@ -24,6 +24,8 @@ struct Wide {
   static constexpr int AT_ONCE = 1;
   static int64_t key_size(int64_t dim) { return dim * W; }
 
+  static void reserve(Rows& rows, int64_t count) { rows.query.resize(count * rows.dim); }
+
   static void read_query(Rows& rows, int64_t r, const View& query, int64_t b, int64_t h, int64_t n) {
     float* q = &rows.query[r * rows.dim];
     read(query, b, h, n, rows.dim, q);
@@ -90,7 +92,6 @@ struct Narrow {
   using Number = uint16_t;
   using Scratch = std::vector<uint16_t>;  // zeros, in place of a key that is none
   static constexpr int AT_ONCE = 4;
-  static constexpr int TILES = 4;  // of products: one takes so long that several must be under way
   static int64_t steps(int64_t dim) { return (dim + STEP_OF - 1) / STEP_OF; }
   static int64_t key_size(int64_t dim) { return steps(dim) * STEP_OF * W; }
 
@@ -99,9 +100,10 @@ struct Narrow {
   static vec second(ivec pairs) { return (vec)(pairs & (int32_t)0xffff0000); }
   static ivec pairs(const uint16_t* p) { return iload(reinterpret_cast<const int32_t*>(p)); }
 
+  static void reserve(Rows& rows, int64_t count) { rows.narrow.resize(count * steps(rows.dim) * STEP_OF); }
+
   static void read_query(Rows& rows, int64_t r, const View& query, int64_t b, int64_t h, int64_t n) {
     const int64_t row = steps(rows.dim) * STEP_OF;
-    if ((int64_t)rows.narrow.size() < (r + 1) * row) rows.narrow.resize(rows.top.size() * row);
     uint16_t* q = &rows.narrow[r * row];
     std::memcpy(q, (const uint16_t*)query.data + offset(query, b, h, n), rows.dim * sizeof(uint16_t));
     std::fill(q + rows.dim, q + row, 0);
@@ -217,7 +219,7 @@ struct Narrow {
 
   template <int N>
   static void attend_blocks(Rows& rows, const int32_t* row, int64_t count, const Block<uint16_t>* blocks) {
-    constexpr int64_t ROWS = TILES / N * SIDE;
+    constexpr int64_t ROWS = SUMS / N * SIDE;
     rows.gathered.resize(ROWS * steps(rows.dim) * STEP_OF);
     rows.part.resize(ROWS * rows.width);
     for (int64_t at = 0; at < count; at += ROWS)
@@ -227,10 +229,10 @@ struct Narrow {
   // Some rows, whose masks begin at `first`.
   template <int N>
   static void attend_rows(Rows& rows, const int32_t* row, int64_t count, const Block<uint16_t>* blocks, int64_t first) {
-    alignas(64) float logit[TILES * SIDE * W];
-    alignas(64) uint16_t weight[TILES * SIDE * W];
+    alignas(64) float logit[SUMS * SIDE * W];
+    alignas(64) uint16_t weight[SUMS * SIDE * W];
     const int64_t size = steps(rows.dim) * STEP_OF, width = rows.width;
-    Factors<TILES> factors = {};
+    Factors factors = {};
     int tiles = 0;
     for (int64_t i = 0; i < count; i += SIDE) {
       const uint16_t* query = &rows.narrow[row[i] * size];
@@ -297,6 +299,7 @@ struct Narrow {
                           int64_t number) {
     const int64_t size = steps(rows.dim) * STEP_OF;
     std::vector<float> key(rows.dim * W), value(W * rows.width);
+    Wide::reserve(rows, rows.top.size());
     for (int64_t i = 0; i < count; ++i)
       for (int64_t d = 0; d < rows.dim; ++d)
         rows.query[listed[i] * rows.dim + d] = widen(rows.narrow[listed[i] * size + d]) * rows.rate;

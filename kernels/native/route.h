@@ -145,7 +145,7 @@ struct Route {
 
   // The same of 32 rows, by tiles.
   void score_tiles(Scratch& s, const float* from, int64_t first, int64_t last, int64_t row, int64_t rows) const {
-    alignas(64) float dot[4 * SIDE * SIDE], var[4 * SIDE * SIDE];
+    alignas(64) float dot[SUMS * SIDE * SIDE], var[SUMS * SIDE * SIDE];
     const int64_t width = (int64_t)s.listed.size() * BLOCK, size = 3 * part;
     const uint16_t *q = &s.parts[row * size], *square = q + part, *left = square + part;
     const float scale = (float)g.scale, widen_by = std::abs(scale);
@@ -154,10 +154,10 @@ struct Route {
       const uint16_t *mean = reinterpret_cast<const uint16_t*>(block), *spread = mean + 2 * part * SIDE;
       auto four = [&](const uint16_t* rows_of, const uint16_t* columns) {  // 2 times 16 rows by 2 times 16 columns
         const uint16_t *others = rows_of + SIDE * size, *beside = columns + 4 * part * SIDE;
-        return Factors<4>{{rows_of, rows_of, others, others}, {columns, beside, columns, beside}};
+        return Factors{{rows_of, rows_of, others, others}, {columns, beside, columns, beside}};
       };
-      tile_sums<4>(dot, size, steps, {four(q, mean), four(q, mean + part * SIDE)});
-      tile_sums<4>(var, size, steps, {four(square, spread), four(left, spread), four(square, spread + part * SIDE)});
+      tile_sums<SUMS>(dot, size, steps, {four(q, mean), four(q, mean + part * SIDE)});
+      tile_sums<SUMS>(var, size, steps, {four(square, spread), four(left, spread), four(square, spread + part * SIDE)});
       for (int64_t c = 0; c < BLOCK; c += L) {
         const vec bias = load(block + block_size - BLOCK + c);
         const ivec empty = bias == NEG_INF;
@@ -184,11 +184,11 @@ struct Route {
   void score(Scratch& s, const float* from, int64_t rows) const {
     const int64_t count = s.listed.size();
     s.rank.resize(rows * count * BLOCK);
-    for (int64_t at = 0; narrow && at < count; at += STEP)
-      for (int64_t row = 0; row < rows; row += 2 * SIDE) score_tiles(s, from, at, std::min(at + STEP, count), row, rows);
-    if (narrow) return;
-    for (int64_t at = 0; at < count; at += STEP)
-      by_groups<GROUP>(rows, Score{*this, s, from, at, std::min(at + STEP, count)});
+    for (int64_t at = 0; at < count; at += STEP) {
+      const int64_t last = std::min(at + STEP, count);
+      if (!narrow) by_groups<GROUP>(rows, Score{*this, s, from, at, last});
+      for (int64_t row = 0; narrow && row < rows; row += 2 * SIDE) score_tiles(s, from, at, last, row, rows);
+    }
   }
 
   // What a query's ranks must be above: the least share of its softmax, if one is asked for.
@@ -223,10 +223,12 @@ struct Route {
     const int64_t group = g.heads / g.kv_heads, head = b * g.kv_heads + kv - packed_from;
     const int64_t length = span.end - span.begin, rows = s.row.size();
     s.mass.resize(rows);
-    if (narrow)
+    if (narrow) {
       s.parts.resize((rows + 2 * SIDE - 1) / (2 * SIDE) * 2 * SIDE * 3 * part);
-    else
-      s.query.resize(rows * g.dim), s.square.resize(rows * g.dim);
+    } else {
+      s.query.resize(rows * g.dim);
+      s.square.resize(rows * g.dim);
+    }
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t h = kv * group + s.row[r] / length, n = span.begin + s.row[r] % length;
       if (mass.data) s.mass[r] = *mass(s.row[r]);

@@ -56,7 +56,6 @@ struct Rows {
     width = width_;
     rate = (float)(scale * LOG2_E);
     softcap = Softcap(softcap_);
-    query.resize(rows * dim);
     top.assign(rows, NEG_INF);
     total.assign(rows * L, 0.0f);
     out.assign(rows * width, 0.0f);

@@ -21,23 +21,19 @@ constexpr int64_t SIDE = 16;           // rows and columns of a tile of sums
 constexpr int64_t STEP_OF = 2 * SIDE;  // numbers that one product of tiles sums over
 constexpr int64_t HALF_STEP = SIDE;    // the same of weights and values, a block of keys
 
-// Whether this processor has tiles.
+// Whether this processor has tiles; and whether products of them can be asked for: what the system grants where there
+// are tiles, else their plain code.
 #if defined(PRESCORE_AMX)
 constexpr bool HAVE_TILES = true;
-#else
-constexpr bool HAVE_TILES = false;
-#endif
-
-// Whether products of tiles can be asked for: what the system grants where there are tiles, else their plain code.
 inline bool may_use_tiles() {
-#if defined(PRESCORE_AMX)
   constexpr long REQUEST = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
   static const bool granted = syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
   return granted;
-#else
-  return true;
-#endif
 }
+#else
+constexpr bool HAVE_TILES = false;
+inline bool may_use_tiles() { return true; }
+#endif
 
 // Whatever was written is in memory, this too: GCC's intrinsics of tiles do not say that they read it.
 inline void settle(const void* written) { __asm__ volatile("" : : "r"(written) : "memory"); }
@@ -92,16 +88,16 @@ inline void plain_product(const uint16_t* a, int64_t a_row, const uint16_t* b, i
 }
 #endif
 
-// Of N sums: 16 rows each, and 16 columns [steps][16 pairs of features][16][2].
-template <int N>
+constexpr int SUMS = 4;  // at once: one product of tiles takes so long that several must be under way
+
+// Of each sum: 16 rows, and 16 columns [steps][16 pairs of features][16][2].
 struct Factors {
-  const uint16_t *row[N], *column[N];
+  const uint16_t *row[SUMS], *column[SUMS];
 };
 
-// N <= 4 sums [16][16] of products of rows, `row_size` numbers apart, and columns, of 32 * steps features. One product
-// of tiles takes so long that several must be under way.
+// The first N sums [16][16] of products of rows, `row_size` numbers apart, and columns, of 32 * steps features.
 template <int N>
-inline void tile_sums(float* to, int64_t row_size, int64_t steps, std::initializer_list<Factors<N>> products) {
+inline void tile_sums(float* to, int64_t row_size, int64_t steps, std::initializer_list<Factors> products) {
 #if defined(PRESCORE_AMX)
 #define PRESCORE_ADD(which, tile)                                            \
   if constexpr (which < N) {                                                 \
@@ -116,7 +112,7 @@ inline void tile_sums(float* to, int64_t row_size, int64_t steps, std::initializ
   _tile_zero(5);
   _tile_zero(6);
   _tile_zero(7);
-  for (const Factors<N>& factors : products)
+  for (const Factors& factors : products)
     for (int64_t step = 0; step < steps; ++step) {
       PRESCORE_ADD(0, 0)
       PRESCORE_ADD(1, 5)
@@ -132,7 +128,7 @@ inline void tile_sums(float* to, int64_t row_size, int64_t steps, std::initializ
 #else
   for (int which = 0; which < N; ++which) {
     bool add = false;
-    for (const Factors<N>& factors : products)
+    for (const Factors& factors : products)
       for (int64_t step = 0; step < steps; ++step, add = true)
         plain_product(factors.row[which] + step * STEP_OF, row_size, factors.column[which] + step * STEP_OF * SIDE,
                       STEP_OF, STEP_OF, to + which * SIDE * SIDE, SIDE, add);
@@ -141,14 +137,12 @@ inline void tile_sums(float* to, int64_t row_size, int64_t steps, std::initializ
 }
 
 // The same of as many as there are.
-inline void tile_sums(float* to, int64_t row_size, int64_t steps, const Factors<4>& f, int count) {
+inline void tile_sums(float* to, int64_t row_size, int64_t steps, const Factors& factors, int count) {
   switch (count) {
-    case 1: return tile_sums<1>(to, row_size, steps, {{{f.row[0]}, {f.column[0]}}});
-    case 2: return tile_sums<2>(to, row_size, steps, {{{f.row[0], f.row[1]}, {f.column[0], f.column[1]}}});
-    case 3:
-      return tile_sums<3>(to, row_size, steps,
-                          {{{f.row[0], f.row[1], f.row[2]}, {f.column[0], f.column[1], f.column[2]}}});
-    default: return tile_sums<4>(to, row_size, steps, {f});
+    case 1: return tile_sums<1>(to, row_size, steps, {factors});
+    case 2: return tile_sums<2>(to, row_size, steps, {factors});
+    case 3: return tile_sums<3>(to, row_size, steps, {factors});
+    default: return tile_sums<SUMS>(to, row_size, steps, {factors});
   }
 }
 
