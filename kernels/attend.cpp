@@ -10,6 +10,7 @@
 // cluster-major one. Where there are tiles of bfloat16 (native/tiles.h), and all that is read is
 // bfloat16, blocks are attended 16 rows at a time by their products.
 
+#include "native/allowed.h"
 #include "native/blocks.h"
 #include "native/cluster.h"
 #include "native/route.h"
@@ -27,6 +28,7 @@ struct Sources {  // what attend reads besides the query
   const float* row_bias;
   const View* sink_logit;         // [batch, head, query, 1] or null
   const int64_t* band = nullptr;  // first and last key that each query may attend, [2, query]
+  Allowed allowed = {};           // data null: as all else says
 };
 
 template <typename Layout>
@@ -39,6 +41,7 @@ struct Attend {
 
   using Number = typename Layout::Number;
   std::vector<Span> tiles = spans(g);
+  Extents extents{g, from.allowed, tiles};
   int64_t key_size = Layout::key_size(g.dim);
   int64_t group = g.heads / g.kv_heads, width = (g.value_dim + W - 1) / W * W;
   int64_t chunks = (g.k_len + g.chunk - 1) / g.chunk, places = g.routes ? chunks * g.chunk : 0;
@@ -46,8 +49,8 @@ struct Attend {
 
   static constexpr int64_t MOST_BLOCKS = 4;  // of a cluster, and that a layout attends at once
   // Clusters are packed for the KV heads [packed_from, packed_to) at a time: a copy of all keys and
-  // values would be as large as they are.
-  static constexpr int64_t PACKED_BYTES = 4 << 20;
+  // values would be as large as they are, and fewer would be too few for many threads.
+  static constexpr int64_t PACKED_BYTES = 2 << 20;  // a thread
   int64_t packed_from = 0, packed_to = 0;
   std::vector<Number> cluster_key, cluster_value;  // blocks of 16 places
   std::vector<uint32_t> cluster_lanes;             // lane mask; bit 16: values are finite
@@ -168,6 +171,24 @@ struct Attend {
     return last >= W - 1 ? above : above & ((2u << last) - 1);
   }
 
+  // The lanes that the mask in memory lets each row see, of blocks from `base` on; whether there are any.
+  bool read_masks(Scratch& s, const Span& span, int64_t b, int64_t kv, int64_t base, int64_t rows) const {
+    const int64_t length = span.end - span.begin, fresh = from.allowed.head ? rows : length;
+    uint32_t any = 0;
+    for (int64_t i = 0; i < Layout::AT_ONCE; ++i) {
+      const int64_t first = base + i * W, count = std::clamp<int64_t>(g.k_len - first, 0, W);
+      const uint8_t* allowed = from.allowed.data + b * from.allowed.batch + first;
+      uint16_t* masks = &s.masks[i * rows];
+      for (int64_t r = 0; r < fresh; ++r) {
+        const int64_t head = kv * group + r / length, at = span.begin + r % length;
+        masks[r] = (uint16_t)bits_of(allowed + head * from.allowed.head + at * from.allowed.query, count);
+        any |= masks[r];
+      }
+      for (int64_t r = fresh; r < rows; ++r) masks[r] = masks[r - length];
+    }
+    return any != 0;
+  }
+
   void attend_window(Scratch& s, const Span& span, int64_t b, int64_t kv, int64_t rows) const {
     const int64_t length = span.end - span.begin, shift = g.k_len - g.q_len;
     int64_t start = span.low, stop = g.causal ? std::min(span.high, span.end + shift) : span.high;
@@ -178,10 +199,17 @@ struct Attend {
       start = std::max(start, first[0]);
       stop = std::min(stop, last[length - 1] + 1);
     }
+    const bool masked = from.allowed.data != nullptr;
+    if (masked) {
+      const Extent seen = extents.of(&span - tiles.data(), b, kv);
+      start = std::max(start, seen.first);
+      stop = std::min(stop, seen.end);
+    }
     constexpr int64_t N = Layout::AT_ONCE;
     Block<Number> blocks[N];
     uint32_t lanes[N];
     for (int64_t base = start; base < stop; base += N * W) {
+      if (masked && !read_masks(s, span, b, kv, base, rows)) continue;
       uint32_t any = 0;
       for (int64_t i = 0; i < N; ++i) {
         auto at = [&](int j) -> int64_t {
@@ -194,7 +222,7 @@ struct Attend {
         any |= lanes[i] = p.lanes;
       }
       if (!any) continue;
-      if (!from.band && (!g.causal || base + N * W - 1 <= span.begin + shift)) {  // every query attends it
+      if (!from.band && !masked && (!g.causal || base + N * W - 1 <= span.begin + shift)) {  // every query attends it
         for (int64_t i = 0; i < N; ++i) std::fill_n(&s.masks[i * rows], rows, (uint16_t)lanes[i]);
         Layout::attend(s.rows, s.all.data(), rows, blocks, N);
         continue;
@@ -204,6 +232,7 @@ struct Attend {
         any = 0;
         for (int64_t i = 0; i < N; ++i) {
           uint32_t seen = lanes[i];
+          if (masked) seen &= s.masks[i * rows + r];  // what is listed never passes what is read
           if (g.causal) seen &= between(0, span.begin + at + shift - base - i * W);
           if (from.band) seen &= between(first[at] - base - i * W, last[at] - base - i * W);
           s.masks[i * rows + listed] = (uint16_t)seen;
@@ -313,13 +342,14 @@ struct Attend {
 
   void run_all() {
     const int64_t heads = g.batch * g.kv_heads, head_bytes = places * (key_size / W + width) * (int64_t)sizeof(Number);
-    const int64_t at_once = std::clamp<int64_t>(PACKED_BYTES / std::max<int64_t>(head_bytes, 1), 1, heads);
+    const int64_t at_once = std::clamp<int64_t>(PACKED_BYTES * g.threads / std::max<int64_t>(head_bytes, 1), 1, heads);
     cluster_key.resize(at_once * places / W * key_size);
     cluster_value.resize(at_once * places * width);
     cluster_lanes.resize(at_once * places / W);
     centroid_key.resize(at_once * centroid_blocks * key_size);
     centroid_value.resize(at_once * centroid_blocks * W * width);
     centroid_bias.resize(at_once * centroid_blocks * W);
+    if (from.allowed.data) extents.find();
     for (; packed_from < heads; packed_from = packed_to) {
       packed_to = std::min(packed_from + at_once, heads);
       if (router) router->pack(packed_from, packed_to);
@@ -365,9 +395,9 @@ void prescore_route(const Geometry* g, const View* query, const float* mean, con
 void prescore_attend(const Geometry* g, const View* query, const View* key, const View* value, const View* out,
                      const uint8_t* valid, const int32_t* order, const int32_t* routes, const int32_t* row_index,
                      const View* row_key, const View* row_value, const float* row_bias, const View* sink_logit,
-                     const int64_t* band) {
+                     const int64_t* band, const Allowed* allowed) {
   const prescore::Sources from{*key,     *value,     valid,    order,      routes, row_index,
-                               *row_key, *row_value, row_bias, sink_logit, band};
+                               *row_key, *row_value, row_bias, sink_logit, band,   allowed ? *allowed : Allowed{}};
   prescore::attend(*g, from, *query, *out, nullptr, nullptr);
 }
 
@@ -381,6 +411,14 @@ void prescore_route_attend(const Geometry* g, const View* query, const View* key
                                *row_key, *row_value, row_bias, sink_logit};
   prescore::Route route{*g, *query, {mean, spread, bias}, {chunk_mean, chunk_spread, chunk_bias}};
   prescore::attend(*g, from, *query, *out, nullptr, &route);
+}
+
+// Of a mask in memory, how much of what it says is not to be skipped, from 0 to 1.
+void prescore_share(const Geometry* g, const Allowed* allowed, double* share) {
+  const std::vector<prescore::Span> tiles = prescore::spans(*g);
+  prescore::Extents extents{*g, *allowed, tiles};
+  extents.find();
+  *share = extents.share();
 }
 
 // As attend over window, sinks and a learned one, with values of no features: only the sums are wanted.

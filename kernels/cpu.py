@@ -65,6 +65,10 @@ class _View(ctypes.Structure):
     ]
 
 
+class _Allowed(ctypes.Structure):
+    _fields_ = [("data", ctypes.c_void_p), *((name, ctypes.c_int64) for name in ("batch", "head", "query"))]
+
+
 def cache_dir() -> Path:
     """``$TORCHINDUCTOR_CACHE_DIR/prescore``, or Inductor's default folder for this user."""
     root = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
@@ -180,17 +184,33 @@ def attend(
     plan: Plan,
     tile: int = TILE,
     band: torch.Tensor | None = None,
+    allowed: torch.Tensor | None = None,
     softcap: float = 0.0,
 ) -> torch.Tensor:
     """Compiled ``reference.attend``; accumulates in float32, returns the query's dtype.
 
-    ``softcap``: of the logits, 0.0: none. ``band``: of a plan without a limit, the first and the last key that each
-    query may attend, ``[2, Nq]`` int64, which never fall from one query to the next.
+    ``softcap``: of the logits, 0.0: none. Of a plan without a limit, ``band``: the first and the last key that each
+    query may attend, ``[2, Nq]`` int64, which never fall from one query to the next; ``allowed``: which keys it may
+    attend, a bool tensor that broadcasts to ``[B, H, Nq, Nk]``.
 
     The result is laid out as ``[B, Nq, H, Dv]`` in memory, as SDPA's CPU kernel does, so that the
     transpose that follows it in every model is free.
     """
-    return _attended(site, summary, routes, plan, tile, band, softcap)
+    return _attended(site, summary, routes, plan, tile, softcap, band, allowed)
+
+
+def share(allowed: torch.Tensor, query: torch.Size, key: torch.Size, tile: int = TILE) -> float:
+    """The part of a mask's blocks (a tile of queries, some keys) in which it allows any key, from 0.0 to 1.0.
+
+    ``allowed``: as for ``attend``, of a ``[B, H, Nq, D]`` query and a ``[B, Hkv, Nk, D]`` key.
+    """
+    plan = Plan(window=None, sinks=0, routes=0)
+    geometry = _geometry(plan, query, key, 0, key[2], False, 0, 1.0, tile)
+    mask, alive = _allowed(allowed, (*query[:3], key[2]))
+    found = ctypes.c_double()
+    _library().prescore_share(ctypes.byref(geometry), mask, ctypes.byref(found))
+    del alive
+    return found.value
 
 
 def route_attend(site: Operands, summary: Summary, plan: Plan, tile: int = TILE, softcap: float = 0.0) -> torch.Tensor:
@@ -198,7 +218,7 @@ def route_attend(site: Operands, summary: Summary, plan: Plan, tile: int = TILE,
 
     A tile's rows attend their window and sinks, whose sums a share is of, are routed, and attend the rest.
     """
-    return _attended(site, summary, None, plan, tile, None, softcap)
+    return _attended(site, summary, None, plan, tile, softcap)
 
 
 def _attended(
@@ -207,8 +227,9 @@ def _attended(
     routes: torch.Tensor | None,
     plan: Plan,
     tile: int,
-    band: torch.Tensor | None,
     softcap: float,
+    band: torch.Tensor | None = None,
+    allowed: torch.Tensor | None = None,
 ) -> torch.Tensor:
     batch, heads, q_len, dim = site.query.shape
     value_dim, k_len = site.value.shape[3], site.key.shape[2]
@@ -225,7 +246,7 @@ def _attended(
     views, alive = zip(*(_view(t) for t in (site.query, site.key, site.value, out)), strict=True)
     row_views, rows_alive = zip(*(_view(t) for t in (summary.row_key, summary.row_value)), strict=True)
     valid = None if site.valid is None else site.valid.contiguous()
-    ends: list[ctypes.c_void_p | None] = []
+    masks: list[Any] = []
     sink, sink_alive = _sink(site)
     order, index, bias = (t.contiguous() for t in (summary.order, summary.row_index, summary.row_bias))
     if routes is None:
@@ -233,9 +254,10 @@ def _attended(
         chosen, chosen_alive = _levels(summary, plan)
     else:
         run = _library().prescore_attend
-        chosen_alive = [routes.contiguous()]
+        mask, mask_alive = _allowed(allowed, (batch, heads, q_len, k_len))
+        chosen_alive = [routes.contiguous(), *mask_alive]
         chosen = [_pointer(chosen_alive[0])]
-        ends = [None if band is None else _pointer(band)]
+        masks = [None if band is None else _pointer(band), mask]
     run(
         ctypes.byref(geometry),
         *(ctypes.byref(view) for view in views),
@@ -246,7 +268,7 @@ def _attended(
         *(ctypes.byref(view) for view in row_views),
         _pointer(bias),
         sink,
-        *ends,
+        *masks,
     )
     del alive, rows_alive, chosen_alive, sink_alive
     return out.to(site.query.dtype)
@@ -317,6 +339,15 @@ def _sink(site: Operands) -> tuple[Any, torch.Tensor | None]:
         return None, None
     view, owner = _view(site.sink_logit.unsqueeze(3))
     return ctypes.byref(view), owner
+
+
+def _allowed(mask: torch.Tensor | None, shape: tuple[int, ...]) -> tuple[Any, list[torch.Tensor]]:
+    """A mask in memory by reference, None without one, and the tensors that own it."""
+    if mask is None:
+        return None, []
+    owner = mask if mask.stride(3) == 1 and mask.shape[3] == shape[3] else mask.expand(*mask.shape[:3], shape[3])
+    owner = owner if owner.stride(3) == 1 else owner.contiguous()
+    return ctypes.byref(_Allowed(owner.data_ptr(), *owner.expand(shape).stride()[:3])), [owner]
 
 
 def _levels(summary: Summary, plan: Plan) -> tuple[list[ctypes.c_void_p | None], list[torch.Tensor]]:

@@ -46,6 +46,27 @@ _OF_ONE: dict[Any, Any] = {
 
 
 @dataclass(frozen=True)
+class Read:
+    """A tensor of bools that is read once for each pair.
+
+    ``axes``: b, h, q, k, each at most once, or 0, in the order of the tensor's axes. ``forbids``: True hides a key.
+    """
+
+    axes: tuple[Any, ...]
+    forbids: bool
+
+    def allowed(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Where a pair is attended: ``[B or 1, H or 1, Nq or 1, Nk or 1]``."""
+        left = [at for at in self.axes if at != 0]
+        found = tensor.squeeze(tuple(axis for axis, at in enumerate(self.axes) if at == 0))
+        found = found.permute([left.index(at) for at in (B, H, Q, K) if at in left])
+        for axis, at in enumerate((B, H, Q, K)):
+            if at not in left:
+                found = found.unsqueeze(axis)
+        return found.logical_not() if self.forbids else found
+
+
+@dataclass(frozen=True)
 class Logits:
     """``softcap`` c of ``c * tanh(logits / c)`` (0.0: none), then ``bias``, then only where ``allowed``."""
 
@@ -85,6 +106,20 @@ class Logits:
     def only_band(self) -> bool:
         """Whether that is all that is said."""
         return self != NOTHING and replace(self, allowed=self.band().rest) == NOTHING
+
+    @property
+    def read(self) -> Read | None:
+        """What one tensor says of each pair, where that is all that is said."""
+        allowed = self.allowed
+        if replace(self, allowed=sympy.true) != NOTHING or not isinstance(allowed, (sympy.Eq, sympy.Ne)):
+            return None
+        if allowed.rhs != 0 or not isinstance(allowed.lhs, AppliedUndef):
+            return None
+        axes = allowed.lhs.args
+        found = [at for at in axes if at != 0]
+        if not set(found) <= {B, H, Q, K} or len(set(found)) < len(found):
+            return None
+        return Read(axes, isinstance(allowed, sympy.Eq))
 
     @property
     def reach(self) -> Lifted:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import banded, coarse, cpu, reference
+from . import banded, coarse, cpu, masked, reference
 from . import summary as summaries
 from .logits import NOTHING, Logits, by_chunk, named, parse
 from .plan import Plan
@@ -469,12 +469,16 @@ def attend_eager(
     """``attend`` by the compiled CPU kernel or the reference."""
     site = Operands(query, key, value, valid, causal, scale, sink_logit)
     summary = _rows_and_order(order, row_index, row_owner, row_key, row_value, row_bias)
-    routes, settings, given = _or_no_routes(routes, query), Plan.parse(plan), parse(logits)
+    settings, given = Plan.parse(plan), parse(logits)
+    # Without a limit every key is in the window: none is left to route to.
+    routes = _or_no_routes(None if settings.window is None else routes, query)
     if _compiled(query) and given.uncapped == NOTHING:
         return cpu.attend(site, summary, routes, settings, softcap=given.softcap)
     if _compiled(query) and _banded(settings, given):
         near, ends = banded.within(site, banded.ends(given.band(), query.shape[2], key.shape[2], causal))
         return cpu.attend(near, summary, routes, settings, band=ends, softcap=given.softcap)
+    if _compiled(query) and settings.window is None and (read := given.uncapped.read):
+        return masked.attend(site, summary, routes, settings, read.allowed(tensors[0]), given.softcap)
     out = reference.attend(site, summary, routes, settings, given, named(given, tensors))
     return out.transpose(1, 2).contiguous().transpose(1, 2)
 

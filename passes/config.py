@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..kernels.plan import PLAN_FIELDS, OptionError, Plan, check_int
-from .defaults import default_plan
+from .defaults import WHOLE, default_plan
 from .planfile import load
 from .plans import Calibration
 
@@ -131,6 +131,8 @@ class Config(Plan):
         Where these do not go with that default, selected keys with a residual say, they are settings of ``Plan()``.
         ``device``: "cpu", "cuda"; ``length``: of keys; ``pairs``: see ``default_plan``.
         """
+        if "window" in self.given and self.window is None:
+            return WHOLE
         try:
             plan = replace(default_plan(causal, device, length, pairs), **self.own_settings())
         except OptionError:

@@ -22,6 +22,7 @@ from .defaults import WHOLE, WIDEST_BAND_ON_A_GPU
 from .keys import K, Q
 from .masks import Lifted, Mask, attends_itself, lift
 from .plans import SiteKey
+from .read import as_it_comes
 from .report import SiteReport
 from .rules import failed_at, rule_of
 from .site import Attention, Site
@@ -73,6 +74,9 @@ def decide(site: Site, config: Config, key: str = "", known: Lifted | None = Non
         exact = "band" if band and not reason else ""
         if _without_gain(reason) and _alone(site.attention, mask, band):
             return Decision(site, mask, reason, WHOLE, band, "alone")
+    read = _read(site, mask, config, reason)
+    if read is not None:
+        return Decision(site, read, "", WHOLE, exact="mask")
     return Decision(site, mask, reason, None if reason else plan, band, exact)
 
 
@@ -90,6 +94,17 @@ def _alone(attention: Attention, mask: Mask, band: float) -> bool:
     same = known_equal(q_len, k_len)
     least = cost.alone_from(_shape(attention, mask.causal, band), attention.trained)
     return least is not None and at_least(k_len, least) and (same or at_least(q_len, cpu.TILE))
+
+
+def _read(site: Site, mask: Mask, config: Config, reason: str) -> Mask | None:
+    """The mask as it comes, where nothing else is made of it: ``kernels.masked`` is not slower than what is there."""
+    attention = site.attention
+    if attention is None or not reason or reason not in (mask.reason, mask.needs):
+        return None
+    found = None if _generated(attention.device) or attention.trained else as_it_comes(site, mask)
+    q_len, k_len = attention.size(attention.q), attention.size(attention.k)
+    long = found is not None and at_least(k_len, config.min_seq_len)
+    return found if long and (known_equal(q_len, k_len) or at_least(q_len, cpu.TILE)) else None
 
 
 def _band(attention: Attention, mask: Mask) -> float:
@@ -273,6 +288,8 @@ def describe(decision: Decision, kind: str, key: str = "") -> SiteReport:
         costs = dict(_costs(shape, plan if length else None, length))
         if decision.exact == "alone":
             costs["gain"] = None  # of what is not in the cost model
+        if decision.exact == "mask":
+            costs |= dict(prescored_cost=None, density=None, gain=None)  # only the run time knows what it hides
     return SiteReport(
         module=site.module,
         source=site.source,

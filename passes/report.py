@@ -14,6 +14,8 @@ from ..kernels.plan import Plan
 EXACT = {
     "band": "every key that the mask allows is attended, and what lies outside of its band is skipped",
     "alone": "every key that the mask allows is attended, in one kernel: SDPA takes no learned sink and no softcap",
+    "mask": "every key that the mask allows is attended: it is read as it comes, and keys that it hides from all of a "
+    "tile of queries are skipped",
 }
 """What ``SiteReport.exact`` means."""
 
@@ -33,9 +35,10 @@ class SiteReport:
         shape: batch, heads, kv_heads, q_len, k_len, head_dim as ints or symbols.
         exact_cost, prescored_cost: multiply-adds at the sizes compiled for; the latter includes
             scoring and routing, and is None where no plan applies.
-        density: attended pairs, routing counted in / exact pairs; None where kept.
-        gain: time of exact attention / that of all stages, as the cost model expects it; None where kept, or where it
-            does not know what computes the site now.
+        density: attended pairs, routing counted in / exact pairs; None where kept, and where only the run time
+            knows the mask (``exact`` is "mask").
+        gain: time of exact attention / that of all stages, as the cost model expects it; None where kept, where it
+            does not know what computes the site now, and where it does not know the mask.
         rule: how it was recognised (rules.RULES). failed: ``file:line: code`` of the first condition that
             failed, where kept: the mask's line for a mask.
         exact: why a rewritten site attends every key that its mask allows, whatever the plans, a key of ``EXACT``;

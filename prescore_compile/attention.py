@@ -110,6 +110,8 @@ def _check(
         return None
     batch, k_len = key.shape[0], key.shape[2]
     allowed = [(1, 1, 1, k_len), (batch, 1, 1, k_len)]
+    if attn_mask.device != key.device:
+        raise ValueError(f"attn_mask: got one on {attn_mask.device}; allowed: on {key.device}, as query, key and value")
     if attn_mask.dtype != torch.bool or tuple(attn_mask.shape) not in allowed:
         raise ValueError(
             f"attn_mask: got {attn_mask.dtype} {tuple(attn_mask.shape)}; allowed: a bool key padding mask "

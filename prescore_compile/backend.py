@@ -168,11 +168,12 @@ def stages(
             if isinstance(inner, OptionError):
                 raise inner from None
             log.clear()
-            with many_recompiles():
-                again = fresh(model, args, kwargs)[0]
-                torch.compile(again, backend=capture_and_run, dynamic=dynamic)(*own_args, **own_kwargs)
-            # The model's own code objects were compiled: give their recompiles back.
-            torch._dynamo.reset()
+            try:
+                with many_recompiles():
+                    again = fresh(model, args, kwargs)[0]
+                    torch.compile(again, backend=capture_and_run, dynamic=dynamic)(*own_args, **own_kwargs)
+            finally:  # the model's own code objects were compiled: give their recompiles back
+                torch._dynamo.reset()
     for graph in log.graphs:
         if graph.function.startswith(f"{_call.__name__} (") or len(log.graphs) == 1:
             graph.function = ""  # ours, or what was asked about

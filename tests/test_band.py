@@ -229,7 +229,8 @@ def test_what_is_no_band_alone_is_kept_on_a_cpu() -> None:
         "opaque_mask: ": lambda q, k: (k <= q) & (q - k < 100) & (torch.rand(LENGTH, LENGTH) > 0.5),
     }
     for reason, rule in rules.items():
-        (site,) = explain(masked(rule), *[torch.randn(1, 2, LENGTH, 16) for _ in range(3)]).sites
+        trained = [torch.randn(1, 2, LENGTH, 16, requires_grad=True) for _ in range(3)]
+        (site,) = explain(masked(rule), *trained).sites
         assert site.decision == "keep" and site.reason.startswith(reason), site.reason
 
 
@@ -431,5 +432,5 @@ def test_a_model_of_bands_alone_has_nothing_to_calibrate() -> None:
     def model(x: torch.Tensor) -> torch.Tensor:
         return masked(SITES["sliding window"])(x, x, x)
 
-    with pytest.raises(ValueError, match="a band, which is attended whole"):
+    with pytest.raises(ValueError, match="what lies outside of its band is skipped"):
         calibrate(model, [torch.randn(1, 2, 300, 16)], budget=0.5, progress=None)

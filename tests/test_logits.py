@@ -184,7 +184,7 @@ SITES: dict[str, tuple[Any, Any, str, str]] = {
         "softcap 0.0; add 0; where k >= q - 8999",
         "",  # a band, which is attended whole
     ),
-    "documents": (packed, DOCUMENTS, "softcap 0.0; add 0; where Eq(t00(0, q), t00(0, k))", "unsupported_mask: "),
+    "documents": (packed, DOCUMENTS, "softcap 0.0; add 0; where Eq(t00(0, q), t00(0, k))", ""),  # is read
     "softcap": (capped, SLOPES, "softcap 50.0; add 0; where True", ""),
     "softcap and window": (gemma, SLOPES, "softcap 50.0; add 0; where k >= q - 4095", ""),  # a band, too
     "alibi": (alibi, SLOPES, "softcap 0.0; add (k - q)*t00(h); where True", "unsupported_mask: "),

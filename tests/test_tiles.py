@@ -16,6 +16,7 @@ from prescore_compile.kernels import banded, cpu, ops, reference
 from prescore_compile.kernels.logits import K, Logits, Q
 from prescore_compile.kernels.plan import Plan
 from prescore_compile.kernels.reference import Operands
+from prescore_compile.passes.defaults import WHOLE
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason="no C++ compiler")
 WITHOUT = ("-mno-amx-tile", "-mno-amx-bf16", "-mno-avx512f") if platform.machine() == "x86_64" else ()
@@ -110,11 +111,15 @@ def test_any_split_into_tiles_of_queries_or_threads(name: str) -> None:
         torch.set_num_threads(threads)
 
 
-def test_the_future_does_not_show() -> None:
-    plan, site = PLANS["keep and routes"], operands(N, dtype=torch.bfloat16)
+@pytest.mark.parametrize("bad", [0.0, math.nan, math.inf])
+@pytest.mark.parametrize("name", ["whole", "keep and routes", "residual"])
+def test_the_future_does_not_show(name: str, bad: float) -> None:
+    """Not even where later values, of the same blocks, are not finite."""
+    plan, site = (PLANS | {"whole": WHOLE})[name], operands(N, dtype=torch.bfloat16)
     later = [tensor.clone() for tensor in site[:3]]
     for tensor in later:
         tensor[:, :, 100:] = torch.randn_like(tensor[:, :, 100:])
+        tensor[:, :, 103:, ::3] += bad
     a, b = (ops.prescored(s, plan) for s in (site, Operands(*later, None, True, site.scale)))
     assert torch.equal(a[:, :, :100], b[:, :, :100]) and not torch.equal(a, b)
 

@@ -211,7 +211,12 @@ struct Narrow {
   static void attend(Rows& rows, const int32_t* listed, int64_t count, const Block<uint16_t>* blocks, int64_t number) {
     bool finite = true;
     for (int64_t b = 0; b < number; ++b) finite &= blocks[b].finite;
-    if (!finite) return attend_wide(rows, listed, count, blocks, number);
+    if (!finite) return attend_apart(rows, listed, count, blocks, number);
+    attend_finite(rows, listed, count, blocks, number);
+  }
+
+  static void attend_finite(Rows& rows, const int32_t* listed, int64_t count, const Block<uint16_t>* blocks,
+                            int64_t number) {
     for (; number >= 4; number -= 4, blocks += 4) attend_blocks<4>(rows, listed, count, blocks);
     for (; number >= 2; number -= 2, blocks += 2) attend_blocks<2>(rows, listed, count, blocks);
     if (number) attend_blocks<1>(rows, listed, count, blocks);
@@ -294,7 +299,43 @@ struct Narrow {
     store(sum, total);
   }
 
-  // A value that is not finite must reach only the rows that attend it: in float32, row by row.
+  // A value that is not finite must reach only the rows that attend it, and change nothing for the others: they have
+  // products of tiles as ever, where zeros stand for it.
+  static void attend_apart(Rows& rows, const int32_t* listed, int64_t count, const Block<uint16_t>* blocks,
+                           int64_t number) {
+    const int64_t size = W * rows.width;
+    std::vector<uint32_t> bad(number, 0);
+    std::vector<uint16_t> zeroed;
+    for (int64_t b = 0; b < number; ++b) {
+      zeroed.insert(zeroed.end(), blocks[b].value, blocks[b].value + size);
+      for (int64_t j = 0; j < W; ++j)
+        for (int64_t c = 0; c < rows.width; ++c) bad[b] |= (uint32_t)!finite(blocks[b].value[place(c, j)]) << j;
+      for (int64_t j = 0; j < W; ++j)
+        for (int64_t c = 0; c < rows.width; ++c)
+          if (bad[b] >> j & 1) zeroed[b * size + place(c, j)] = 0;
+    }
+    for (const bool reached : {false, true}) {
+      std::vector<int32_t> part;
+      std::vector<std::vector<uint16_t>> masks(number);
+      for (int64_t i = 0; i < count; ++i) {
+        uint32_t seen = 0;
+        for (int64_t b = 0; b < number; ++b) seen |= blocks[b].mask[i] & bad[b];
+        if ((seen != 0) != reached) continue;
+        part.push_back(listed[i]);
+        for (int64_t b = 0; b < number; ++b) masks[b].push_back(blocks[b].mask[i]);
+      }
+      std::vector<Block<uint16_t>> own(blocks, blocks + number);
+      for (int64_t b = 0; b < number; ++b) own[b].mask = masks[b].data();
+      if (reached) return attend_wide(rows, part.data(), part.size(), own.data(), number);
+      for (int64_t b = 0; b < number; ++b) own[b].value = &zeroed[b * size];
+      attend_finite(rows, part.data(), part.size(), own.data(), number);
+    }
+  }
+
+  // Where feature c of the value of key j is in a block.
+  static int64_t place(int64_t c, int64_t j) { return c / W * W * W + (j / 2 * W + c % W) * 2 + j % 2; }
+
+  // Row by row, in float32.
   static void attend_wide(Rows& rows, const int32_t* listed, int64_t count, const Block<uint16_t>* blocks,
                           int64_t number) {
     const int64_t size = steps(rows.dim) * STEP_OF;
@@ -308,7 +349,7 @@ struct Narrow {
         for (int j = 0; j < W; ++j) key[d * W + j] = widen(b->key[(d / 2 * W + j) * 2 + d % 2]);
       for (int j = 0; j < W; ++j)
         for (int64_t c = 0; c < rows.width; ++c)
-          value[j * rows.width + c] = widen(b->value[c / W * W * W + (j / 2 * W + c % W) * 2 + j % 2]);
+          value[j * rows.width + c] = widen(b->value[place(c, j)]);
       const Block<float> wide{key.data(), value.data(), b->bias, b->finite, b->mask};
       Wide::attend(rows, listed, count, &wide, 1);
     }

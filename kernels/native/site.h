@@ -6,6 +6,7 @@
 #include <atomic>
 #include <cstdint>
 #include <cstring>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -80,7 +81,10 @@ void parallel(int64_t first, int64_t last, int64_t threads, Work& work) {
     for (int64_t task; (task = next.fetch_add(1)) < last;) work.run(task, scratch);
   };
   std::vector<std::thread> pool;
-  for (int64_t t = 1; t < std::min(threads, last - first); ++t) pool.emplace_back(loop);
+  try {
+    for (int64_t t = 1; t < std::min(threads, last - first); ++t) pool.emplace_back(loop);
+  } catch (const std::system_error&) {  // no more to be had: those that are there do it
+  }
   loop();
   for (auto& thread : pool) thread.join();
 }

@@ -18,6 +18,7 @@ from ..passes import Config, Report, SiteReport, rewrite
 from ..passes.compat import many_recompiles
 from ..passes.find import bodies
 from ..passes.plans import SiteKey, plans_only
+from ..passes.report import EXACT
 
 Plans = Mapping[SiteKey, Plan]
 """The plan of each site; the others are exact."""
@@ -113,7 +114,7 @@ class Switch:
             if not site.exact:
                 self.sites.setdefault(SiteKey.of(site), site)
         self.kept.update({site.key: site.reason for site in graph.report.kept})
-        self.kept.update({site.key: "a band, which is attended whole" for site in graph.report.sites if site.exact})
+        self.kept.update({site.key: EXACT[site.exact] for site in graph.report.sites if site.exact})
 
         def run(*args: Any) -> Any:
             module, spent = graph.ready(self._config, self._plans)
@@ -147,8 +148,8 @@ class _Graph:
             return self.gm, spent
         module, report = self.rewritten(config, plans)
         for site in report.rewritten:
-            assert site.density is not None
             if not site.exact:
+                assert site.density is not None
                 key = SiteKey.of(site)
                 spent.attended[key] = round(site.density * self.sites[key])
         return module, spent

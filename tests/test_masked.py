@@ -1,0 +1,241 @@
+"""Masks that are not understood, but are there: read as they come on a CPU, and what they hide is skipped."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import check_budget, in_double, operands
+
+from prescore_compile import Config, explain
+from prescore_compile.kernels import cpu, masked, ops
+from prescore_compile.kernels.logits import B, H, K, Logits, Q, parse
+from prescore_compile.kernels.reference import Operands
+from prescore_compile.passes.defaults import WHOLE
+
+pytestmark = pytest.mark.skipif(not cpu.available(), reason="no C++ compiler")
+N = 150
+EVERY = "softcap 0.0; add 0; where Ne(t00(b, h, q, k), 0)"
+
+
+def near(length: int, width: int) -> torch.Tensor:
+    at = torch.arange(length)
+    return (at[:, None] - at).abs() <= width
+
+
+def documents(length: int) -> torch.Tensor:
+    of = torch.arange(length) // 37
+    return of[:, None] == of
+
+
+# Masks [B or 1, H or 1, Nq, Nk] of two batches, 6 heads and N keys.
+MASKS: dict[str, Callable[[], torch.Tensor]] = {
+    "near": lambda: near(N, 5)[None, None],
+    "documents": lambda: documents(N)[None, None],
+    "first and near": lambda: (near(N, 7) | (torch.arange(N) < 3))[None, None],
+    "few": lambda: torch.rand(1, 1, N, N) < 0.03,
+    "of batches": lambda: torch.rand(2, 1, N, N) < 0.03,
+    "of heads": lambda: torch.rand(1, 6, N, N) < torch.tensor([0.3, 0.01, 0.0, 0.0, 0.2, 0.01])[:, None, None],
+    "of all": lambda: torch.rand(2, 6, N, N) < 0.3,
+    "half": lambda: torch.rand(2, 1, N, N) < 0.5,
+    "of queries": lambda: torch.rand(2, 1, N, 1) < 0.5,
+    "of keys": lambda: torch.rand(2, 1, 1, N) < 0.1,
+    "no key": lambda: torch.zeros(1, 1, N, N, dtype=torch.bool),
+    "every key": lambda: torch.ones(1, 1, N, N, dtype=torch.bool),
+    "turned": lambda: torch.rand(1, 1, N, N).lt(0.1).mT,
+    "a part": lambda: torch.rand(2, 3, 2 * N, 3 * N).lt(0.1)[:, 1:2, 5 : 5 + N, 7 : 7 + N],
+    "bytes": lambda: (torch.randint(0, 256, (1, 1, N, N), dtype=torch.uint8) & 0xC4).view(torch.bool),
+}
+
+
+def by_mask(site: Operands, mask: torch.Tensor, softcap: float = 0.0) -> torch.Tensor:
+    """Through the operator, as the pass inserts it."""
+    axes = (symbol if size > 1 else 0 for symbol, size in zip((B, H, Q, K), mask.shape, strict=True))
+    logits = Logits(parse(EVERY).allowed.subs(dict(zip((B, H, Q, K), axes, strict=True))), softcap=softcap)
+    return ops.prescored(site, WHOLE, logits, {"t00": mask})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", MASKS)
+def test_the_mask_is_what_it_says(name: str, dtype: torch.dtype) -> None:
+    site, mask = operands(N, heads=6, dim=20, value_dim=24, causal=False, dtype=dtype), MASKS[name]()
+    for given in (site, site._replace(causal=True, valid=torch.rand(2, N) > 0.1)):
+        check_budget(by_mask(given, mask), by_reference(given, mask), by_reference(in_double(given), mask), times=4)
+
+
+def by_reference(site: Operands, mask: torch.Tensor) -> torch.Tensor:
+    seen = mask != 0
+    if site.valid is not None:
+        seen = seen & site.valid[:, None, None]
+    if site.causal:
+        seen = seen & torch.ones(N, N, dtype=torch.bool).tril()
+    key, value = (t.repeat_interleave(3, 1) for t in (site.key, site.value))
+    logits = (site.query @ key.mT * site.scale).masked_fill(~seen, -math.inf)
+    return logits.softmax(-1).nan_to_num() @ value
+
+
+@pytest.mark.parametrize("softcap", [0.0, 3.0])
+@pytest.mark.parametrize(("queries", "keys"), [(1, N), (40, N), (N, 7), (129, 64), (N, 1)])
+def test_other_lengths_sinks_and_softcaps(queries: int, keys: int, softcap: float) -> None:
+    site = operands(N, causal=False)
+    site = Operands(site.query[:, :, :queries], site.key[:, :, :keys], site.value[:, :, :keys], None, False, 0.25)
+    site = site._replace(sink_logit=torch.randn(2, 4, queries) if softcap else None)
+    mask = torch.rand(2, 1, queries, keys) < 0.2
+    out, want = by_mask(site, mask, softcap), by_mask(in_double(site), mask, softcap)
+    torch.testing.assert_close(out.double(), want, atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_hidden_does_not_change_a_bit(dtype: torch.dtype) -> None:
+    mask = (near(600, 9) & (torch.rand(600, 600) < 0.6))[None, None]  # one that is not left to SDPA
+    site = operands(600, causal=False, dtype=dtype)
+    before = by_mask(site, mask)
+    changed = site._replace(key=site.key.clone(), value=site.value.clone())
+    changed.key[:, :, 77], changed.value[:, :, 77] = math.nan, math.inf
+    after, blind = by_mask(changed, mask), ~mask[0, 0, :, 77]
+    assert torch.equal(after[:, :, blind], before[:, :, blind]) and after[:, :, ~blind].isnan().all()
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_the_share_that_is_not_skipped(name: str) -> None:
+    mask, tile = MASKS[name](), 32
+    sizes = torch.Size((2, 6, N, 16)), torch.Size((2, 2, N, 16))
+    wide = F.pad((mask != 0).expand(-1, -1, N, N), (0, -N % 64, 0, -N % tile))
+    want = wide.unflatten(3, (-1, 64)).unflatten(2, (-1, tile)).any(5).any(3).double().mean()
+    assert cpu.share(mask, *sizes, tile) == pytest.approx(want.item())
+
+
+def test_what_hides_little_is_left_to_sdpa(monkeypatch: pytest.MonkeyPatch) -> None:
+    called = []
+    monkeypatch.setattr(cpu, "attend", lambda *_, **__: called.append(1))
+    site = operands(300, causal=False)
+    for mask, ours in ((torch.ones(300, 300).tril(), False), (near(300, 3), True), (torch.rand(300, 300) < 0.9, False)):
+        called.clear()
+        allowed = mask.bool()[None, None]
+        out = masked.attend(site, Any, Any, WHOLE, allowed, 0.0)  # type: ignore[arg-type]
+        assert bool(called) == ours
+        if not ours:
+            want = F.scaled_dot_product_attention(*site[:3], allowed, scale=site.scale, enable_gqa=True)
+            assert torch.equal(out, want) and out.transpose(1, 2).is_contiguous()
+
+
+# Through the compiler.
+
+LENGTH = 2100
+
+
+class Block(torch.nn.Module):
+    """A model compiled layer by layer: the mask comes from outside."""
+
+    def forward(self, q: Any, k: Any, v: Any, mask: Any) -> Any:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+
+
+def inputs(length: int = LENGTH, grad: bool = False) -> list[torch.Tensor]:
+    return [torch.randn(2, heads, length, 16, requires_grad=grad) for heads in (4, 2, 2)]
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_mask_from_outside(dynamic: bool) -> None:
+    block, lengths = Block(), (LENGTH, LENGTH + 131) if dynamic else (LENGTH,)
+    compiled = torch.compile(block, backend="prescore", options={"inner": "aot_eager"}, dynamic=dynamic)
+    for length in lengths:
+        given = inputs(length)
+        for mask in (near(length, 40).tril(), documents(length), torch.rand(length, length) < 0.8):
+            four = mask.expand(2, 1, -1, -1).clone()
+            four[0, :, :, :9] = False  # padding on the left
+            torch.testing.assert_close(compiled(*given, four), block(*given, four), atol=1e-5, rtol=1e-5)
+    (site,) = explain(block, *given, four).sites
+    assert site.decision == "rewrite" and site.exact == "mask" and site.density is site.gain is None
+
+
+def written(q: Any, k: Any, v: Any) -> Any:
+    """As Pixtral does: one block an image, written into a tensor of the graph."""
+    mask = torch.zeros(q.shape[2], q.shape[2], dtype=torch.bool)
+    for begin, end in ((0, 700), (700, 900), (900, q.shape[2])):
+        mask[begin:end, begin:end] = True
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+
+
+def packed(q: Any, k: Any, v: Any) -> Any:
+    of = (torch.rand(q.shape[2]) < 0.01).cumsum(0)
+    return F.scaled_dot_product_attention(q, k, v, of[:, None] == of, enable_gqa=True)
+
+
+def by_hand(q: Any, k: Any, v: Any, mask: Any) -> Any:
+    k, v = (x.repeat_interleave(2, 1) for x in (k, v))
+    return (q @ k.mT * 0.25).masked_fill(~mask, -math.inf).softmax(-1) @ v
+
+
+TAKEN: dict[str, Callable[..., Any]] = {
+    "written in place": written,
+    "written by hand": lambda q, k, v: by_hand(q, k, v, near(LENGTH, 30) & (torch.rand(LENGTH, LENGTH) < 2)),
+    "documents": packed,
+    "prefix": lambda q, k, v: F.scaled_dot_product_attention(
+        q, k, v, torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril() | (torch.arange(LENGTH) < 500), enable_gqa=True
+    ),
+    "a part of the mask": lambda q, k, v: Block()(q, k, v, torch.rand(3 * LENGTH, LENGTH)[::3] < 0.01),
+}
+
+
+@pytest.mark.parametrize("name", TAKEN)
+def test_masks_of_a_graph(name: str) -> None:
+    fn, given = TAKEN[name], inputs()
+    torch.manual_seed(5)
+    want = fn(*given)
+    torch.manual_seed(5)
+    out = torch.compile(fn, backend="prescore", options={"inner": "aot_eager"})(*given)
+    torch.testing.assert_close(out, want, atol=1e-5, rtol=1e-5)
+    (site,) = explain(fn, *given).sites
+    assert site.exact == "mask", site.reason
+
+
+def changed_before(q: Any, k: Any, v: Any) -> Any:
+    """What hides is not what it was when the logits were filled."""
+    mask = near(LENGTH, 30) & (torch.rand(LENGTH, LENGTH) < 2)
+    logits = (q @ k.repeat_interleave(2, 1).mT).masked_fill(mask, -math.inf)
+    mask.fill_(True)
+    return logits.softmax(-1) @ v.repeat_interleave(2, 1)
+
+
+def the_best(q: Any, k: Any, v: Any) -> Any:
+    """The logits are in memory all the same."""
+    logits = q @ k.repeat_interleave(2, 1).mT
+    return logits.masked_fill(logits < logits.amax(-1, keepdim=True), -math.inf).softmax(-1) @ v.repeat_interleave(2, 1)
+
+
+def finite(q: Any, k: Any, v: Any) -> Any:
+    mask = torch.rand(LENGTH, LENGTH) < 0.5
+    logits = (q @ k.repeat_interleave(2, 1).mT).masked_fill(mask, torch.finfo(q.dtype).min)
+    return logits.softmax(-1) @ v.repeat_interleave(2, 1)
+
+
+LEFT: dict[str, Callable[..., Any]] = {
+    "changed before": changed_before,
+    "made from the logits": the_best,
+    "a finite number": finite,
+    "numbers": lambda q, k, v: Block()(q, k, v, torch.rand(LENGTH, LENGTH)),
+    "numbers, too": lambda q, k, v: by_hand(q, k, v + 0, torch.rand(LENGTH, LENGTH) < 0.5) + Block()(
+        q, k, v, torch.rand(LENGTH, LENGTH)
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LEFT)
+def test_what_is_left_as_it_is(name: str) -> None:
+    site = explain(LEFT[name], *inputs()).sites[-1]
+    assert site.decision == "keep" and site.reason.startswith("opaque_mask"), site.reason
+
+
+def test_gradients_short_masks_few_queries_and_other_devices_are_left() -> None:
+    mask = near(LENGTH, 30)[None, None]
+    assert explain(Block(), *inputs(grad=True), mask).sites[0].reason.startswith("opaque_mask")
+    assert explain(Block(), *inputs(300), mask[..., :300, :300]).sites[0].reason.startswith("opaque_mask")
+    assert explain(Block(), *inputs(300), mask[..., :300, :300], config=Config(min_seq_len=0)).sites[0].exact == "mask"
+    few = [t[:, :, -3:] if at == 0 else t for at, t in enumerate(inputs())]
+    assert explain(Block(), *few, mask[:, :, -3:]).sites[0].reason.startswith("opaque_mask")
+    assert explain(Block(), *inputs(), mask, config=Config(exclude=["*"])).sites[0].reason == "excluded"
