@@ -71,6 +71,11 @@ BAD: dict[str, tuple[Any, dict[str, Any], str]] = {
     "cross": (lambda q, k, v: (q[:, :, :9], k, v), {}, "as many queries as keys"),
     "causal cross": (lambda q, k, v: (q[:, :, :9], k, v), {"is_causal": True}, "as many queries as keys"),
     "dense mask": (lambda q, k, v: (q, k, v), {"attn_mask": torch.ones(150, 150, dtype=torch.bool)}, "key padding"),
+    "a mask elsewhere": (
+        lambda q, k, v: (q, k, v),
+        {"attn_mask": torch.ones(2, 1, 1, 150, dtype=torch.bool, device="meta")},
+        "on cpu",
+    ),
     "float mask": (lambda q, k, v: (q, k, v), {"attn_mask": torch.zeros(2, 1, 1, 150)}, "key padding"),
 }
 

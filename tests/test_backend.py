@@ -154,6 +154,21 @@ def test_a_short_input_runs_the_exact_graph() -> None:
     assert [site.reason for site in report.sites] == ["too_short"] * 2
 
 
+def test_a_model_that_fails_keeps_its_recompiles() -> None:
+    """Looking at one in parts lifts the limit of recompiles, but leaves nothing behind."""
+
+    class Fails(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = x * 2
+            torch._dynamo.graph_break()
+            raise RuntimeError(f"no more of {y.shape}")
+
+    model = Fails()
+    with pytest.raises(RuntimeError, match="no more of"):
+        explain(model, torch.ones(3))
+    assert not torch._dynamo.eval_frame._debug_get_cache_entry_list(Fails.forward.__code__)
+
+
 def test_found_by_name_without_an_import() -> None:
     code = "import torch; print(torch.compile(torch.nn.Linear(3, 3), backend='prescore')(torch.zeros(1, 3)).shape)"
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}

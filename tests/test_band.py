@@ -165,6 +165,15 @@ def test_no_query_and_no_key() -> None:
     assert (ops.prescored(site._replace(causal=False), WHOLE, beyond) == 0).all()
 
 
+def test_routes_without_a_limit_are_none() -> None:
+    """Every key is in the window, and which keys the kernel is handed has nothing to do with clusters."""
+    site, logits = operands(N), Logits(K >= Q - 20)
+    want = ops.prescored(site, WHOLE, logits)
+    for plan in (Plan(window=None), Plan(window=None, sinks=3, keep=4, routes=2, residual=False)):
+        assert torch.equal(ops.prescored(site, plan, logits), want)
+    assert Config(window=None, min_seq_len=0).plan_for(True, "cpu", N) == WHOLE
+
+
 # Through the compiler.
 
 LENGTH = 2300
