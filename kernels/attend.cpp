@@ -413,6 +413,14 @@ void prescore_route_attend(const Geometry* g, const View* query, const View* key
   prescore::attend(*g, from, *query, *out, nullptr, &route);
 }
 
+// A mask of numbers [batch, head, query, key] as bytes; *hides: whether it says no more than that.
+void prescore_as_bytes(const View* mask, const int64_t* sizes, double lowest, int64_t threads, uint8_t* to,
+                       int64_t* hides) {
+  prescore::AsBytes bytes{*mask, sizes[0], sizes[1], sizes[2], sizes[3], (float)lowest, to};
+  prescore::parallel(0, sizes[0] * sizes[1] * sizes[2], threads, bytes);
+  *hides = bytes.hides;
+}
+
 // Of a mask in memory, how much of what it says is not to be skipped, from 0 to 1.
 void prescore_share(const Geometry* g, const Allowed* allowed, double* share) {
   const std::vector<prescore::Span> tiles = prescore::spans(*g);

@@ -47,23 +47,24 @@ _OF_ONE: dict[Any, Any] = {
 
 @dataclass(frozen=True)
 class Read:
-    """A tensor of bools that is read once for each pair.
+    """A tensor that is read once for each pair.
 
-    ``axes``: b, h, q, k, each at most once, or 0, in the order of the tensor's axes. ``forbids``: True hides a key.
+    ``axes``: b, h, q, k, each at most once, or 0, in the order of the tensor's axes. ``says``: "allowed", "hidden" of
+    bools, "added" of numbers.
     """
 
     axes: tuple[Any, ...]
-    forbids: bool
+    says: str
 
-    def allowed(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Where a pair is attended: ``[B or 1, H or 1, Nq or 1, Nk or 1]``."""
+    def of_pairs(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Where a pair is attended, or what is added: ``[B or 1, H or 1, Nq or 1, Nk or 1]``."""
         left = [at for at in self.axes if at != 0]
         found = tensor.squeeze(tuple(axis for axis, at in enumerate(self.axes) if at == 0))
         found = found.permute([left.index(at) for at in (B, H, Q, K) if at in left])
         for axis, at in enumerate((B, H, Q, K)):
             if at not in left:
                 found = found.unsqueeze(axis)
-        return found.logical_not() if self.forbids else found
+        return found.logical_not() if self.says == "hidden" else found
 
 
 @dataclass(frozen=True)
@@ -110,16 +111,17 @@ class Logits:
     @property
     def read(self) -> Read | None:
         """What one tensor says of each pair, where that is all that is said."""
-        allowed = self.allowed
-        if replace(self, allowed=sympy.true) != NOTHING or not isinstance(allowed, (sympy.Eq, sympy.Ne)):
+        allowed, bias = self.allowed, sympy.sympify(self.bias)
+        if self == Logits(bias=bias):
+            atom, says = bias, "added"
+        elif self == Logits(allowed) and isinstance(allowed, (sympy.Eq, sympy.Ne)) and allowed.rhs == 0:
+            atom, says = allowed.lhs, "hidden" if isinstance(allowed, sympy.Eq) else "allowed"
+        else:
             return None
-        if allowed.rhs != 0 or not isinstance(allowed.lhs, AppliedUndef):
+        found = [at for at in atom.args if at != 0]
+        if not isinstance(atom, AppliedUndef) or not set(found) <= {B, H, Q, K} or len(set(found)) < len(found):
             return None
-        axes = allowed.lhs.args
-        found = [at for at in axes if at != 0]
-        if not set(found) <= {B, H, Q, K} or len(set(found)) < len(found):
-            return None
-        return Read(axes, isinstance(allowed, sympy.Eq))
+        return Read(atom.args, says)
 
     @property
     def reach(self) -> Lifted:

@@ -478,7 +478,7 @@ def attend_eager(
         near, ends = banded.within(site, banded.ends(given.band(), query.shape[2], key.shape[2], causal))
         return cpu.attend(near, summary, routes, settings, band=ends, softcap=given.softcap)
     if _compiled(query) and settings.window is None and (read := given.uncapped.read):
-        return masked.attend(site, summary, routes, settings, read.allowed(tensors[0]), given.softcap)
+        return masked.attend(site, summary, routes, settings, read, tensors[0], given.softcap)
     out = reference.attend(site, summary, routes, settings, given, named(given, tensors))
     return out.transpose(1, 2).contiguous().transpose(1, 2)
 

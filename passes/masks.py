@@ -13,6 +13,7 @@ from sympy.core.function import AppliedUndef
 from torch import fx
 
 from ..kernels.logits import NOTHING, Logits, settled
+from ..kernels.masked import LOWEST, LOWEST_HALF
 from .compat import guard_equal, known_equal, symbolic, value_of
 from .elements import Elements, NotClosedForm
 from .extent import TOO_LARGE
@@ -21,12 +22,6 @@ from .keys import B, H, K, Keys, Q, only_of_keys
 from .maths import plain
 from .memory import Memory
 from .site import Add, Attention, Site, Term, Times
-
-LOWEST = -9e8
-"""A logit that this is added to has no weight, in float32, beside one that nothing is added to: -1e9, as any
-dtype rounds it."""
-LOWEST_HALF = -6e4
-"""The same for float16, which ends at -65504."""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from conftest import check_budget, in_double, operands
 
 from prescore_compile import Config, explain
 from prescore_compile.kernels import cpu, masked, ops
-from prescore_compile.kernels.logits import B, H, K, Logits, Q, parse
+from prescore_compile.kernels.logits import B, H, K, Logits, Q, Read, parse
 from prescore_compile.kernels.reference import Operands
 from prescore_compile.passes.defaults import WHOLE
 
@@ -116,11 +116,43 @@ def test_what_hides_little_is_left_to_sdpa(monkeypatch: pytest.MonkeyPatch) -> N
     for mask, ours in ((torch.ones(300, 300).tril(), False), (near(300, 3), True), (torch.rand(300, 300) < 0.9, False)):
         called.clear()
         allowed = mask.bool()[None, None]
-        out = masked.attend(site, Any, Any, WHOLE, allowed, 0.0)  # type: ignore[arg-type]
+        out = masked.attend(site, Any, Any, WHOLE, Read((0, 0, Q, K), "allowed"), allowed, 0.0)  # type: ignore[arg-type]
         assert bool(called) == ours
         if not ours:
             want = F.scaled_dot_product_attention(*site[:3], allowed, scale=site.scale, enable_gqa=True)
             assert torch.equal(out, want) and out.transpose(1, 2).is_contiguous()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", MASKS)
+def test_a_mask_of_numbers(name: str, dtype: torch.dtype) -> None:
+    """Hiding as a bool one does, where each query has a key; as a number, where a query has none."""
+    site, hidden = operands(N, causal=False, dtype=dtype), MASKS[name]() == 0
+    hidden = hidden if hidden.shape[1] == 1 else hidden[:, :1]
+    for number in (torch.finfo(dtype).min, -math.inf):
+        mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill(hidden, number)
+        key, value = (t.repeat_interleave(2, 1) for t in (site.key, site.value))
+        given = [t.double() for t in (site.query, key, value, mask)]
+        out, want = plus(site, mask), F.scaled_dot_product_attention(*given, scale=site.scale)
+        torch.testing.assert_close(out.double(), want, atol=2e-2 if dtype.itemsize == 2 else 1e-5, rtol=2e-2)
+
+
+def plus(site: Operands, mask: torch.Tensor) -> torch.Tensor:
+    axes = (str(symbol) if size > 1 else "0" for symbol, size in zip((B, H, Q, K), mask.shape, strict=True))
+    return ops.prescored(site, WHOLE, parse(f"softcap 0.0; add t00({', '.join(axes)}); where True"), {"t00": mask})
+
+
+def test_numbers_that_do_more_than_hide_are_a_bias() -> None:
+    mask = torch.zeros(2, 1, N, N).masked_fill(torch.rand(2, 1, N, N) < 0.5, -1e9)
+    assert torch.equal(cpu.as_allowed(mask, -9e8), mask == 0)  # type: ignore[arg-type]
+    assert torch.equal(cpu.as_allowed(mask.half(), -6e4), mask == 0)  # type: ignore[arg-type]
+    assert torch.equal(cpu.as_allowed(mask.mT, -9e8), mask.mT == 0)  # type: ignore[arg-type]
+    for at, number in ((0, 1e-30), (N - 1, -1e4), (17, math.nan), (18, math.inf)):
+        other = mask.clone()
+        other[1, 0, 77, at] = number
+        assert cpu.as_allowed(other, -9e8) is None
+    mask[1, 0, N - 1] = -math.inf  # no key is left
+    assert cpu.as_allowed(mask, -9e8) is None
 
 
 # Through the compiler.
@@ -153,12 +185,18 @@ def test_a_mask_from_outside(dynamic: bool) -> None:
     assert site.decision == "rewrite" and site.exact == "mask" and site.density is site.gain is None
 
 
-def written(q: Any, k: Any, v: Any) -> Any:
+def blocks(length: int) -> torch.Tensor:
     """As Pixtral does: one block an image, written into a tensor of the graph."""
-    mask = torch.zeros(q.shape[2], q.shape[2], dtype=torch.bool)
-    for begin, end in ((0, 700), (700, 900), (900, q.shape[2])):
+    mask = torch.zeros(length, length, dtype=torch.bool)
+    for begin, end in ((0, 700), (700, 900), (900, length)):
         mask[begin:end, begin:end] = True
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+    return mask
+
+
+def added(q: Any, k: Any, v: Any, mask: Any) -> Any:
+    """As transformers' ``eager_attention_forward``."""
+    k, v = (x[:, :, None].expand(-1, -1, 2, -1, -1).reshape(q.shape) for x in (k, v))
+    return (q @ k.mT * 0.25 + mask).softmax(-1, dtype=torch.float32).to(q.dtype) @ v
 
 
 def packed(q: Any, k: Any, v: Any) -> Any:
@@ -172,12 +210,18 @@ def by_hand(q: Any, k: Any, v: Any, mask: Any) -> Any:
 
 
 TAKEN: dict[str, Callable[..., Any]] = {
-    "written in place": written,
+    "written in place": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, blocks(q.shape[2]), enable_gqa=True),
     "written by hand": lambda q, k, v: by_hand(q, k, v, near(LENGTH, 30) & (torch.rand(LENGTH, LENGTH) < 2)),
     "documents": packed,
     "prefix": lambda q, k, v: F.scaled_dot_product_attention(
         q, k, v, torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril() | (torch.arange(LENGTH) < 500), enable_gqa=True
     ),
+    "an image a block": lambda q, k, v: F.scaled_dot_product_attention(
+        q, k, v, torch.where(blocks(q.shape[2]), 0.0, torch.finfo(q.dtype).min), enable_gqa=True
+    ),
+    "numbers by hand": lambda q, k, v: added(q, k, v, torch.where(blocks(q.shape[2]), 0.0, -math.inf)),
+    "a bias by hand": lambda q, k, v: added(q, k, v, torch.rand(1, 4, LENGTH, LENGTH)),
+    "a bias": lambda q, k, v: Block()(q, k, v, torch.rand(LENGTH, LENGTH)),
     "a part of the mask": lambda q, k, v: Block()(q, k, v, torch.rand(3 * LENGTH, LENGTH)[::3] < 0.01),
 }
 
@@ -218,11 +262,17 @@ LEFT: dict[str, Callable[..., Any]] = {
     "changed before": changed_before,
     "made from the logits": the_best,
     "a finite number": finite,
-    "numbers": lambda q, k, v: Block()(q, k, v, torch.rand(LENGTH, LENGTH)),
-    "numbers, too": lambda q, k, v: by_hand(q, k, v + 0, torch.rand(LENGTH, LENGTH) < 0.5) + Block()(
-        q, k, v, torch.rand(LENGTH, LENGTH)
+    "two of them": lambda q, k, v: (
+        (
+            (q @ k.repeat_interleave(2, 1).mT).masked_fill(torch.rand(LENGTH, LENGTH) < 0.5, -math.inf)
+            + torch.rand(LENGTH, LENGTH)
+        ).softmax(-1)
+        @ v.repeat_interleave(2, 1)
     ),
-}  # fmt: skip
+    "more than attention takes": lambda q, k, v: (
+        ((q @ k.repeat_interleave(2, 1).mT) + 2 * torch.rand(LENGTH, LENGTH)).softmax(-1) @ v.repeat_interleave(2, 1)
+    ),
+}
 
 
 @pytest.mark.parametrize("name", LEFT)

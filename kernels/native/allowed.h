@@ -43,6 +43,44 @@ inline uint32_t bits_of(const uint8_t* from, int64_t count) {
   return (uint32_t)(ones(eight(from)) * GATHER >> 56 | ones(eight(from + 8)) * GATHER >> 56 << 8);
 }
 
+typedef uint8_t bytes_of_vec __attribute__((vector_size(L)));
+
+// A mask of numbers, which are added to logits, as bytes: 1 for 0.0, 0 for what hides a key, at most `lowest`.
+struct AsBytes {
+  const View& mask;
+  int64_t batch, heads, queries, keys;
+  float lowest;
+  uint8_t* to;
+  std::atomic<bool> hides{true};  // no other number is there, and each query has a key
+
+  using Scratch = std::vector<float>;
+  Scratch scratch() const { return Scratch(keys); }
+
+  void run(int64_t row, Scratch& numbers) {  // one task: one query's
+    if (!hides) return;
+    const int64_t q = row % queries, h = row / queries % heads, b = row / queries / heads;
+    read(mask, b, h, q, keys, numbers.data());
+    const float* from = numbers.data();
+    uint8_t* out = to + row * keys;
+    int64_t k = 0, some = 0, other = 0;
+    ivec zeros = {}, others = {};
+    for (; k + L <= keys; k += L) {
+      const ivec zero = load(from + k) == 0.0f;
+      zeros |= zero;
+      others |= ~(zero | (load(from + k) <= lowest));
+      const auto bytes = __builtin_convertvector(zero, bytes_of_vec);
+      const bytes_of_vec one = bytes & 1;
+      std::memcpy(out + k, &one, L);
+    }
+    for (; k < keys; ++k) {
+      out[k] = from[k] == 0.0f;
+      some |= out[k];
+      other |= !(out[k] || from[k] <= lowest);
+    }
+    if (other || bits(others) || !(some || bits(zeros))) hides = false;
+  }
+};
+
 struct Extent {  // keys from `first` to before `end`, that any of some queries may attend
   int64_t first, end;
 

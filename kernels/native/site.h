@@ -55,7 +55,9 @@ inline int64_t offset(const View& v, int64_t b, int64_t h, int64_t n) {
 inline void read(const View& v, int64_t b, int64_t h, int64_t n, int64_t dim, float* to) {
   if (v.bfloat16) {
     const uint16_t* from = (const uint16_t*)v.data + offset(v, b, h, n);
-    for (int64_t d = 0; d < dim; ++d) to[d] = widen(from[d]);
+    int64_t d = 0;
+    for (; d + L <= dim; d += L) store(to + d, load_narrow(from + d));
+    for (; d < dim; ++d) to[d] = widen(from[d]);
   } else {
     std::memcpy(to, (const float*)v.data + offset(v, b, h, n), dim * sizeof(float));
   }
