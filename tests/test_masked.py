@@ -269,8 +269,9 @@ LEFT: dict[str, Callable[..., Any]] = {
         ).softmax(-1)
         @ v.repeat_interleave(2, 1)
     ),
-    "more than attention takes": lambda q, k, v: (
-        ((q @ k.repeat_interleave(2, 1).mT) + 2 * torch.rand(LENGTH, LENGTH)).softmax(-1) @ v.repeat_interleave(2, 1)
+    "twice": lambda q, k, v: (
+        torch.add(q @ k.repeat_interleave(2, 1).mT, torch.rand(LENGTH, LENGTH), alpha=2).softmax(-1)
+        @ v.repeat_interleave(2, 1)
     ),
 }
 
