@@ -188,7 +188,8 @@ def _summarize_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ..
 
 
 def _summarize_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    found = [None if g is None else rows_backward(g, *ctx.saved_tensors, ctx.length, ctx.plan) for g in grads[6:8]]
+    saved = ctx.saved_tensors  # once: under a checkpoint it is computed again for it, and may be asked for no more
+    found = [None if g is None else rows_backward(g, *saved, ctx.length, ctx.plan) for g in grads[6:8]]
     return found[0], found[1], None, None, None
 
 

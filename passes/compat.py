@@ -20,6 +20,8 @@ import sympy
 import torch
 from torch import fx
 from torch._dynamo.exc import TorchDynamoException, TorchRuntimeError
+from torch._dynamo.guards import GuardBuilder
+from torch._dynamo.source import GlobalStateSource
 from torch._dynamo.utils import get_metrics_context
 from torch._guards import CompileContext, TracingContext, detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -215,6 +217,14 @@ def _range_is_fixed(size: torch.SymInt) -> bool:
 def forward_mode() -> bool:
     """Whether a level of forward-mode AD is open."""
     return bool(forward_ad._current_level >= 0)
+
+
+def guard_forward_mode() -> None:
+    """What is compiled now is compiled anew where a level of forward-mode AD is open, and where it is not."""
+    context = TracingContext.try_get()
+    if context is not None:
+        guard = GlobalStateSource().make_guard(GuardBuilder.DUAL_LEVEL)
+        context.guards_context.dynamo_guards.add(guard)
 
 
 def gradient_stops(source: fx.Node, made: fx.Node) -> bool:

@@ -185,7 +185,7 @@ def _insert(graph: fx.Graph, decision: Decision, rule: str, values: dict[str, An
         site_of = (query, key, value, valid, order, routes, *rows)
         out = call("attend", attend, *site_of, settings, causal, a.scale, *more, *sink)
         if decision.mask.mean and valid is not None:
-            out = or_mean(graph, out, query, value, valid, a, decision.mask)
+            out = or_mean(graph, out, (query, key, value), valid, a, decision.mask)
         out = original(graph, out, (a.batch, a.heads, q_group, _one(a.e)), a.result, sizes)
         out = laid_out_as(graph, out, old)
     node = first.next

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from .kernels import ops
 from .kernels.reference import Operands
 from .passes import Config
+from .passes.compat import forward_mode
 
 
 def attention(
@@ -48,6 +49,11 @@ def attention(
         allowed = "settings of one plan, min_seq_len and only_if_faster"
         raise ValueError(f"config: got {', '.join(names)}, which is for a graph and its sites; allowed: {allowed}")
     valid = _check(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa, config)
+    if forward_mode():
+        raise ValueError("got forward-mode AD (a dual level is open); allowed: gradients in reverse mode")
+    if torch.is_autocast_enabled(query.device.type):  # as SDPA does
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = (tensor.to(dtype) for tensor in (query, key, value))
     scale = max(query.shape[3], 1) ** -0.5 if scale is None else float(scale)
     empty = 0 in (*query.shape, *key.shape, *value.shape)
     if empty or key.shape[2] < config.min_seq_len:

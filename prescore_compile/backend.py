@@ -20,7 +20,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from .cachekey import tagged
 from .kernels.plan import OptionError
 from .passes import Config, Report, rewrite
-from .passes.compat import many_recompiles, no_history
+from .passes.compat import guard_forward_mode, many_recompiles, no_history
 from .passes.dump import dump
 from .passes.plans import absent_from
 from .passes.stages import Log, listening
@@ -51,9 +51,14 @@ def prescore(
         log = Log()
         with listening(log):
             gm, report = rewrite(gm, config)
-        dump(log, folder)
+        try:
+            dump(log, folder)
+        except (OSError, ValueError) as error:
+            raise OptionError("dump", folder, f"a folder that can be written ({error})") from error
     else:
         gm, report = rewrite(gm, config)
+    if report.rewritten:  # the operators have no forward-mode derivative: sites are kept where it is asked for
+        guard_forward_mode()
     _LOG.info("%s", report.line())
     _warn_of_a_foreign_plan(report)
     _warn_of_idle_globs(report, config)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 
 from prescore_compile import Config, attention
 
@@ -86,6 +87,28 @@ def test_bad_input_is_a_clear_error(name: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
         attention(*change(*qkv()), **kwargs, config=SMALL)
     assert "got" in str(caught.value) and "allowed" in str(caught.value)
+
+
+def test_forward_mode_is_a_clear_error() -> None:
+    q, k, v = qkv()
+    with pytest.raises(ValueError, match=r"forward-mode AD.*allowed: gradients in reverse mode"):
+        torch.func.jvp(lambda q: attention(q, k, v, config=SMALL), (q,), (torch.ones_like(q),))
+
+
+def test_autocast_is_as_for_sdpa() -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        got, want = attention(*qkv(), config=SMALL), F.scaled_dot_product_attention(*qkv())
+    assert got.dtype == want.dtype == torch.bfloat16
+
+
+def test_under_a_checkpoint() -> None:
+    q, k, v = (tensor.requires_grad_() for tensor in qkv())
+
+    def run(q: torch.Tensor) -> torch.Tensor:
+        return attention(q, k, v, is_causal=True, config=SMALL)
+
+    got = torch.autograd.grad(torch.utils.checkpoint.checkpoint(run, q, use_reentrant=False).sum(), (q, k, v))
+    torch.testing.assert_close(got, torch.autograd.grad(run(q).sum(), (q, k, v)))
 
 
 OF_A_GRAPH: list[dict[str, Any]] = [

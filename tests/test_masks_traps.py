@@ -12,7 +12,7 @@ import torch
 import torch.autograd.forward_ad as fw
 import torch.nn.functional as F
 
-from prescore_compile import Config
+from prescore_compile import Config, explain
 from prescore_compile.kernels.reference import Operands
 from prescore_compile.passes import rewrite
 
@@ -144,6 +144,64 @@ def test_forward_mode_keeps_the_site(inside: bool) -> None:
     else:
         with fw.dual_level():
             assert run(tangent, *tensors()) == "function_transform"
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+def test_forward_mode_later_is_compiled_anew(inner: str) -> None:
+    """What was compiled without a level would lose the tangents."""
+    q, k, v = tensors()
+    options = dict(inner=inner, only_if_faster=False, min_seq_len=0)
+
+    def fn(q: torch.Tensor) -> torch.Tensor:
+        return (q @ k.mT * 0.3).softmax(-1) @ v
+
+    compiled = torch.compile(fn, backend="prescore", options=options)
+    compiled(q)
+    with fw.dual_level():
+        got, want = (fw.unpack_dual(f(fw.make_dual(q, torch.ones_like(q)))).tangent for f in (compiled, fn))
+    torch.testing.assert_close(got, want)
+
+
+def additive(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, padding: torch.Tensor) -> torch.Tensor:
+    hides = (1.0 - padding[:, None, None].to(q.dtype)) * torch.finfo(q.dtype).min
+    return (q @ k.mT * 0.25 + hides).softmax(-1) @ v
+
+
+def additive_and_causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, padding: torch.Tensor) -> torch.Tensor:
+    causal = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril() & padding[:, None, None]
+    return (q @ k.mT * 0.25 + torch.where(causal, 0.0, torch.finfo(q.dtype).min)).softmax(-1) @ v
+
+
+def of_groups(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, padding: torch.Tensor) -> torch.Tensor:
+    return additive(q, k[:, :1].expand(-1, 2, -1, -1), v[:, :1].expand(-1, 2, -1, -1), padding)
+
+
+@pytest.mark.parametrize("fn", [additive, additive_and_causal, of_groups])
+def test_gradients_of_queries_whose_keys_are_all_hidden_by_a_sum(fn: Any) -> None:
+    """Their weights are all the same, but what is added to logits hides no gradient."""
+    padding = torch.ones(2, 70, dtype=torch.bool)
+    padding[0] = False
+    padding[1, :9] = False
+    leaves = [torch.randn(2, 2, 70, 16, requires_grad=True) for _ in range(3)]
+    options = dict(window=None, min_seq_len=0, only_if_faster=False, inner="aot_eager")
+    compiled, grad = torch.compile(fn, backend="prescore", options=options), torch.randn(2, 2, 70, 16)
+    (site,) = explain(fn, *leaves, padding, config=Config(**options)).sites
+    assert site.decision == "rewrite", site.reason
+    got, want = ([out := f(*leaves, padding), *torch.autograd.grad(out, leaves, grad)] for f in (compiled, fn))
+    torch.testing.assert_close(got, want, atol=2e-6, rtol=1e-5)
+    assert got[1][0].abs().max() > 0.01
+
+
+def test_causal_attention_of_inputs_whose_lengths_change() -> None:
+    """Dynamo has a symbol for the length of each."""
+    found = []
+    compiled = torch.compile(
+        lambda q, k, v: S(q, k, v, is_causal=True),
+        backend=lambda gm, _: found.append(rewrite(gm, Config.exact())[1].sites[0].reason) or gm,
+    )
+    for length in (70, 90, 110):
+        compiled(*[torch.randn(1, 2, length, 16) for _ in range(3)])
+    assert set(found) == {""} and len(found) == 2
 
 
 def test_a_function_transform_elsewhere_does_not() -> None:

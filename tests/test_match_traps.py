@@ -271,7 +271,7 @@ def test_masks_that_grow_with_each_step_are_given_up(step: str) -> None:
                 distance = distance * distance + distance
         return S(q, k, v, mask if step in ("where", "xor") else distance > 0)
 
-    (site,) = unchanged(grown, *qkv(), torch.rand(N, N) > 0.3)
+    (site,) = unchanged(grown, *qkv(requires_grad=True), torch.rand(N, N) > 0.3)
     assert site.reason.startswith("opaque_mask: ") and "operations, written out" in site.reason
 
 
@@ -285,5 +285,5 @@ def test_many_steps_that_only_add_up_are_read() -> None:
             mask = mask & ((document == at).unsqueeze(1) == (document == at))
         return S(q, k, v, mask)
 
-    (site,) = unchanged(documents, *qkv(), torch.randint(0, 40, (N,)))
+    (site,) = unchanged(documents, *qkv(requires_grad=True), torch.randint(0, 40, (N,)))
     assert site.reason.startswith("unsupported_mask: ")

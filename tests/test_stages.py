@@ -148,6 +148,11 @@ def test_the_dump_tells_graphs_apart_and_says_why(tmp_path: Path, monkeypatch: p
     assert "q_len=64" in kernel.splitlines()[1] and "prescore_attend" in kernel
 
 
+def test_a_folder_that_cannot_be_written_is_named() -> None:
+    with pytest.raises(Exception, match=r"option 'dump': got '/proc/none'.*allowed: a folder that can be written"):
+        torch.compile(torch.sin, backend="prescore", options={"inner": "eager", "dump": "/proc/none"})(torch.ones(2))
+
+
 def test_an_option_dumps_too_and_nothing_is_overwritten(tmp_path: Path) -> None:
     for _ in range(2):
         torch._dynamo.reset()
