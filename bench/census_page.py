@@ -35,8 +35,9 @@ _WORDS = """
 behind a module of torch, `hand` is written out. **Kept** is kept exact, by [reason](reasons.md). **Missed** ran
 inside a graph of Dynamo and has no site. **Wrong** is an error beyond the tolerance and beyond what one rounding
 of the weights explains; superglue is the one: it ends in a choice (two points match where each is the other's best),
-and where two scores are nearly equal a rounding decides. An attention **outside** graphs runs between two of them
-(a graph break), where no compiler sees it.
+and where two scores are nearly equal a rounding decides. Where the eager model gives NaN (hand-written attention of a
+query whose keys are all hidden by -inf; it gets 0 here, as from SDPA) nothing is compared. An attention **outside**
+graphs runs between two of them (a graph break), where no compiler sees it.
 """
 
 _NOT_BUILT = """

@@ -136,11 +136,11 @@ def summarize(
         assert scores is not None
         best = _best_of_chunks(scores, member, plan)
     index, owner = _rows(key, value, member, sink, best, plan)
-    return Summary(order, mean, spread, bias, index, owner, *gather_rows(key, value, index, owner, plan))
+    return Summary(order, mean, spread, bias, index, owner, *gather_rows(key, value, index, owner))
 
 
 def gather_rows(
-    key: torch.Tensor, value: torch.Tensor, index: torch.Tensor, owner: torch.Tensor, plan: Plan
+    key: torch.Tensor, value: torch.Tensor, index: torch.Tensor, owner: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Row keys, values and biases from the discrete choice ``(index, owner)``.
 

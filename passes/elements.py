@@ -162,15 +162,11 @@ class Elements:
         try:
             source, moved = pull(node, call, index, self.sizes)
         except NotAView as why:
-            if known and not self._combines(call, value):
+            if known and call.name in _VIEW_NAMES:
                 raise NotClosedForm(f"{node.name}: {why}") from None
         else:
             return self._converted(node, source, moved)
         return self._combined(node, call, value, index)
-
-    @staticmethod
-    def _combines(call: Call, value: torch.Tensor) -> bool:
-        return call.name not in _VIEW_NAMES
 
     def _combined(self, node: fx.Node, call: Call, value: torch.Tensor, index: Index) -> Any:
         name = call.name
@@ -427,7 +423,6 @@ _VIEW_NAMES = {
     "repeat_interleave",
     "select",
     "slice",
-} | {
     "narrow",
     "t",
     "T",

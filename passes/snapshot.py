@@ -10,16 +10,13 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import fx
 
 from .compat import module_path, origins, source_line, value_of
 from .held import digest, held, holding, plain, writing
-
-if TYPE_CHECKING:
-    import networkx
 
 HOLE = "\0"
 """Stands for an input in ``Node.template``."""
@@ -125,19 +122,6 @@ class Snapshot:
     def shape(self) -> tuple[tuple[tuple[str, str, str, str], tuple[int, ...]], ...]:
         """Each node's label and inputs: all that a comparison looks at."""
         return tuple((node.label, node.inputs) for node in self.nodes)
-
-    def dag(self) -> networkx.MultiDiGraph:
-        """The dataflow: nodes are places in the graph (with the ``Node`` as "node"), edges have a "slot"."""
-        import networkx  # slow to import, and seldom needed
-
-        graph = networkx.MultiDiGraph()
-        graph.add_nodes_from((at, {"node": node}) for at, node in enumerate(self.nodes))
-        graph.add_edges_from(
-            (source, at, {"slot": slot})
-            for at, node in enumerate(self.nodes)
-            for slot, source in enumerate(node.inputs)
-        )
-        return graph
 
 
 Graph = fx.GraphModule | fx.Graph | Snapshot

@@ -120,7 +120,7 @@ def test_gradients_are_those_of_the_definition(name: str, causal: bool) -> None:
     detached = site._replace(query=site.query.detach(), key=site.key.detach(), value=site.value.detach())
     summary = summary_of(detached, plan)
     routes = routes_of(detached, summary, plan)
-    rows = gather_rows(site.key, site.value, summary.row_index, summary.row_owner, plan)
+    rows = gather_rows(site.key, site.value, summary.row_index, summary.row_owner)
     summary = summary._replace(row_key=rows[0], row_value=rows[1], row_bias=rows[2])
     tiles = []
     for span in spans(plan, causal, 110, 110, 64):

@@ -134,7 +134,7 @@ def attend(
         return out, sums
     if site.key.shape[2] == 0:
         return out.zero_(), sums.fill_(float("inf"))
-    spec = spec_of(site, routes, plan, lifted, float(more.pop("softcap", 0.0)))
+    spec = spec_of(site, plan, lifted, float(more.pop("softcap", 0.0)))
     values, grid = operands(spec, site, summary, routes, more)
     if site.sink_logit is not None:
         values |= dict(sink_logit=site.sink_logit) | strides("sink_logit", site.sink_logit)
@@ -204,7 +204,7 @@ def about(spec: Spec, stage: str) -> dict[str, str]:
     }
 
 
-def spec_of(site: Operands, routes: torch.Tensor, plan: Plan, lifted: Lifted = NOTHING, softcap: float = 0.0) -> Spec:
+def spec_of(site: Operands, plan: Plan, lifted: Lifted = NOTHING, softcap: float = 0.0) -> Spec:
     """The spec of a site's forward kernel.
 
     Raises:

@@ -297,7 +297,7 @@ def attend_backward(
     if 0 in (batch, heads, q_len, k_len, value.shape[3]):
         of_sink = [] if sink is None else [_zeros(sink)]
         return d_query.zero_(), d_key.zero_(), d_value.zero_(), d_row_key, d_row_value, *of_sink
-    spec = backward_spec(spec_of(site, routes, plan, lifted, float(more.pop("softcap", 0.0))))
+    spec = backward_spec(spec_of(site, plan, lifted, float(more.pop("softcap", 0.0))))
     if grad.stride(3) != 1:
         grad = grad.contiguous()
     values, programs = operands(spec, site, summary, routes, more)

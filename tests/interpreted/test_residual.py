@@ -34,7 +34,7 @@ def test_centroids_are_those_stated(plan: Plan, dtype: torch.dtype) -> None:
     site = operands(135, padded=True, dim=20, value_dim=33, dtype=dtype)
     site = site._replace(key=site.key.transpose(1, 2).contiguous().transpose(1, 2))
     summary, routes = parts(site, plan)
-    got = residual.centroids(spec_of(site, routes, plan), site, summary)
+    got = residual.centroids(spec_of(site, plan), site, summary)
     want = stated.centroids(site.key, site.value, summary.order, plan.cluster)
     eps = torch.finfo(dtype).eps
     for name, w in (("rest_key", want.key), ("rest_value", want.value), ("rest_bias", want.bias)):
@@ -146,7 +146,7 @@ def test_few_queries_continue_a_cache(padded: bool) -> None:
     tail = full._replace(query=full.query[:, :, 146:])
     summary, _ = parts(full, BOTH)
     routes = reference.route(tail.query, summary, BOTH, True, 150, tail.scale)
-    assert spec_of(tail, routes, BOTH).splits > 1
+    assert spec_of(tail, BOTH).splits > 1
     out, _ = attend(tail, summary, routes, BOTH)
     want = reference.attend(in_double(tail), rows_in_double(summary), routes, BOTH)
     torch.testing.assert_close(out.double(), want, atol=1e-5, rtol=1e-5)

@@ -79,7 +79,7 @@ def check(group: int, causal: bool, rows: int, together: bool) -> None:
     routes = routes.masked_fill(routes == CLUSTERS, -1)
     if together:
         routes = routes[:, ::group].repeat_interleave(group, 1)
-    spec = spec_of(site, routes, plan)
+    spec = spec_of(site, plan)
     spec = replace(spec, splits=1, tile=replace(spec.tile, rows=rows))
     lists = union(spec, routes, length, length, 2, CLUSTERS)
     tiles = spec.tiles(length, length)
