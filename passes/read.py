@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from ..kernels.logits import Logits, settled
-from .compat import known_equal, value_of
+from .compat import guard_equal, value_of
 from .masks import Mask, named
 from .site import Add, Attention, Fill, Site
 
@@ -35,7 +35,7 @@ def as_it_comes(site: Site, mask: Mask) -> Mask | None:
     if not at_the_call and site.memory.changes(node, site.output):
         return None
     sizes = {"b": a.size(*a.batch), "h": a.size(*a.heads), "q": a.size(a.q), "k": a.size(a.k), "0": 1}
-    fits = all(known_equal(size, sizes[str(at)]) for size, at in zip(tensor.shape, logits.read.axes, strict=True))
+    fits = all(guard_equal(size, sizes[str(at)]) for size, at in zip(tensor.shape, logits.read.axes, strict=True))
     return Mask(mask.text, logits=logits, loads=(node,)) if fits else None
 
 

@@ -15,6 +15,7 @@ from prescore_compile import Config, explain
 from prescore_compile.kernels import cpu, masked, ops
 from prescore_compile.kernels.logits import B, H, K, Logits, Q, Read, parse
 from prescore_compile.kernels.reference import Operands
+from prescore_compile.passes import rewrite
 from prescore_compile.passes.defaults import WHOLE
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason="no C++ compiler")
@@ -183,6 +184,22 @@ def test_a_mask_from_outside(dynamic: bool) -> None:
             torch.testing.assert_close(compiled(*given, four), block(*given, four), atol=1e-5, rtol=1e-5)
     (site,) = explain(block, *given, four).sites
     assert site.decision == "rewrite" and site.exact == "mask" and site.density is site.gain is None
+
+
+def test_lengths_that_change() -> None:
+    """Dynamo may have a symbol for the length of each input."""
+    found: list[Any] = []
+
+    def backend(gm: Any, _: Any) -> Any:
+        new, report = rewrite(gm)
+        found.extend(site.exact for site in report.sites)
+        return new.forward
+
+    compiled = torch.compile(Block(), backend=backend)
+    for length in (LENGTH, LENGTH + 64, LENGTH + 300):
+        given, mask = inputs(length), near(length, 30)[None, None]
+        torch.testing.assert_close(compiled(*given, mask), Block()(*given, mask), atol=1e-5, rtol=1e-5)
+    assert found == ["mask", "mask"]
 
 
 def blocks(length: int) -> torch.Tensor:
