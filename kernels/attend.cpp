@@ -200,8 +200,9 @@ struct Attend {
       stop = std::min(stop, last[length - 1] + 1);
     }
     const bool masked = from.allowed.data != nullptr;
+    const int64_t tile = &span - tiles.data();
     if (masked) {
-      const Extent seen = extents.of(&span - tiles.data(), b, kv);
+      const Extent seen = extents.of(tile, b, kv);
       start = std::max(start, seen.first);
       stop = std::min(stop, seen.end);
     }
@@ -209,7 +210,7 @@ struct Attend {
     Block<Number> blocks[N];
     uint32_t lanes[N];
     for (int64_t base = start; base < stop; base += N * W) {
-      if (masked && !read_masks(s, span, b, kv, base, rows)) continue;
+      if (masked && !(extents.near(tile, b, kv, base) && read_masks(s, span, b, kv, base, rows))) continue;
       uint32_t any = 0;
       for (int64_t i = 0; i < N; ++i) {
         auto at = [&](int j) -> int64_t {

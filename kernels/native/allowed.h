@@ -92,64 +92,80 @@ struct Extent {  // keys from `first` to before `end`, that any of some queries 
 
 // Where each tile of queries finds its keys, so that a mask is not read again and again where it forbids all.
 struct Extents {
+  static constexpr int64_t BLOCK = 64;  // keys
   const Geometry& g;
   const Allowed& allowed;
   const std::vector<Span>& tiles;
   int64_t batch = allowed.data ? (allowed.batch ? g.batch : 1) : 0, heads = allowed.head ? g.heads : 1;
-  std::vector<Extent> found = std::vector<Extent>(batch * heads * tiles.size());
+  int64_t count = tiles.size(), blocks = (g.k_len + BLOCK - 1) / BLOCK;
+  std::vector<Extent> found = std::vector<Extent>(batch * heads * count);
+  std::vector<uint8_t> some = std::vector<uint8_t>(batch * heads * count * blocks);  // whether any key of a block is
 
   struct Nothing {};
   Nothing scratch() const { return {}; }
 
-  void run(int64_t task, Nothing&) {
-    const int64_t count = tiles.size(), b = task / count / heads, h = task / count % heads;
-    Extent seen{g.k_len, 0};
-    for (int64_t q = tiles[task % count].begin; q < tiles[task % count].end; ++q) {
-      const uint8_t* row = allowed.data + b * allowed.batch + h * allowed.head + q * allowed.query;
-      int64_t first = 0, end = g.k_len;
-      while (first + 8 <= seen.first && !eight(row + first)) first += 8;
-      while (first < seen.first && !row[first]) ++first;
-      while (end - 8 >= seen.end && !eight(row + end - 8)) end -= 8;
-      while (end > seen.end && !row[end - 1]) --end;
-      seen.widen({std::min(first, seen.first), std::max(end, seen.end)});
-      if (!allowed.query) break;
-    }
-    found[task] = seen;
+  const uint8_t* row(int64_t task, int64_t q) const {
+    const int64_t b = task / count / heads, h = task / count % heads;
+    return allowed.data + b * allowed.batch + h * allowed.head + q * allowed.query;
   }
 
-  void find() { parallel(0, (int64_t)found.size(), g.threads, *this); }
-
-  // The share of a tile's blocks of 64 keys in which any of its queries may attend a key, of all tiles.
-  double share() const {
-    constexpr int64_t BLOCK = 64;
-    const int64_t blocks = (g.k_len + BLOCK - 1) / BLOCK;
-    int64_t some = 0;
-    for (int64_t task = 0; task < (int64_t)found.size(); ++task)
-      for (int64_t from = found[task].first / BLOCK * BLOCK; from < found[task].end; from += BLOCK)
-        some += any(task, from, std::min(from + BLOCK, g.k_len));
-    return (double)some / (double)std::max<int64_t>((int64_t)found.size() * blocks, 1);
+  void run(int64_t task, Nothing&) {
+    const Span& tile = tiles[task % count];
+    Extent seen{g.k_len, 0};
+    for (int64_t q = tile.begin; q < (allowed.query ? tile.end : tile.begin + 1); ++q) {
+      const uint8_t* bytes = row(task, q);
+      int64_t first = 0, end = g.k_len;
+      while (first + 8 <= seen.first && !eight(bytes + first)) first += 8;
+      while (first < seen.first && !bytes[first]) ++first;
+      while (end - 8 >= seen.end && !eight(bytes + end - 8)) end -= 8;
+      while (end > seen.end && !bytes[end - 1]) --end;
+      seen.widen({std::min(first, seen.first), std::max(end, seen.end)});
+    }
+    found[task] = seen;
+    for (int64_t block = seen.first / BLOCK; block * BLOCK < seen.end; ++block)
+      some[task * blocks + block] = any(task, block * BLOCK, std::min((block + 1) * BLOCK, g.k_len));
   }
 
   bool any(int64_t task, int64_t from, int64_t end) const {
-    const int64_t count = tiles.size(), b = task / count / heads, h = task / count % heads;
     for (int64_t q = tiles[task % count].begin; q < tiles[task % count].end; ++q) {
-      const uint8_t* row = allowed.data + b * allowed.batch + h * allowed.head + q * allowed.query;
+      const uint8_t* bytes = row(task, q);
       int64_t at = from;
       for (; at + 8 <= end; at += 8)
-        if (eight(row + at)) return true;
+        if (eight(bytes + at)) return true;
       for (; at < end; ++at)
-        if (row[at]) return true;
+        if (bytes[at]) return true;
     }
     return false;
   }
 
-  // Of one tile of a KV head's query heads.
+  void find() { parallel(0, (int64_t)found.size(), g.threads, *this); }
+
+  // The share of blocks, of all tiles, in which any query may attend a key.
+  double share() const {
+    int64_t total = 0;
+    for (const uint8_t one : some) total += one;
+    return (double)total / (double)std::max<int64_t>(some.size(), 1);
+  }
+
+  // Of one tile of a KV head's query heads: `widen` is called with what is found of each that has a mask of its own.
+  template <typename Widen>
+  void each(int64_t tile, int64_t b, int64_t kv, Widen widen) const {
+    const int64_t group = g.heads / g.kv_heads, in_batch = allowed.batch ? b : 0;
+    const int64_t first = allowed.head ? kv * group : 0, last = allowed.head ? first + group : 1;
+    for (int64_t h = first; h < last; ++h) widen((in_batch * heads + h) * count + tile);
+  }
+
   Extent of(int64_t tile, int64_t b, int64_t kv) const {
-    const int64_t group = g.heads / g.kv_heads, count = tiles.size(), in_batch = allowed.batch ? b : 0;
-    if (!allowed.head) return found[in_batch * count + tile];
     Extent seen{g.k_len, 0};
-    for (int64_t h = kv * group; h < (kv + 1) * group; ++h) seen.widen(found[(in_batch * heads + h) * count + tile]);
-    return seen;
+    each(tile, b, kv, [&](int64_t task) { seen.widen(found[task]); });
+    return {seen.first / BLOCK * BLOCK, seen.end};
+  }
+
+  // Whether any of the keys around `key` is allowed.
+  bool near(int64_t tile, int64_t b, int64_t kv, int64_t key) const {
+    bool any = false;
+    each(tile, b, kv, [&](int64_t task) { any |= some[task * blocks + key / BLOCK]; });
+    return any;
   }
 };
 
