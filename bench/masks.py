@@ -2,10 +2,12 @@
 
     python -m bench.masks                    # some minutes; a table and bench/results/masks-cpu.json
     python -m bench.masks --heads 8 8        # as many KV heads as query heads
+    python -m bench.masks --by-hand          # numbers that are added, by what writes attention out
 
 Each result is checked before it is timed: its error against float64, on the last queries, may be twice that of SDPA.
 All ways run in turn and the medians are told. ``read`` has the mask alone, as SDPA has, and finds out each time what it
-hides; FlexAttention is compiled, with a block mask of the same mask that was made before.
+hides; FlexAttention is compiled, with a block mask of the same mask that was made before. By hand is transformers'
+``eager_attention_forward``, compiled by Inductor.
 """
 
 from __future__ import annotations
@@ -29,9 +31,11 @@ from prescore_compile.kernels.logits import parse
 from prescore_compile.kernels.reference import Operands
 from prescore_compile.passes.defaults import WHOLE
 
-RESULTS = Path(__file__).parent / "results" / "masks-cpu.json"
+RESULTS = Path(__file__).parent / "results"
 DIM = 64
 READ = parse("softcap 0.0; add 0; where Ne(t00(0, 0, q, k), 0)")
+ADDED = parse("softcap 0.0; add t00(0, 0, q, k); where True")
+BIAS = "a bias, causal"
 
 
 def documents(q: Any, k: Any) -> Any:
@@ -49,12 +53,32 @@ MASKS: dict[str, Callable[[Any, Any], Any]] = {
     "first 64 and window 256": lambda q, k: (k <= q) & ((k < 64) | (k > q - 256)),
     "half, anywhere": lambda q, k: torch.rand(q.shape[0], k.shape[1], generator=torch.Generator().manual_seed(0)) < 0.5,
     "every key": lambda q, k: (q >= 0) & (k >= 0),
+    BIAS: lambda q, k: k <= q,
 }
 
 
+def by_hand(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scale: float) -> Any:
+    group = query.shape[1] // key.shape[1]
+    key, value = (tensor.repeat_interleave(group, 1) for tensor in (key, value))
+    return (query @ key.mT * scale + mask).softmax(-1, dtype=torch.float32).to(query.dtype) @ value
+
+
+def numbers(name: str, mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What is added to logits instead of the mask."""
+    usual = torch.randn(mask.shape, dtype=dtype) if name == BIAS else torch.zeros(mask.shape, dtype=dtype)
+    return usual.masked_fill(~mask, torch.finfo(dtype).min)
+
+
 def ways(site: Operands, mask: torch.Tensor, flex: bool) -> dict[str, Callable[[], Any]]:
-    """What is measured, by its name; the first is exact attention."""
+    """What is measured, by its name; the first is exact attention. ``mask``: bools, or numbers."""
     n, four, grouped = site.query.shape[2], mask[None, None], site.query.shape[1] != site.key.shape[1]
+    if mask.dtype != torch.bool:
+        torch._dynamo.reset()
+        compiled = torch.compile(by_hand, dynamic=False)
+        return {
+            "by hand": partial(compiled, *site[:3], four, site.scale),
+            "read": partial(ops.prescored, site, WHOLE, ADDED, {"t00": four}),
+        }
     found: dict[str, Callable[[], Any]] = {
         "SDPA": partial(
             F.scaled_dot_product_attention, *site[:3], four, scale=site.scale, enable_gqa=grouped
@@ -76,9 +100,11 @@ def row(name: str, length: int, dtype: torch.dtype, options: argparse.Namespace)
     site = smooth(length, heads, heads // kv_heads, DIM, False, dtype)
     at = torch.arange(length)
     mask = MASKS[name](at[:, None], at[None])
-    runs = ways(site, mask, options.flex)
+    given = numbers(name, mask, dtype) if options.by_hand else mask
+    runs = ways(site, given, options.flex)
     q, k, v = (tensor.double() for tensor in site[:3])
-    few, seen, grouped = q[:, :, -CHECKED:], mask[-CHECKED:], heads != kv_heads
+    few, grouped = q[:, :, -CHECKED:], heads != kv_heads
+    seen = given[-CHECKED:] if given.dtype == torch.bool else given[-CHECKED:].double()
     want = F.scaled_dot_product_attention(few, k, v, seen, scale=site.scale, enable_gqa=grouped)
     errors = errors_of(runs, want, backward=False)
     seconds = interleaved(runs, options.rounds)
@@ -86,7 +112,7 @@ def row(name: str, length: int, dtype: torch.dtype, options: argparse.Namespace)
         "mask": name, "n": length, "heads": f"{heads} / {kv_heads}", "dtype": str(dtype)[6:],
         "share": f"{cpu.share(mask[None, None], site.query.shape, site.key.shape):.2f}",
         **{f"{way}, ms": 1e3 * taken for way, taken in seconds.items()},
-        "faster": seconds["SDPA"] / seconds["read"], "errors": errors,
+        "faster": next(iter(seconds.values())) / seconds["read"], "errors": errors,
     }  # fmt: skip
 
 
@@ -100,11 +126,15 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--no-flex", action="store_false", dest="flex")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--by-hand", action="store_true")
+    parser.add_argument("--out", type=Path)
     parser.set_defaults(backward=False)
     options = parser.parse_args()
+    options.out = options.out or RESULTS / ("masks-by-hand-cpu.json" if options.by_hand else "masks-cpu.json")
     rows = []
     for dtype, name, length in product(options.dtypes, options.masks, options.lengths):
+        if name == BIAS and not options.by_hand:
+            continue
         rows.append(row(name, length, getattr(torch, dtype), options))
         print(rows[-1], flush=True)
     finish(rows, options)

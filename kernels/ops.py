@@ -681,11 +681,11 @@ def _routes(site: Operands, summary: Summary, plan: str, logits: str = "", tenso
 def _route_attend_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     *tensors, plan, causal, scale, sink_logit, ctx.softcap = inputs
     ctx.settings, ctx.padded, ctx.sunk = (plan, causal, scale), tensors[3] is not None, sink_logit is not None
-    ctx.save_for_backward(output, *(t for t in (*tensors, sink_logit) if t is not None))
+    ctx.save_for_backward(*(t for t in (*tensors, sink_logit) if t is not None))
 
 
 def _route_attend_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    out, query, key, value, *rest = ctx.saved_tensors
+    query, key, value, *rest = ctx.saved_tensors
     valid = rest.pop(0) if ctx.padded else None
     sink_logit = rest.pop() if ctx.sunk else None
     summary, (plan, causal, scale) = Summary(*rest), ctx.settings
@@ -693,7 +693,7 @@ def _route_attend_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     logits = Logits(softcap=ctx.softcap).text
     routes = _routes(site, summary, plan, logits)
     operands: tuple[Any, ...] = (*site[:4], summary.order, routes, *summary[4:], *ctx.settings, logits, [], sink_logit)
-    sums = query.new_empty(0, dtype=torch.float32)
+    out, sums = query.new_empty(0), query.new_empty(0, dtype=torch.float32)
     if _generated(query):  # a graph that was lowered for a CPU and moved
         out, sums = attend_forward(*operands)
     d_query, d_key, d_value, d_row_key, d_row_value, d_sink = attend_backward(grad, out, sums, *operands)

@@ -1,4 +1,4 @@
-"""Everything that differs between torch versions or is not part of torch's stable API."""
+"""What differs between torch versions, and what passes need that is not part of torch's stable API."""
 
 from __future__ import annotations
 
@@ -232,6 +232,11 @@ def gradient_stops(source: fx.Node, made: fx.Node) -> bool:
     if not torch.is_grad_enabled() or "example_value" not in made.meta:
         return False
     return bool(value_of(source).requires_grad and not value_of(made).requires_grad)
+
+
+def gradient_wanted(node: fx.Node) -> bool:
+    """Whether a gradient in the node's value is asked for."""
+    return torch.is_grad_enabled() and bool(value_of(node).requires_grad)
 
 
 _VARIABLE = re.compile(r"([LG])\['(\w+)'\]((?:\[\d+\])?)")

@@ -16,7 +16,7 @@ from ..kernels.logits import NOTHING, Logits, parse
 from ..kernels.plan import Plan
 from ..kernels.triton import device
 from . import cost
-from .compat import at_least, forward_mode, hint, known_equal, symbolic, value_of
+from .compat import at_least, forward_mode, gradient_wanted, hint, known_equal, symbolic, value_of
 from .config import Config
 from .defaults import WHOLE, WIDEST_BAND_ON_A_GPU
 from .keys import K, Q
@@ -147,6 +147,9 @@ def _pairs(attention: Attention, mask: Mask, plan: Plan) -> str:
         return f"{mask.needs or 'softcap: ' + format(logits.softcap, 'g')}; a centroid stands for several keys"
     if not mask.needs:
         return ""
+    wanted = [node.name for node in mask.loads if gradient_wanted(node)]
+    if wanted:
+        return f"unsupported_mask: a gradient in {', '.join(wanted)} is asked for"
     taken = _told(logits) and _safe(attention, mask, plan)
     here = value_of(attention.query.node).device
     return "" if taken and all(value_of(node).device == here for node in mask.loads) else mask.needs

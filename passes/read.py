@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from ..kernels.logits import Logits, settled
-from .compat import guard_equal, value_of
+from .compat import gradient_wanted, guard_equal, value_of
 from .masks import Mask, named
 from .site import Add, Attention, Fill, Site
 
@@ -30,6 +30,8 @@ def as_it_comes(site: Site, mask: Mask) -> Mask | None:
     node, logits = found
     tensor = value_of(node)
     if logits.read is None or tensor.device != value_of(a.query.node).device or _made_from(node, a.query.node):
+        return None
+    if gradient_wanted(node):
         return None
     at_the_call = node in site.output.all_input_nodes
     if not at_the_call and site.memory.changes(node, site.output):

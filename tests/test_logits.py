@@ -204,6 +204,17 @@ def test_sites_on_a_gpu_take_masks_and_softcaps(name: str) -> None:
         assert given["logits"] == text and len(given["tensors"]) == len(parse(text).tensors)
 
 
+def test_a_bias_that_is_trained_is_kept_on_a_gpu() -> None:
+    """The operators have no gradient in what logits read."""
+    gm = traced(alibi, *SLOPES, device="cuda")
+    *_, slopes = gm.graph.find_nodes(op="placeholder")
+    slopes.meta["val"].requires_grad_()
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            (site,) = rewrite(gm)[1].sites
+            assert ("a gradient in" in site.reason) == grad and (site.decision == "keep") == grad, site.reason
+
+
 @pytest.mark.parametrize("name", SITES)
 def test_where_masks_are_not_taken_sites_stay_exact(name: str) -> None:
     function, last, _, reason = SITES[name]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from conftest import check_budget, in_double, operands
 
+from bench import masks
 from prescore_compile import Config, explain
 from prescore_compile.kernels import cpu, masked, ops
 from prescore_compile.kernels.logits import B, H, K, Logits, Q, Read, parse
@@ -156,6 +158,17 @@ def test_numbers_that_do_more_than_hide_are_a_bias() -> None:
     assert cpu.as_allowed(mask, -9e8) is None
 
 
+@pytest.mark.parametrize("hand", [False, True])
+def test_the_benchmark_checks_what_it_times(hand: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = Namespace(rounds=1, heads=(2, 1), by_hand=hand, flex=False)
+    row = masks.row("documents", 600, torch.float32, options)
+    assert row["faster"] > 0 and row["errors"]["read"] < 1e-5
+    usual = ops.prescored
+    monkeypatch.setattr(ops, "prescored", lambda *given: usual(*given) + 0.01)
+    with pytest.raises(AssertionError, match=r"wrong result: read is off by 0\.01"):
+        masks.row("documents", 600, torch.float32, options)
+
+
 # Through the compiler.
 
 LENGTH = 2100
@@ -297,6 +310,14 @@ LEFT: dict[str, Callable[..., Any]] = {
 def test_what_is_left_as_it_is(name: str) -> None:
     site = explain(LEFT[name], *inputs()).sites[-1]
     assert site.decision == "keep" and site.reason.startswith("opaque_mask"), site.reason
+
+
+def test_a_bias_that_is_trained_is_left() -> None:
+    """By itself: queries, keys and values are not."""
+    given, bias = inputs(), torch.rand(1, 4, LENGTH, LENGTH, requires_grad=True)
+    assert explain(Block(), *given, bias).sites[0].reason.startswith("opaque_mask")
+    with torch.no_grad():
+        assert explain(Block(), *given, bias).sites[0].exact == "mask"
 
 
 def test_gradients_short_masks_few_queries_and_other_devices_are_left() -> None:
