@@ -53,7 +53,8 @@ class Decision:
 
 def decide(site: Site, config: Config, key: str = "", known: Lifted | None = None) -> Decision:
     """Check, in this order: the user's wish, what is computed, the mask, the plan file, the length, the gain; then,
-    where nothing is to be approximated, whether one kernel that attends all is faster than what is there.
+    where nothing is to be approximated, whether one kernel that attends all is faster than what is there, and where the
+    mask is not taken, whether it can be read as it comes.
 
     ``key``: the site's name in a plan file.
 
@@ -68,7 +69,9 @@ def decide(site: Site, config: Config, key: str = "", known: Lifted | None = Non
     band, exact = 0.0, ""
     if not reason and site.attention is not None:
         band = _band(site.attention, mask)
-        plan, reason = (WHOLE, "") if band else _planned(site.attention, mask, config, key)
+        reason = _pairs(site.attention, mask, WHOLE)  # what no plan takes
+        if not reason:
+            plan, reason = (WHOLE, "") if band else _planned(site.attention, mask, config, key)
         if plan is not None:
             reason = _pairs(site.attention, mask, plan) or _lengths(site.attention, mask, config, plan, band)
         exact = "band" if band and not reason else ""

@@ -14,8 +14,10 @@ from conftest import check_budget, in_double, operands
 
 from bench import masks
 from prescore_compile import Config, explain
+from prescore_compile.calibration import calibrate
 from prescore_compile.kernels import cpu, masked, ops
 from prescore_compile.kernels.logits import B, H, K, Logits, Q, Read, parse
+from prescore_compile.kernels.plan import Plan
 from prescore_compile.kernels.reference import Operands
 from prescore_compile.passes import rewrite
 from prescore_compile.passes.defaults import WHOLE
@@ -213,6 +215,24 @@ def test_lengths_that_change() -> None:
         given, mask = inputs(length), near(length, 30)[None, None]
         torch.testing.assert_close(compiled(*given, mask), Block()(*given, mask), atol=1e-5, rtol=1e-5)
     assert found == ["mask", "mask"]
+
+
+class Packed(torch.nn.Module):
+    """One layer within documents, one without."""
+
+    def forward(self, x: torch.Tensor, of: torch.Tensor) -> torch.Tensor:
+        q = x.unsqueeze(1)
+        q = F.scaled_dot_product_attention(q, q, q, (of[:, None] == of)[None, None])
+        return F.scaled_dot_product_attention(q, q, q, is_causal=True)
+
+
+def test_a_plan_file_leaves_them_alone() -> None:
+    model, given = Packed().eval(), (torch.randn(1, 640, 16), torch.arange(640) // 100)
+    plans = [Plan(window=0, chunk=64, routes=4)]
+    found = calibrate(model, [given], budget=0.9, candidates=plans, progress=None)
+    report = explain(model, *given, config=Config(plan=found, min_seq_len=0, only_if_faster=False))
+    assert [site.exact for site in report.sites] == ["mask", ""] and not report.absent
+    assert all(site.decision == "rewrite" for site in report.sites)
 
 
 def blocks(length: int) -> torch.Tensor:
