@@ -105,17 +105,9 @@ def lift(site: Site, known: Lifted | None = None) -> Mask:
     ):
         return mask
     told = not mask.needs or (mask.keys is not None and mask.logits.only_band and not attention.trained)
-    if attention.trained and added(attention):
-        # What hides logits does not hide their gradients, which ``unattended`` has of plain ones.
-        told &= not attention.softcap and not any(isinstance(term, Times) for term in attention.terms)
     if len(meaning.finite) == 1 and meaning.uniform and told and (not mask.causal or shift == 0):
         return replace(mask, mean=True)
     return Mask(mask.text, reason="additive_mask: finite numbers where padded queries have no key")
-
-
-def added(attention: Attention) -> bool:
-    """Whether something is added to the logits, rather than put in their place."""
-    return any(isinstance(term, Add) for term in attention.terms)
 
 
 def _question(a: Attention) -> Hashable:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from typing import Any
 
 import sympy
 import torch
@@ -14,8 +13,8 @@ from torch import fx
 from ..kernels.band import Band
 from .compat import symbolic, value_of
 from .keys import General, Q
-from .masks import Mask, added
-from .site import Attention
+from .masks import Mask
+from .site import Add, Attention
 
 
 def or_mean(
@@ -32,19 +31,19 @@ def or_mean(
     group = int(a.size(*a.heads)) // int(a.size(*a.kv_heads))
     mean = graph.call_method("mean", (value, 2, True))
     found = graph.call_method("repeat_interleave", (mean, group, 1))
-    if a.trained and added(a):
-        found = graph.call_function(operator.add, (found, _gradients(graph, query, key, value, mean, group, a.scale)))
+    if a.trained and any(isinstance(term, Add) for term in a.terms) and not a.softcap:
+        found = graph.call_function(operator.add, (found, _gradients(graph, query, key, value, mean, group, a)))
     return graph.call_function(torch.where, (some, out, found))
 
 
 def _gradients(
-    graph: fx.Graph, query: fx.Node, key: fx.Node, value: fx.Node, mean: fx.Node, group: int, scale: Any
+    graph: fx.Graph, query: fx.Node, key: fx.Node, value: fx.Node, mean: fx.Node, group: int, a: Attention
 ) -> fx.Node:
     """Zeros that have, in query and key, the gradients of a softmax whose logits are all the same number: what was
     added hides the logits, and not their gradients.
 
     Of ``softmax(s) @ v`` where all weights are 1 / n: d_out @ cov(v, k) * scale in the query, and its transpose in the
-    key.
+    key. (Of softcapped logits they would be another product for each pair: there are none.)
     """
     apart = graph.call_function(operator.sub, (value, mean))
     apart = graph.call_method("transpose", (graph.call_method("detach", (apart,)), 2, 3))
@@ -52,7 +51,7 @@ def _gradients(
     covariance = graph.call_function(torch.matmul, (apart, share))
     covariance = graph.call_method("repeat_interleave", (covariance, group, 1))
     turned = graph.call_method("transpose", (covariance, 2, 3))
-    slope = graph.call_function(operator.mul, (graph.call_function(torch.matmul, (query, turned)), scale))
+    slope = graph.call_function(operator.mul, (graph.call_function(torch.matmul, (query, turned)), a.scale))
     return graph.call_function(operator.sub, (slope, graph.call_method("detach", (slope,))))
 
 

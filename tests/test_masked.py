@@ -173,7 +173,8 @@ def test_the_benchmark_checks_what_it_times(hand: bool, monkeypatch: pytest.Monk
 
 # Through the compiler.
 
-LENGTH = 2100
+LENGTH = 700
+SHORT = Config(min_seq_len=0)
 
 
 class Block(torch.nn.Module):
@@ -190,14 +191,16 @@ def inputs(length: int = LENGTH, grad: bool = False) -> list[torch.Tensor]:
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_a_mask_from_outside(dynamic: bool) -> None:
     block, lengths = Block(), (LENGTH, LENGTH + 131) if dynamic else (LENGTH,)
-    compiled = torch.compile(block, backend="prescore", options={"inner": "aot_eager"}, dynamic=dynamic)
+    compiled = torch.compile(
+        block, backend="prescore", options={"inner": "aot_eager", "min_seq_len": 0}, dynamic=dynamic
+    )
     for length in lengths:
         given = inputs(length)
         for mask in (near(length, 40).tril(), documents(length), torch.rand(length, length) < 0.8):
             four = mask.expand(2, 1, -1, -1).clone()
             four[0, :, :, :9] = False  # padding on the left
             torch.testing.assert_close(compiled(*given, four), block(*given, four), atol=1e-5, rtol=1e-5)
-    (site,) = explain(block, *given, four).sites
+    (site,) = explain(block, *given, four, config=SHORT).sites
     assert site.decision == "rewrite" and site.exact == "mask" and site.density is site.gain is None
 
 
@@ -206,7 +209,7 @@ def test_lengths_that_change() -> None:
     found: list[Any] = []
 
     def backend(gm: Any, _: Any) -> Any:
-        new, report = rewrite(gm)
+        new, report = rewrite(gm, SHORT)
         found.extend(site.exact for site in report.sites)
         return new.forward
 
@@ -238,7 +241,7 @@ def test_a_plan_file_leaves_them_alone() -> None:
 def blocks(length: int) -> torch.Tensor:
     """As Pixtral does: one block an image, written into a tensor of the graph."""
     mask = torch.zeros(length, length, dtype=torch.bool)
-    for begin, end in ((0, 700), (700, 900), (900, length)):
+    for begin, end in ((0, 100), (100, 300), (300, length)):
         mask[begin:end, begin:end] = True
     return mask
 
@@ -264,7 +267,7 @@ TAKEN: dict[str, Callable[..., Any]] = {
     "written by hand": lambda q, k, v: by_hand(q, k, v, near(LENGTH, 30) & (torch.rand(LENGTH, LENGTH) < 2)),
     "documents": packed,
     "prefix": lambda q, k, v: F.scaled_dot_product_attention(
-        q, k, v, torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril() | (torch.arange(LENGTH) < 500), enable_gqa=True
+        q, k, v, torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril() | (torch.arange(LENGTH) < 200), enable_gqa=True
     ),
     "an image a block": lambda q, k, v: F.scaled_dot_product_attention(
         q, k, v, torch.where(blocks(q.shape[2]), 0.0, torch.finfo(q.dtype).min), enable_gqa=True
@@ -282,9 +285,9 @@ def test_masks_of_a_graph(name: str) -> None:
     torch.manual_seed(5)
     want = fn(*given)
     torch.manual_seed(5)
-    out = torch.compile(fn, backend="prescore", options={"inner": "aot_eager"})(*given)
+    out = torch.compile(fn, backend="prescore", options={"inner": "aot_eager", "min_seq_len": 0})(*given)
     torch.testing.assert_close(out, want, atol=1e-5, rtol=1e-5)
-    (site,) = explain(fn, *given).sites
+    (site,) = explain(fn, *given, config=SHORT).sites
     assert site.exact == "mask", site.reason
 
 
@@ -328,23 +331,23 @@ LEFT: dict[str, Callable[..., Any]] = {
 
 @pytest.mark.parametrize("name", LEFT)
 def test_what_is_left_as_it_is(name: str) -> None:
-    site = explain(LEFT[name], *inputs()).sites[-1]
+    site = explain(LEFT[name], *inputs(), config=SHORT).sites[-1]
     assert site.decision == "keep" and site.reason.startswith("opaque_mask"), site.reason
 
 
 def test_a_bias_that_is_trained_is_left() -> None:
     """By itself: queries, keys and values are not."""
     given, bias = inputs(), torch.rand(1, 4, LENGTH, LENGTH, requires_grad=True)
-    assert explain(Block(), *given, bias).sites[0].reason.startswith("opaque_mask")
+    assert explain(Block(), *given, bias, config=SHORT).sites[0].reason.startswith("opaque_mask")
     with torch.no_grad():
-        assert explain(Block(), *given, bias).sites[0].exact == "mask"
+        assert explain(Block(), *given, bias, config=SHORT).sites[0].exact == "mask"
 
 
 def test_gradients_short_masks_few_queries_and_other_devices_are_left() -> None:
     mask = near(LENGTH, 30)[None, None]
-    assert explain(Block(), *inputs(grad=True), mask).sites[0].reason.startswith("opaque_mask")
+    assert explain(Block(), *inputs(grad=True), mask, config=SHORT).sites[0].reason.startswith("opaque_mask")
     assert explain(Block(), *inputs(300), mask[..., :300, :300]).sites[0].reason.startswith("opaque_mask")
-    assert explain(Block(), *inputs(300), mask[..., :300, :300], config=Config(min_seq_len=0)).sites[0].exact == "mask"
+    assert explain(Block(), *inputs(300), mask[..., :300, :300], config=SHORT).sites[0].exact == "mask"
     few = [t[:, :, -3:] if at == 0 else t for at, t in enumerate(inputs())]
-    assert explain(Block(), *few, mask[:, :, -3:]).sites[0].reason.startswith("opaque_mask")
-    assert explain(Block(), *inputs(), mask, config=Config(exclude=["*"])).sites[0].reason == "excluded"
+    assert explain(Block(), *few, mask[:, :, -3:], config=SHORT).sites[0].reason.startswith("opaque_mask")
+    assert explain(Block(), *inputs(), mask, config=Config(min_seq_len=0, exclude=["*"])).sites[0].reason == "excluded"

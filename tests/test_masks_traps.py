@@ -176,7 +176,12 @@ def of_groups(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, padding: torch.
     return additive(q, k[:, :1].expand(-1, 2, -1, -1), v[:, :1].expand(-1, 2, -1, -1), padding)
 
 
-@pytest.mark.parametrize("fn", [additive, additive_and_causal, of_groups])
+def halved(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, padding: torch.Tensor) -> torch.Tensor:
+    hides = (1.0 - padding[:, None, None].to(q.dtype)) * torch.finfo(q.dtype).min
+    return ((q @ k.mT + hides) * 0.5).softmax(-1) @ v
+
+
+@pytest.mark.parametrize("fn", [additive, additive_and_causal, of_groups, halved])
 def test_gradients_of_queries_whose_keys_are_all_hidden_by_a_sum(fn: Any) -> None:
     """Their weights are all the same, but what is added to logits hides no gradient."""
     padding = torch.ones(2, 70, dtype=torch.bool)
