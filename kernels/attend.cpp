@@ -416,8 +416,8 @@ void prescore_route_attend(const Geometry* g, const View* query, const View* key
 
 // A mask of numbers [batch, head, query, key] as bytes; *hides: whether it says no more than that.
 void prescore_as_bytes(const View* mask, const int64_t* sizes, double lowest, int64_t threads, uint8_t* to,
-                       int64_t* hides) {
-  prescore::AsBytes bytes{*mask, sizes[0], sizes[1], sizes[2], sizes[3], (float)lowest, to};
+                       uint8_t* none, int64_t* hides) {
+  prescore::AsBytes bytes{*mask, sizes[0], sizes[1], sizes[2], sizes[3], (float)lowest, to, none};
   prescore::parallel(0, sizes[0] * sizes[1] * sizes[2], threads, bytes);
   *hides = bytes.hides;
 }

@@ -199,20 +199,26 @@ def attend(
     return _attended(site, summary, routes, plan, tile, softcap, band, allowed)
 
 
-def as_allowed(mask: torch.Tensor, lowest: float) -> torch.Tensor | None:
-    """What a mask of numbers ``[B or 1, H or 1, Nq or 1, Nk]`` allows, as bools.
+def as_allowed(mask: torch.Tensor, lowest: float) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """What a mask of numbers ``[B or 1, H or 1, Nq or 1, Nk]`` allows, and which queries have no key, as bools.
 
-    None: it holds other numbers than 0.0 and those up to ``lowest``, or hides every key of a query.
+    None: it holds other numbers than 0.0 and those up to ``lowest``.
     """
-    found = torch.empty(mask.shape, dtype=torch.bool)
+    found, none = torch.empty(mask.shape, dtype=torch.bool), torch.empty(mask.shape[:3], dtype=torch.bool)
     view, owner = _view(mask)
     sizes, hides = (ctypes.c_int64 * 4)(*mask.shape), ctypes.c_int64()
     threads = ctypes.c_int64(torch.get_num_threads())
     _library().prescore_as_bytes(
-        ctypes.byref(view), sizes, ctypes.c_double(lowest), threads, _pointer(found), ctypes.byref(hides)
+        ctypes.byref(view),
+        sizes,
+        ctypes.c_double(lowest),
+        threads,
+        _pointer(found),
+        _pointer(none),
+        ctypes.byref(hides),
     )
     del owner
-    return found if hides.value else None
+    return (found, none) if hides.value else None
 
 
 def share(allowed: torch.Tensor, query: torch.Size, key: torch.Size, tile: int = TILE) -> float:

@@ -34,16 +34,28 @@ def attend(
     softcaps.
     """
     mask = read.of_pairs(tensor)
-    allowed = mask if read.says != "added" else _allowed(mask, site.query.dtype)
+    allowed, none = (mask, None) if read.says != "added" else _hiding(mask, site.query.dtype)
     by_sdpa = site.valid is None and not site.causal and site.sink_logit is None and not softcap
     if allowed is None or (by_sdpa and cpu.share(allowed, site.query.shape, site.key.shape) > DENSEST):
         return _by_sdpa(site, mask)
-    return cpu.attend(site, summary, routes, plan, allowed=allowed, softcap=softcap)
+    out = cpu.attend(site, summary, routes, plan, allowed=allowed, softcap=softcap)
+    return out if none is None else _or_by_sdpa(out, none, site, mask)
 
 
-def _allowed(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
-    """What is left where numbers do no more than to hide keys."""
-    return cpu.as_allowed(mask, LOWEST_HALF if dtype == torch.float16 else LOWEST)
+def _hiding(mask: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """What is allowed where numbers do no more than to hide keys, and which queries have none, if any."""
+    allowed, none = cpu.as_allowed(mask, LOWEST_HALF if dtype == torch.float16 else LOWEST) or (None, None)
+    return allowed, none if none is not None and none.any() else None
+
+
+def _or_by_sdpa(out: torch.Tensor, none: torch.Tensor, site: Operands, mask: torch.Tensor) -> torch.Tensor:
+    """``out``, and what SDPA makes of the queries without a key: a finite number leaves them the mean of all values."""
+    if mask.shape[2] == 1:
+        return _by_sdpa(site, mask)
+    at = none.flatten(0, 1).any(0).nonzero().flatten()
+    few = _by_sdpa(site._replace(query=site.query[:, :, at]), mask[:, :, at])
+    out[:, :, at] = torch.where(none[:, :, at, None], few, out[:, :, at])
+    return out
 
 
 def _by_sdpa(site: Operands, mask: torch.Tensor) -> torch.Tensor:

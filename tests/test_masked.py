@@ -147,17 +147,30 @@ def plus(site: Operands, mask: torch.Tensor) -> torch.Tensor:
     return ops.prescored(site, WHOLE, parse(f"softcap 0.0; add t00({', '.join(axes)}); where True"), {"t00": mask})
 
 
+@pytest.mark.parametrize("number", [torch.finfo(torch.float32).min, -math.inf])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_numbers_that_leave_some_queries_no_key(batch: int, number: float) -> None:
+    """As on the left of a padded batch: SDPA attends these queries, the kernel the others."""
+    site, hidden = operands(600, causal=False), ~near(600, 20).tril().expand(batch, 1, -1, -1)
+    hidden = hidden | (torch.arange(600) < torch.tensor([70, 30])[:batch].view(-1, 1, 1, 1))
+    mask = torch.zeros(hidden.shape).masked_fill(hidden, number)
+    assert cpu.share(~hidden, site.query.shape, site.key.shape) < masked.DENSEST and hidden.all(3).any()
+    key, value = (t.repeat_interleave(2, 1) for t in (site.key, site.value))
+    want = F.scaled_dot_product_attention(site.query, key, value, mask, scale=site.scale)
+    torch.testing.assert_close(plus(site, mask), want, atol=2e-6, rtol=1e-5)
+
+
 def test_numbers_that_do_more_than_hide_are_a_bias() -> None:
     mask = torch.zeros(2, 1, N, N).masked_fill(torch.rand(2, 1, N, N) < 0.5, -1e9)
-    assert torch.equal(cpu.as_allowed(mask, -9e8), mask == 0)  # type: ignore[arg-type]
-    assert torch.equal(cpu.as_allowed(mask.half(), -6e4), mask == 0)  # type: ignore[arg-type]
-    assert torch.equal(cpu.as_allowed(mask.mT, -9e8), mask.mT == 0)  # type: ignore[arg-type]
+    mask[1, 0, 5] = -math.inf  # no key is left
+    for given, lowest in ((mask, -9e8), (mask.half(), -6e4), (mask.bfloat16(), -9e8), (mask.mT, -9e8)):
+        found = cpu.as_allowed(given, lowest)
+        assert found is not None and torch.equal(found[0], given == 0)
+        assert torch.equal(found[1], ~found[0].any(3))
     for at, number in ((0, 1e-30), (N - 1, -1e4), (17, math.nan), (18, math.inf)):
         other = mask.clone()
         other[1, 0, 77, at] = number
         assert cpu.as_allowed(other, -9e8) is None
-    mask[1, 0, N - 1] = -math.inf  # no key is left
-    assert cpu.as_allowed(mask, -9e8) is None
 
 
 @pytest.mark.parametrize("hand", [False, True])

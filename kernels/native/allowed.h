@@ -51,7 +51,8 @@ struct AsBytes {
   int64_t batch, heads, queries, keys;
   float lowest;
   uint8_t* to;
-  std::atomic<bool> hides{true};  // no other number is there, and each query has a key
+  uint8_t* none;                  // of each query: 1 where it has no key
+  std::atomic<bool> hides{true};  // no other number is there
 
   using Scratch = std::vector<float>;
   Scratch scratch() const { return Scratch(keys); }
@@ -77,7 +78,8 @@ struct AsBytes {
       some |= out[k];
       other |= !(out[k] || from[k] <= lowest);
     }
-    if (other || bits(others) || !(some || bits(zeros))) hides = false;
+    none[row] = !(some || bits(zeros));
+    if (other || bits(others)) hides = false;
   }
 };
 
