@@ -66,11 +66,17 @@ def ways(name: str, site: Operands, flex: bool, backward: bool) -> dict[str, Cal
         "band": whole(lambda: ops.prescored(site, WHOLE, logits)),
     }
     if flex:
-        torch._dynamo.reset()
-        blocks = create_block_mask(lambda _b, _h, q, k: rule(q, k), None, None, n, n, device="cpu")
-        run = torch.compile(flex_attention, dynamic=False)
-        found["flex"] = lambda: run(*leaves, block_mask=blocks, scale=site.scale, enable_gqa=group > 1)
+        found["flex"] = by_flex(site, rule)
     return found
+
+
+def by_flex(site: Operands, rule: Rule) -> Callable[[], Any]:
+    """Compiled FlexAttention, with the block mask of ``rule``, which is made now."""
+    torch._dynamo.reset()
+    n, grouped = site.query.shape[2], site.query.shape[1] != site.key.shape[1]
+    blocks = create_block_mask(lambda _b, _h, q, k: rule(q, k), None, None, n, n, device="cpu")
+    run = torch.compile(flex_attention, dynamic=False)
+    return lambda: run(*site[:3], block_mask=blocks, scale=site.scale, enable_gqa=grouped)
 
 
 def check(name: str, site: Operands, runs: dict[str, Callable[[], Any]], backward: bool) -> dict[str, float]:

@@ -21,9 +21,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from bench.bands import CHECKED, errors_of, finish
+from bench.alone import by_hand
+from bench.bands import CHECKED, by_flex, errors_of, finish
 from bench.operands import smooth
 from prescore_compile.demo import interleaved
 from prescore_compile.kernels import cpu, ops
@@ -57,12 +57,6 @@ MASKS: dict[str, Callable[[Any, Any], Any]] = {
 }
 
 
-def by_hand(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scale: float) -> Any:
-    group = query.shape[1] // key.shape[1]
-    key, value = (tensor.repeat_interleave(group, 1) for tensor in (key, value))
-    return (query @ key.mT * scale + mask).softmax(-1, dtype=torch.float32).to(query.dtype) @ value
-
-
 def numbers(name: str, mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """What is added to logits instead of the mask."""
     usual = torch.randn(mask.shape, dtype=dtype) if name == BIAS else torch.zeros(mask.shape, dtype=dtype)
@@ -71,12 +65,12 @@ def numbers(name: str, mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def ways(site: Operands, mask: torch.Tensor, flex: bool) -> dict[str, Callable[[], Any]]:
     """What is measured, by its name; the first is exact attention. ``mask``: bools, or numbers."""
-    n, four, grouped = site.query.shape[2], mask[None, None], site.query.shape[1] != site.key.shape[1]
+    four, grouped = mask[None, None], site.query.shape[1] != site.key.shape[1]
     if mask.dtype != torch.bool:
         torch._dynamo.reset()
         compiled = torch.compile(by_hand, dynamic=False)
         return {
-            "by hand": partial(compiled, *site[:3], four, site.scale),
+            "by hand": partial(compiled, *site[:3], four, None, 0.0, site.scale),
             "read": partial(ops.prescored, site, WHOLE, ADDED, {"t00": four}),
         }
     found: dict[str, Callable[[], Any]] = {
@@ -86,10 +80,7 @@ def ways(site: Operands, mask: torch.Tensor, flex: bool) -> dict[str, Callable[[
         "read": partial(ops.prescored, site, WHOLE, READ, {"t00": four}),
     }  # fmt: skip
     if flex:
-        torch._dynamo.reset()
-        blocks = create_block_mask(lambda _b, _h, q, k: mask[q, k], None, None, n, n, device="cpu")
-        run = torch.compile(flex_attention, dynamic=False)
-        found["flex"] = partial(run, *site[:3], block_mask=blocks, scale=site.scale, enable_gqa=grouped)
+        found["flex"] = by_flex(site, lambda q, k: mask[q, k])
     return found
 
 

@@ -41,7 +41,7 @@ struct Attend {
 
   using Number = typename Layout::Number;
   std::vector<Span> tiles = spans(g);
-  Extents extents{g, from.allowed, tiles};
+  Visible visible{g, from.allowed, tiles};
   int64_t key_size = Layout::key_size(g.dim);
   int64_t group = g.heads / g.kv_heads, width = (g.value_dim + W - 1) / W * W;
   int64_t chunks = (g.k_len + g.chunk - 1) / g.chunk, places = g.routes ? chunks * g.chunk : 0;
@@ -201,16 +201,11 @@ struct Attend {
     }
     const bool masked = from.allowed.data != nullptr;
     const int64_t tile = &span - tiles.data();
-    if (masked) {
-      const Extent seen = extents.of(tile, b, kv);
-      start = std::max(start, seen.first);
-      stop = std::min(stop, seen.end);
-    }
     constexpr int64_t N = Layout::AT_ONCE;
     Block<Number> blocks[N];
     uint32_t lanes[N];
     for (int64_t base = start; base < stop; base += N * W) {
-      if (masked && !(extents.near(tile, b, kv, base) && read_masks(s, span, b, kv, base, rows))) continue;
+      if (masked && !(visible(tile, b, kv, base) && read_masks(s, span, b, kv, base, rows))) continue;
       uint32_t any = 0;
       for (int64_t i = 0; i < N; ++i) {
         auto at = [&](int j) -> int64_t {
@@ -350,7 +345,7 @@ struct Attend {
     centroid_key.resize(at_once * centroid_blocks * key_size);
     centroid_value.resize(at_once * centroid_blocks * W * width);
     centroid_bias.resize(at_once * centroid_blocks * W);
-    if (from.allowed.data) extents.find();
+    if (from.allowed.data) visible.find();
     for (; packed_from < heads; packed_from = packed_to) {
       packed_to = std::min(packed_from + at_once, heads);
       if (router) router->pack(packed_from, packed_to);
@@ -425,9 +420,9 @@ void prescore_as_bytes(const View* mask, const int64_t* sizes, double lowest, in
 // Of a mask in memory, how much of what it says is not to be skipped, from 0 to 1.
 void prescore_share(const Geometry* g, const Allowed* allowed, double* share) {
   const std::vector<prescore::Span> tiles = prescore::spans(*g);
-  prescore::Extents extents{*g, *allowed, tiles};
-  extents.find();
-  *share = extents.share();
+  prescore::Visible visible{*g, *allowed, tiles};
+  visible.find();
+  *share = visible.share();
 }
 
 // As attend over window, sinks and a learned one, with values of no features: only the sums are wanted.

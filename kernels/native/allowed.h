@@ -83,91 +83,54 @@ struct AsBytes {
   }
 };
 
-struct Extent {  // keys from `first` to before `end`, that any of some queries may attend
-  int64_t first, end;
-
-  void widen(Extent other) {
-    first = std::min(first, other.first);
-    end = std::max(end, other.end);
-  }
-};
-
-// Where each tile of queries finds its keys, so that a mask is not read again and again where it forbids all.
-struct Extents {
+// Which blocks of keys each tile of queries may see any key of, so that a mask is not read again where it hides all.
+struct Visible {
   static constexpr int64_t BLOCK = 64;  // keys
   const Geometry& g;
   const Allowed& allowed;
   const std::vector<Span>& tiles;
   int64_t batch = allowed.data ? (allowed.batch ? g.batch : 1) : 0, heads = allowed.head ? g.heads : 1;
   int64_t count = tiles.size(), blocks = (g.k_len + BLOCK - 1) / BLOCK;
-  std::vector<Extent> found = std::vector<Extent>(batch * heads * count);
-  std::vector<uint8_t> some = std::vector<uint8_t>(batch * heads * count * blocks);  // whether any key of a block is
+  std::vector<uint8_t> some = std::vector<uint8_t>(batch * heads * count * blocks);
 
   struct Nothing {};
   Nothing scratch() const { return {}; }
 
-  const uint8_t* row(int64_t task, int64_t q) const {
-    const int64_t b = task / count / heads, h = task / count % heads;
-    return allowed.data + b * allowed.batch + h * allowed.head + q * allowed.query;
-  }
-
   void run(int64_t task, Nothing&) {
     const Span& tile = tiles[task % count];
-    Extent seen{g.k_len, 0};
+    const int64_t b = task / count / heads, h = task / count % heads;
+    uint8_t* own = &some[task * blocks];
     for (int64_t q = tile.begin; q < (allowed.query ? tile.end : tile.begin + 1); ++q) {
-      const uint8_t* bytes = row(task, q);
-      int64_t first = 0, end = g.k_len;
-      while (first + 8 <= seen.first && !eight(bytes + first)) first += 8;
-      while (first < seen.first && !bytes[first]) ++first;
-      while (end - 8 >= seen.end && !eight(bytes + end - 8)) end -= 8;
-      while (end > seen.end && !bytes[end - 1]) --end;
-      seen.widen({std::min(first, seen.first), std::max(end, seen.end)});
+      const uint8_t* row = allowed.data + b * allowed.batch + h * allowed.head + q * allowed.query;
+      for (int64_t block = 0; block < blocks; ++block)
+        if (!own[block]) own[block] = any(row + block * BLOCK, std::min(BLOCK, g.k_len - block * BLOCK));
     }
-    found[task] = seen;
-    for (int64_t block = seen.first / BLOCK; block * BLOCK < seen.end; ++block)
-      some[task * blocks + block] = any(task, block * BLOCK, std::min((block + 1) * BLOCK, g.k_len));
   }
 
-  bool any(int64_t task, int64_t from, int64_t end) const {
-    for (int64_t q = tiles[task % count].begin; q < tiles[task % count].end; ++q) {
-      const uint8_t* bytes = row(task, q);
-      int64_t at = from;
-      for (; at + 8 <= end; at += 8)
-        if (eight(bytes + at)) return true;
-      for (; at < end; ++at)
-        if (bytes[at]) return true;
-    }
-    return false;
+  static bool any(const uint8_t* from, int64_t size) {
+    int64_t at = 0;
+    uint64_t found = 0;
+    for (; at + 8 <= size; at += 8) found |= eight(from + at);
+    for (; at < size; ++at) found |= from[at];
+    return found != 0;
   }
 
-  void find() { parallel(0, (int64_t)found.size(), g.threads, *this); }
+  void find() { parallel(0, batch * heads * count, g.threads, *this); }
 
-  // The share of blocks, of all tiles, in which any query may attend a key.
+  // The share of blocks, of all tiles, that are seen.
   double share() const {
     int64_t total = 0;
     for (const uint8_t one : some) total += one;
     return (double)total / (double)std::max<int64_t>(some.size(), 1);
   }
 
-  // Of one tile of a KV head's query heads: `widen` is called with what is found of each that has a mask of its own.
-  template <typename Widen>
-  void each(int64_t tile, int64_t b, int64_t kv, Widen widen) const {
+  // Whether any query head of a KV head sees, in a tile, the block that `key` is in.
+  bool operator()(int64_t tile, int64_t b, int64_t kv, int64_t key) const {
     const int64_t group = g.heads / g.kv_heads, in_batch = allowed.batch ? b : 0;
     const int64_t first = allowed.head ? kv * group : 0, last = allowed.head ? first + group : 1;
-    for (int64_t h = first; h < last; ++h) widen((in_batch * heads + h) * count + tile);
-  }
-
-  Extent of(int64_t tile, int64_t b, int64_t kv) const {
-    Extent seen{g.k_len, 0};
-    each(tile, b, kv, [&](int64_t task) { seen.widen(found[task]); });
-    return {seen.first / BLOCK * BLOCK, seen.end};
-  }
-
-  // Whether any of the keys around `key` is allowed.
-  bool near(int64_t tile, int64_t b, int64_t kv, int64_t key) const {
-    bool any = false;
-    each(tile, b, kv, [&](int64_t task) { any |= some[task * blocks + key / BLOCK]; });
-    return any;
+    bool found = false;
+    for (int64_t h = first; h < last; ++h) found |= some[((in_batch * heads + h) * count + tile) * blocks + key / BLOCK];
+    return found;
   }
 };
 
