@@ -32,7 +32,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from prescore_compile.kernels.logits import NOTHING, B, H, K, Logits, Q, by_chunk
-from prescore_compile.kernels.ops import _empty_summary
+from prescore_compile.kernels.ops import summarizing
 from prescore_compile.kernels.plan import Plan
 from prescore_compile.kernels.reference import Operands
 from prescore_compile.kernels.summary import Summary
@@ -237,7 +237,7 @@ def _run(variant: Variant, found: list[Launch]) -> None:
             chosen = select.select_segments(*select.select(of_keys, valid, plan), plan)
     if variant.scores:
         return
-    summary = Summary(*_empty_summary(key, value, plan.text))
+    summary = Summary(*summarizing.empty(key, value, plan.text))
     if variant.queries > 1 and rows.fits(plan, variant.dim, value.shape[3]):
         rows.rows(key, value, valid, chosen, plan)
     logits = variant.logits

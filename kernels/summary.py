@@ -60,6 +60,18 @@ class Summary(NamedTuple):
     row_value: torch.Tensor
     row_bias: torch.Tensor
 
+    @classmethod
+    def of_clusters(cls, order: torch.Tensor, mean: torch.Tensor, spread: torch.Tensor, bias: torch.Tensor) -> Summary:
+        """For what reads no rows."""
+        none = mean.new_empty(0)
+        return cls(order, mean, spread, bias, none, none, none, none, none)
+
+    @classmethod
+    def of_rows(cls, order: torch.Tensor, *rows: torch.Tensor) -> Summary:
+        """For what reads no representatives; ``rows``: the last five fields."""
+        none = order.new_empty(0)
+        return cls(order, none, none, none, *rows)
+
 
 def score(
     query: torch.Tensor,

@@ -1,0 +1,39 @@
+"""What runs an operator, and what operators have in common."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import cpu
+from ..triton import device
+
+MAY_WAIT = (torch.Tag.cudagraph_unsafe,)
+"""Of operators that wait for the device with some plans, as a user's scorer may: Inductor leaves them out of graphs."""
+
+
+def as_they_are(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Scores and clusters are float32 under autocast too: it is a module's, not theirs."""
+    return torch.autocast(tensor.device.type, enabled=False)
+
+
+def constant_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.mark_non_differentiable(output)
+    ctx.nothing = tuple([None] * len(given) if isinstance(given, (list, tuple)) else None for given in inputs)
+
+
+def constant_backward(ctx: Any, grad: Tensor | None) -> Any:
+    """What is chosen is a constant: no gradient flows through a score or a route."""
+    return ctx.nothing
+
+
+def compiled(query: Tensor) -> bool:
+    return query.device.type == "cpu" and query.dtype in cpu.DTYPES and cpu.available()
+
+
+def generated(query: Tensor) -> bool:
+    """Whether the generated kernels run: on a GPU that they are written for."""
+    return query.dtype in cpu.DTYPES and not device.why_not(query.device)
