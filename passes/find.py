@@ -15,10 +15,10 @@ from .compat import add_shapes, connect, has_shapes, module_path, source_line, v
 from .emit import Sizes
 from .expand import composite
 from .expand import output_of as output_of_composite
-from .match import match
 from .memory import Memory
 from .sdpa import fused_call, output_of, prove_fused
 from .site import Attention, Site
+from .written import match
 
 
 def find(gm: fx.GraphModule, *inputs: Any) -> list[Site]:
