@@ -35,7 +35,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from bench.operands import counted, smooth
 from prescore_compile import Config
 from prescore_compile.demo import interleaved
-from prescore_compile.kernels import coarse, cpu, ops, reference
+from prescore_compile.kernels import coarse, cpu, ops, reference, routing
 from prescore_compile.kernels.plan import Plan
 from prescore_compile.kernels.reference import Operands
 from prescore_compile.kernels.summary import Summary
@@ -117,7 +117,7 @@ def check(site: Operands, summary: Summary, routes: torch.Tensor, plan: Plan) ->
     error = (cpu.attend(few, summary, some, plan).double() - want).abs().max().item()
     whole = (cpu.attend(site, summary, routes, plan)[:, :, part].double() - want).abs().max().item()
     as_one = (ops.prescored(site, plan)[:, :, part].double() - want).abs().max().item()
-    scores = reference.routing_scores(query.double(), summary, site.scale)
+    scores = routing.routing_scores(query.double(), summary, site.scale)
     mass = reference.mass(few, summary, plan) if plan.needs_mass else None
     best = coarse.route(query, summary, plan, site.causal, site.key.shape[2], site.scale, mass=mass)
     got, want_best = (scores.gather(3, r.long().clamp(min=0)).masked_fill(r < 0, 0).sum(3) for r in (some, best))

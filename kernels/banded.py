@@ -7,8 +7,9 @@ import functools
 import torch
 
 from .band import Band
+from .heads import in_heads, pair_logits
 from .logits import Logits, value
-from .reference import Operands, in_heads, pair_logits, shared_softmax, with_sink
+from .reference import Operands, shared_softmax, with_sink
 
 TILE = 128
 FAR = 2**16

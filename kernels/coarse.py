@@ -3,7 +3,7 @@
 Scoring every cluster for every query costs n^2 / cluster; scoring chunks costs n^2 / chunk, and the
 clusters of ``plan.coarse`` chosen ones a constant a query. The chunks that are not chosen are out,
 so a cluster that stands out inside a dull chunk can be missed: this is another attention than
-``reference.route`` defines, used only where it is asked for.
+``routing.route`` defines, used only where it is asked for.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from collections.abc import Mapping
 
 import torch
 
-from . import reference
-from .layout import spans
-from .logits import NOTHING, Logits
+from . import routing
+from .layout import Span, chunk_of
+from .logits import NO_TENSORS, NOTHING, Logits
 from .plan import Plan
 from .summary import Summary, spread_factor
 
@@ -54,33 +54,26 @@ def route(
     k_len: int,
     scale: float,
     logits: Logits = NOTHING,
-    tensors: Mapping[str, torch.Tensor] = reference.NO_TENSORS,
+    tensors: Mapping[str, torch.Tensor] = NO_TENSORS,
     mass: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The clusters each query attends, of its ``plan.coarse`` best chunks; shapes and ties as ``reference.route``.
+    """The clusters each query attends, of its ``plan.coarse`` best chunks; shapes and ties as ``routing.route``.
 
     That is what a plan of one level gets.
     """
     if not plan.coarse:
-        return reference.route(query, summary, plan, causal, k_len, scale, logits, tensors, mass)
-    batch, heads, q_len, _ = query.shape
+        return routing.route(query, summary, plan, causal, k_len, scale, logits, tensors, mass)
     per_chunk, clusters = plan.chunk // plan.cluster, summary.mean.shape[2]
-    count, chunks = min(plan.routes, clusters), clusters // per_chunk
-    routes = torch.full((batch, heads, q_len, count), -1, dtype=torch.int32, device=query.device)
-    best = best_chunks(query, coarse(summary, plan), plan, causal, k_len, scale, logits, tensors, mass)
-    of_cluster = torch.arange(chunks, device=query.device).repeat_interleave(per_chunk)
-    for span in spans(plan, causal, q_len, k_len, reference.TILE):
-        at = slice(span.begin, span.end)
-        tile = best[:, :, at]
-        chosen = torch.zeros(*tile.shape[:3], chunks + 1, dtype=torch.bool, device=query.device)
-        chosen.scatter_(3, tile.where(tile >= 0, chunks), True)
-        inside = chosen[..., :-1].repeat_interleave(per_chunk, 3)
-        scores = reference.routing_scores(query[:, :, at].float(), summary, scale)
-        scores = reference.reached(scores, span, of_cluster, plan, k_len, logits, tensors)
-        near = None if mass is None else mass[:, :, at]
-        found = reference.choose(scores, summary, inside, count, plan, near)
-        routes[:, :, at] = found.where(found < clusters, -1)
-    return routes
+    best = best_chunks(query, coarse(summary, plan), plan, causal, k_len, scale, logits, tensors, mass).long()
+
+    def inside(span: Span) -> torch.Tensor:
+        tile = best[:, :, span.begin : span.end]
+        read = torch.zeros(*tile.shape[:3], clusters // per_chunk + 1, dtype=torch.bool, device=query.device)
+        read.scatter_(3, tile.where(tile >= 0, clusters // per_chunk), True)
+        return read[..., :-1].repeat_interleave(per_chunk, 3)
+
+    chunks = chunk_of(clusters, plan, query.device)
+    return routing.chosen(query, summary, plan, causal, k_len, scale, logits, tensors, mass, chunks, inside)
 
 
 def best_chunks(
@@ -91,22 +84,12 @@ def best_chunks(
     k_len: int,
     scale: float,
     logits: Logits = NOTHING,
-    tensors: Mapping[str, torch.Tensor] = reference.NO_TENSORS,
+    tensors: Mapping[str, torch.Tensor] = NO_TENSORS,
     mass: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The first of two levels: the chunks ``[B, H, Nq, min(plan.coarse, C)]`` that each query chooses, -1: none.
 
     ``query`` ``[B, H, Nq, D]``; ``level`` as ``coarse`` makes it; ``mass`` as for ``route``.
     """
-    total, first = level.mean.shape[2], plan.first_level
-    chunk = torch.arange(total, device=query.device)
-    best = torch.full((*query.shape[:3], min(first.routes, total)), -1, device=query.device)
-    for span in spans(plan, causal, query.shape[2], k_len, reference.TILE):
-        at = slice(span.begin, span.end)
-        eligible = reference.outside(chunk * plan.chunk, span, causal, k_len)
-        scores = reference.routing_scores(query[:, :, at].float(), level, scale)
-        scores = reference.reached(scores, span, chunk, plan, k_len, logits, tensors)
-        near = None if mass is None else mass[:, :, at]
-        found = reference.choose(scores, level, eligible, first.routes, first, near)
-        best[:, :, at, : found.shape[3]] = found.where(found < total, -1)
-    return best
+    chunks = torch.arange(level.mean.shape[2], device=query.device)
+    return routing.chosen(query, level, plan.first_level, causal, k_len, scale, logits, tensors, mass, chunks)

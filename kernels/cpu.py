@@ -135,7 +135,7 @@ def route(
     scale: float,
     mass: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Compiled ``reference.route``, on two levels ``coarse.route``; query ``[B, H, Nq, D]`` of any of ``DTYPES``."""
+    """Compiled ``routing.route``, on two levels ``coarse.route``; query ``[B, H, Nq, D]`` of any of ``DTYPES``."""
     batch, heads, q_len, dim = query.shape
     count = min(plan.routes, summary.mean.shape[2])
     routes = torch.empty(batch, heads, q_len, count, dtype=torch.int32)

@@ -5,7 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
+
 from .plan import Plan
+
+TILE = 256
+"""Queries that the references work through at a time."""
 
 
 def chunk_count(length: int, chunk: int) -> int:
@@ -73,3 +78,14 @@ def spans(plan: Plan, causal: bool, q_len: int, k_len: int, tile: int) -> Iterat
             finished = total
         yield Span(begin, end, low, high, finished)
         begin = end
+
+
+def chunk_of(clusters: int, plan: Plan, device: torch.device | None) -> torch.Tensor:
+    """The chunk of each cluster: ``[clusters]``."""
+    return torch.arange(clusters, device=device) * plan.cluster // plan.chunk
+
+
+def outside(first_key: torch.Tensor, span: Span, causal: bool, k_len: int) -> torch.Tensor:
+    """Whether chunks that begin at ``first_key`` lie outside a span's window; causal: finished ones only."""
+    high = span.low if causal else k_len
+    return (first_key < high) & ~((first_key >= span.low) & (first_key < span.high))

@@ -149,6 +149,7 @@ class Logits:
 
 
 NOTHING = Logits()
+NO_TENSORS: Mapping[str, torch.Tensor] = {}
 
 
 class _Printer(StrPrinter):  # type: ignore[misc]

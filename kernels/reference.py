@@ -17,23 +17,17 @@ is n x n. Selection is a constant: gradients flow through the attended keys, val
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
-import sympy
 import torch
 
 from .centroids import Centroids, centroids, members_gradient
-from .layout import Span, segments, spans
-from .logits import NOTHING, Logits, by_chunk, pair_places, reach, value
+from .heads import in_heads, pair_logits, per_query_head
+from .layout import TILE, Span, chunk_of, outside, segments, spans
+from .logits import NO_TENSORS, NOTHING, Logits, pair_places
 from .plan import Plan
 from .summary import Summary
-
-TILE = 256
-MOST_GAIN = 70.0
-"""Of a cluster in one head, as a logarithm: float32 holds the sum of as many as there can be."""
-NO_TENSORS: Mapping[str, torch.Tensor] = {}
 
 
 class Operands(NamedTuple):
@@ -68,122 +62,6 @@ def exact(site: Operands) -> torch.Tensor:
     return out
 
 
-def routing_scores(query: torch.Tensor, summary: Summary, scale: float) -> torch.Tensor:
-    """Routing score of every cluster for every query: ``[B, H, Nq, clusters]``.
-
-    ``scale * q . mean_c + |scale| * sqrt(sum_i q_i^2 * 2 ln(count) var_ci)``: the expected best
-    logit of the cluster's keys, were they normal with its mean and variance (the expected maximum
-    of n normals is about sqrt(2 ln n) standard deviations above the mean); with ``plan.spread``, that many times
-    the standard deviation.
-    """
-    spread = pair_logits(query * query, summary.spread.to(query.dtype), 1.0).sqrt()
-    return (
-        pair_logits(query, summary.mean.to(query.dtype), scale)
-        + abs(scale) * spread
-        + _per_query_head(summary.bias, query).unsqueeze(2)
-    )
-
-
-def route(
-    query: torch.Tensor,
-    summary: Summary,
-    plan: Plan,
-    causal: bool,
-    k_len: int,
-    scale: float,
-    logits: Logits = NOTHING,
-    tensors: Mapping[str, torch.Tensor] = NO_TENSORS,
-    mass: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """The clusters each query attends: ``[B, H, Nq, min(routes, clusters)]`` int32, ascending, -1: none.
-
-    Per query and per head, among the clusters of the chunks outside the query's window: causal
-    sites look at finished chunks only. Ties go to the earlier cluster; NaN ranks first. With a ``plan.share``,
-    only clusters that ``worth`` holds for; with ``plan.group_routes``, by what ``together`` gives. ``mass`` is what
-    the function of that name gives, where the plan needs it.
-    """
-    batch, heads, q_len, _ = query.shape
-    clusters = summary.mean.shape[2]
-    count = min(plan.routes, clusters)
-    routes = torch.full((batch, heads, q_len, count), -1, dtype=torch.int32, device=query.device)
-    chunks = chunk_of(clusters, plan, query.device)
-    for span in spans(plan, causal, q_len, k_len, TILE):
-        eligible = outside(chunks * plan.chunk, span, causal, k_len)
-        scores = routing_scores(query[:, :, span.begin : span.end].float(), summary, scale)
-        scores = reached(scores, span, chunks, plan, k_len, logits, tensors)
-        near = None if mass is None else mass[:, :, span.begin : span.end]
-        best = choose(scores, summary, eligible, count, plan, near)
-        routes[:, :, span.begin : span.end] = best.where(best < clusters, -1)
-    return routes
-
-
-def choose(
-    scores: torch.Tensor,
-    summary: Summary,
-    eligible: torch.Tensor,
-    count: int,
-    plan: Plan,
-    mass: torch.Tensor | None,
-) -> torch.Tensor:
-    """The ``count`` clusters, or fewer, that each query head routes to: ``[B, H, T, count]``, as ``best_of`` has them.
-
-    Of the ``eligible``, broadcastable to ``scores`` ``[B, H, T, clusters]``; ``mass`` ``[B, H, T]`` where the plan
-    needs it.
-    """
-    group = plan.together(scores.shape[1] // summary.mean.shape[1])
-    if group > 1:
-        assert mass is not None
-        scores, mass = together(scores, mass, group)
-        eligible = eligible[:, ::group] if eligible.dim() == 4 else eligible
-    return best_of(scores, summary, eligible, count, plan.share, mass).repeat_interleave(group, 1)
-
-
-def together(scores: torch.Tensor, mass: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scores ``[B, Hkv, T, clusters]`` and mass ``[B, Hkv, T]`` of the ``group`` query heads of each KV head as one.
-
-    What a cluster adds to the softmax's sum of a head is counted in that head's ``mass``, and summed over the heads:
-    in each of them, window and sinks weigh one. A gain of NaN is the most there is. A head whose mass is NaN or inf is
-    passed over (routes would not change its result); one of -inf counts as if it were 0.
-    """
-    unit = mass.masked_fill(mass == -math.inf, 0).to(scores.dtype).unsqueeze(3)
-    gains = (scores - unit).nan_to_num(nan=MOST_GAIN, neginf=-math.inf).clamp(max=MOST_GAIN)
-    gains = gains.masked_fill(~(unit < math.inf), -math.inf)
-    heard = mass.isfinite().unflatten(1, (-1, group)).sum(2)
-    return gains.unflatten(1, (-1, group)).logsumexp(2), heard.to(scores.dtype).log()
-
-
-def best_of(
-    scores: torch.Tensor,
-    summary: Summary,
-    eligible: torch.Tensor,
-    count: int,
-    share: float = 0.0,
-    mass: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """The ``count`` best of the last axis, ascending; where there are fewer, its length.
-
-    Of the ``eligible`` that are not empty and, with a ``share``, for which ``worth`` holds. NaN ranks first.
-    """
-    scores = scores.nan_to_num(nan=math.inf, neginf=-math.inf, posinf=math.inf)
-    empty = _per_query_head(summary.bias, scores).unsqueeze(2) == float("-inf")
-    scores = scores.masked_fill(~eligible | empty, float("-inf"))
-    if share:
-        assert mass is not None
-        scores = scores.masked_fill(~worth(scores, mass, share), float("-inf"))
-    best = scores.argsort(dim=3, descending=True, stable=True)[..., :count]
-    return best.where(scores.gather(3, best) > float("-inf"), scores.shape[3]).sort(3).values
-
-
-def worth(scores: torch.Tensor, mass: torch.Tensor, share: float) -> torch.Tensor:
-    """Whether a cluster is expected to have ``share`` of a query's softmax, for scores ``[B, H, T, clusters]``.
-
-    A score stands for the logarithm of what its cluster adds to the softmax's sum, ``mass`` ``[B, H, T]`` for that
-    of the keys that the query attends anyway. NaN hides nothing.
-    """
-    total = torch.logaddexp(scores.logsumexp(3), mass.to(scores.dtype))
-    return ~(scores < (total + math.log(share)).unsqueeze(3))
-
-
 def mass(
     site: Operands,
     summary: Summary,
@@ -202,31 +80,11 @@ def mass(
         key_at, row_at = places_of(site, summary, span)
         keys = logits.applied(pair_logits(here, site.key.float(), site.scale), key_at, tensors)
         rows = logits.applied(pair_logits(here, summary.row_key.float(), site.scale), row_at, tensors)[..., sinks]
-        read = _per_query_head(_rows_read(summary, plan, span), query).unsqueeze(2)[..., sinks]
+        read = per_query_head(_rows_read(summary, plan, span), query).unsqueeze(2)[..., sinks]
         parts = (keys, _in_window(site, span)), (rows, read)
         near = [logit.masked_fill(~seen, float("-inf")) for logit, seen in parts]
         found[:, :, span.begin : span.end] = torch.cat(with_sink(near, site, span.begin, span.end), 3).logsumexp(3)
     return found
-
-
-def reached(
-    scores: torch.Tensor,
-    span: Span,
-    chunks: torch.Tensor,
-    plan: Plan,
-    k_len: int,
-    logits: Logits,
-    tensors: Mapping[str, torch.Tensor],
-) -> torch.Tensor:
-    """Scores of clusters, or of chunks, of ``chunks``: with the bias, -inf where no key may be attended."""
-    if not logits.allowed.has(sympy.Symbol) and logits.bias == 0:
-        return scores
-    q = torch.arange(span.begin, span.end, device=scores.device)
-    at = pair_places(scores.shape[0], scores.shape[1], q, chunks)
-    at |= {"c": chunks, "k_low": chunks * plan.chunk, "k_high": ((chunks + 1) * plan.chunk).clamp(max=k_len) - 1}
-    known = by_chunk(logits, tensors, plan.chunk)
-    scores = scores + value(logits.first_bias, at, known)
-    return scores.masked_fill(~value(reach(logits.allowed), at, known), float("-inf"))
 
 
 def attend(
@@ -277,11 +135,11 @@ def attention_weights(
     key_logits = logits.applied(pair_logits(query, site.key, site.scale), key_at, tensors)
     key_logits = key_logits.masked_fill(~keys, float("-inf"))
     row_logits = logits.applied(pair_logits(query, summary.row_key, site.scale), row_at, tensors)
-    row_logits = row_logits + _per_query_head(summary.row_bias, query).unsqueeze(2).to(query.dtype)
-    row_logits = row_logits.masked_fill(~_per_query_head(rows, query).unsqueeze(2), float("-inf"))
+    row_logits = row_logits + per_query_head(summary.row_bias, query).unsqueeze(2).to(query.dtype)
+    row_logits = row_logits.masked_fill(~per_query_head(rows, query).unsqueeze(2), float("-inf"))
     sources = [key_logits, row_logits]
     if rest is not None:
-        bias = _per_query_head(rest.bias, query).unsqueeze(2).to(query.dtype)
+        bias = per_query_head(rest.bias, query).unsqueeze(2).to(query.dtype)
         unread = _read_residual(routes, rest, plan, span, site)
         sources.append((pair_logits(query, rest.key, site.scale) + bias).masked_fill(~unread, float("-inf")))
     return shared_softmax(with_sink(sources, site, span.begin, span.end))
@@ -304,7 +162,7 @@ def places_of(site: Operands, summary: Summary, span: Span) -> tuple[dict[str, t
     batch, heads = site.query.shape[:2]
     q = torch.arange(span.begin, span.end, device=site.query.device)
     k = torch.arange(site.key.shape[2], device=site.query.device)
-    rows = _per_query_head(summary.row_index.long().clamp(min=0), site.query).unsqueeze(2)
+    rows = per_query_head(summary.row_index.long().clamp(min=0), site.query).unsqueeze(2)
     return pair_places(batch, heads, q, k), pair_places(batch, heads, q, rows)
 
 
@@ -366,20 +224,9 @@ def _read_residual(routes: torch.Tensor, rest: Centroids, plan: Plan, span: Span
     here = routes[:, :, span.begin : span.end].long()
     routed = torch.zeros(*here.shape[:3], clusters + 1, dtype=torch.bool, device=here.device)
     routed.scatter_(3, here.where(here >= 0, clusters), True)
-    there = _per_query_head(rest.bias, site.query).unsqueeze(2) > float("-inf")
+    there = per_query_head(rest.bias, site.query).unsqueeze(2) > float("-inf")
     first_key = chunk_of(clusters, plan, here.device) * plan.chunk
     return there & outside(first_key, span, site.causal, site.key.shape[2]) & ~routed[..., :clusters]
-
-
-def chunk_of(clusters: int, plan: Plan, device: torch.device | None) -> torch.Tensor:
-    """The chunk of each cluster: ``[clusters]``."""
-    return torch.arange(clusters, device=device) * plan.cluster // plan.chunk
-
-
-def outside(first_key: torch.Tensor, span: Span, causal: bool, k_len: int) -> torch.Tensor:
-    """Whether chunks that begin at ``first_key`` lie outside a span's window; causal: finished ones only."""
-    high = span.low if causal else k_len
-    return (first_key < high) & ~((first_key >= span.low) & (first_key < span.high))
 
 
 def _spans(site: Operands, plan: Plan) -> list[Span]:
@@ -407,7 +254,7 @@ def _routed(site: Operands, summary: Summary, routes: torch.Tensor, plan: Plan, 
     if routes.shape[3]:
         here = routes[:, :, span.begin : span.end].long()
         places = here.unsqueeze(4) * plan.cluster + torch.arange(plan.cluster, device=here.device)
-        order = _per_query_head(summary.order.long(), site.query)
+        order = per_query_head(summary.order.long(), site.query)
         index = order.gather(2, places.clamp(min=0).flatten(2)).view_as(places)
         index = index.where((here.unsqueeze(4) >= 0) & (index >= 0), k_len).flatten(3)
         keys.scatter_(3, index, True)
@@ -432,19 +279,13 @@ def _copied(summary: Summary, rows: torch.Tensor, site: Operands) -> torch.Tenso
     index = summary.row_index.long()
     copied = torch.zeros(*index.shape[:2], k_len + 1, dtype=torch.bool, device=index.device)
     copied.scatter_(2, index.where(rows & (index >= 0), k_len), True)
-    return _per_query_head(copied[..., :k_len], site.query).unsqueeze(2)
+    return per_query_head(copied[..., :k_len], site.query).unsqueeze(2)
 
 
 def softmax(logits: torch.Tensor) -> torch.Tensor:
     weights = torch.softmax(logits, 3)
     none = (logits == float("-inf")).all(3, keepdim=True)
     return weights.masked_fill(none, 0)
-
-
-def pair_logits(query: torch.Tensor, key: torch.Tensor, scale: float) -> torch.Tensor:
-    """``scale * q . k``, ``[B, H, T, Nk]``, for grouped heads."""
-    grouped = in_heads(query, key.shape[1]) @ key.transpose(2, 3) * scale
-    return grouped.view(*query.shape[:3], key.shape[2])
 
 
 def _weigh(weights: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -456,14 +297,3 @@ def _weigh(weights: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         met = (grouped > 0).to(out.dtype) @ (~finite).to(out.dtype) > 0
         out = out.masked_fill(met, float("nan"))
     return out.view(*weights.shape[:3], value.shape[3])
-
-
-def in_heads(tensor: torch.Tensor, heads: int) -> torch.Tensor:
-    """``[B, H, T, X]`` -> ``[B, Hkv, G * T, X]``: the G query heads of a KV head are consecutive."""
-    batch, all_heads, length, last = tensor.shape
-    return tensor.reshape(batch, heads, all_heads // heads * length, last)
-
-
-def _per_query_head(tensor: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
-    """``[B, Hkv, ...]`` -> ``[B, H, ...]``."""
-    return tensor.repeat_interleave(query.shape[1] // tensor.shape[1], 1)

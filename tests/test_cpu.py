@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import EVERYTHING, PLANS, ROUTED, check_budget, in_double, operands, routes_of, rows_in_double, summary_of
 
-from prescore_compile.kernels import cpu, ops, reference
+from prescore_compile.kernels import cpu, ops, reference, routing
 from prescore_compile.kernels import summary as summaries
 from prescore_compile.kernels.plan import Plan
 from prescore_compile.kernels.reference import Operands
@@ -123,7 +123,7 @@ def test_route_chooses_among_many(count: int, ties: bool) -> None:
     summary = summaries.Summary(none, mean, torch.zeros_like(mean), bias, none, none, none, none, none)
     query = torch.tensor([1.0, -2.0, 0.0]).view(1, 1, 3, 1)
     got = cpu.route(query, summary, plan, False, clusters * 16, 1.0)
-    assert torch.equal(got, reference.route(query, summary, plan, False, clusters * 16, 1.0))
+    assert torch.equal(got, routing.route(query, summary, plan, False, clusters * 16, 1.0))
     assert (got == 77).any(3).all()
 
 
@@ -172,7 +172,7 @@ def test_route_chooses_the_best_clusters(name: str, length: int, causal: bool, p
     clusters = summary.mean.shape[2]
     ascending = got.where(got >= 0, clusters + torch.arange(got.shape[3], dtype=torch.int32))
     assert (ascending.diff(dim=3) > 0).all()
-    scores = reference.routing_scores(site.query.double(), summary, site.scale)
+    scores = routing.routing_scores(site.query.double(), summary, site.scale)
     taken = [scores.gather(3, r.long().clamp(min=0)).masked_fill(r < 0, 0).sort(3).values for r in (got, want)]
     torch.testing.assert_close(*taken, atol=1e-5, rtol=1e-5)
     if causal:
@@ -370,7 +370,7 @@ def test_a_share_hides_nothing_that_is_not_finite(near: float) -> None:
     summary = summary._replace(bias=bias)
     mass = torch.full(site.query.shape[:3], near)
     got = cpu.route(site.query, summary, plan, True, 300, site.scale, mass)
-    want = reference.route(site.query, summary, plan, True, 300, site.scale, mass=mass)
+    want = routing.route(site.query, summary, plan, True, 300, site.scale, mass=mass)
     assert torch.equal(got, want)
     assert (got[:, :, 64:] == 3).any(3).all()
 

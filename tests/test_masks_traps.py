@@ -220,7 +220,7 @@ def test_queries_that_are_not_finite_or_huge_route_nowhere_else() -> None:
     """Padding lanes and empty clusters must not win because their score is NaN."""
     from conftest import summary_of
 
-    from prescore_compile.kernels import cpu, reference
+    from prescore_compile.kernels import cpu, routing
     from prescore_compile.kernels.plan import Plan
 
     plan = Plan(window=0, sinks=0, routes=4)
@@ -230,7 +230,7 @@ def test_queries_that_are_not_finite_or_huge_route_nowhere_else() -> None:
         site = Operands(query, key, val, None, False, 0.25)
         summary = summary_of(site, plan)
         empty = (summary.bias == -math.inf)[0, 0].nonzero().flatten()
-        for implementation in (cpu.route, reference.route):
+        for implementation in (cpu.route, routing.route):
             routes = implementation(query, summary, plan, False, 300, 0.25)
             assert routes.max() < summary.mean.shape[2] and not torch.isin(routes, empty.int()).any()
 

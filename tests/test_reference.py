@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from conftest import EVERYTHING, PLANS, in_double, operands, routes_of, summary_of
 
-from prescore_compile.kernels import ops, reference
-from prescore_compile.kernels.layout import spans
+from prescore_compile.kernels import ops, reference, routing
+from prescore_compile.kernels.layout import TILE, spans
 from prescore_compile.kernels.plan import Plan
 from prescore_compile.kernels.reference import Operands
 
@@ -53,7 +53,7 @@ def test_the_sources_are_disjoint_and_lawful(name: str, causal: bool, padded: bo
     summary = summary_of(site, plan)
     routes = routes_of(site, summary, plan)
     centred, stood_in = reference._residual(site, summary, plan), False
-    for span in spans(plan, causal, 170, 170, reference.TILE):
+    for span in spans(plan, causal, 170, 170, TILE):
         keys, rows, *rest = reference.attention_weights(site, summary, routes, plan, span, centred)
         copies = summary.row_index.repeat_interleave(2, 1)[:, :, None].expand_as(rows)
         copied = torch.zeros(*keys.shape[:3], 171).scatter_add_(3, copies.long().where(copies >= 0, 170), rows)
@@ -166,7 +166,7 @@ def test_spread_counts_deviations_in_routing_scores(factor: float) -> None:
     site = operands(150, causal=False)
     plain, settings = PLANS["routes"], PLANS["routes"].settings()
     summaries = [summary_of(site, Plan(**settings | {"spread": s})) for s in (0.0, 1.0, factor)]
-    mean, one, some = (reference.routing_scores(site.query, s, site.scale) for s in summaries)
+    mean, one, some = (routing.routing_scores(site.query, s, site.scale) for s in summaries)
     live = one.isfinite()
     assert torch.equal(summaries[0].order, summaries[2].order) and live.any()
     torch.testing.assert_close((some - mean)[live], factor * (one - mean)[live], atol=1e-4, rtol=1e-4)

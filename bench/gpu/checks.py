@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from prescore_compile.kernels import coarse, reference
+from prescore_compile.kernels import coarse, reference, routing
 from prescore_compile.kernels import summary as summaries
 from prescore_compile.kernels.logits import K, Logits, Q
 from prescore_compile.kernels.plan import Plan
@@ -116,7 +116,7 @@ class Checks:
         """
         site, plan, summary = self.site, self.plan, self.ways.summary
         query = self.some(site.query)
-        scores = reference.routing_scores(query.float(), summary, site.scale)
+        scores = routing.routing_scores(query.float(), summary, site.scale)
         group = query.shape[1] // site.key.shape[1]
         near = self.ways.near
         mass = None if near is None else self.some(near)
@@ -129,7 +129,7 @@ class Checks:
         same = taken == wanted
         if plan.together(group) > 1:  # all heads of a group have the same routes, chosen by what they gain together
             assert mass is not None
-            scores = reference.together(scores, mass.float(), group)[0]
+            scores = routing.together(scores, mass.float(), group)[0]
             chosen, best, same = chosen[:, ::group], best[:, ::group], same[:, ::group]
         gained, most = (scores.gather(3, r.long().clamp(min=0)).masked_fill(r < 0, 0).sum(3) for r in (chosen, best))
         return float(((most - gained).abs() / most.abs().clamp(min=1))[same].max())

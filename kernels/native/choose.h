@@ -41,10 +41,10 @@ inline float log_sum(const int32_t* from, int64_t count, float base) {
   return top + std::log(sum_lanes(total) + std::exp(base - top));
 }
 
-constexpr float MOST_GAIN = 70.0f;  // reference.MOST_GAIN
+constexpr float MOST_GAIN = 70.0f;  // routing.MOST_GAIN
 
 // The scores of a query's `heads`, whose ranks lie `count` apart, as one, in place of the first's ranks;
-// reference.together, but for the logarithm. `mass`: of each head. Returns how many heads' masses are finite.
+// routing.together, but for the logarithm. `mass`: of each head. Returns how many heads' masses are finite.
 inline float together(int32_t* rank, int64_t count, int64_t heads, const float* mass) {
   const float infinite = std::numeric_limits<float>::infinity();
   float heard = 0.0f;

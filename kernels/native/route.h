@@ -1,4 +1,4 @@
-// Routing: which clusters a query attends; reference.route and, on two levels, coarse.route say what is computed.
+// Routing: which clusters a query attends; routing.route and, on two levels, coarse.route say what is computed.
 
 #pragma once
 

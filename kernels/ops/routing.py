@@ -99,7 +99,7 @@ def route(
     tensors: Sequence[Tensor],
     mass: Tensor | None = None,
 ) -> Tensor:
-    """Routes ``[B, H, Nq, min(routes, clusters)]`` int32; see ``kernels.reference.route`` and ``kernels.coarse``.
+    """Routes ``[B, H, Nq, min(routes, clusters)]`` int32; see ``kernels.routing.route`` and ``kernels.coarse``.
 
     Raises:
         ValueError: no ``mass``, and the plan has a share or routes heads together.

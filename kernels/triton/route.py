@@ -332,7 +332,7 @@ def route(
     tensors: Mapping[str, torch.Tensor] | None = None,
     mass: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """``reference.route``, or ``coarse.route`` where the plan has two levels.
+    """``routing.route``, or ``coarse.route`` where the plan has two levels.
 
     ``lifted`` says which chunks a query can reach and what is added there (``logits.Logits.reach``), ``tensors``
     what it reads; ``mass`` where the plan needs it.

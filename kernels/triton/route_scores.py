@@ -1,7 +1,7 @@
 """What a cluster's score for a query is in the source of ``route``, of one query head or of all of a KV head.
 
-Of one head it is the expected best logit (``reference.routing_scores``), and a share's bar is kept as a logarithm. Of
-heads that route together (``reference.together``) it is what the cluster adds to the softmax's sum of each, in that of
+Of one head it is the expected best logit (``routing.routing_scores``), and a share's bar is kept as a logarithm. Of
+heads that route together (``routing.together``) it is what the cluster adds to the softmax's sum of each, in that of
 its window and sinks, summed: a number of float32 without a logarithm, as each is at most e^70. The queries of a
 head are read again in each step, so that a tile is 64 queries whatever the group; the network that finds the best is
 then paid for once, not for each head.
@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from ..reference import MOST_GAIN
+from ..routing import MOST_GAIN
 from .render import fill
 from .spec import Spec
 

@@ -11,7 +11,7 @@ import torch
 from conftest import PLANS, operands, routes_of, summary_of
 
 from prescore_compile.kernels import reference
-from prescore_compile.kernels.layout import spans
+from prescore_compile.kernels.layout import TILE, spans
 from prescore_compile.kernels.plan import Plan
 from prescore_compile.kernels.reference import Operands
 from prescore_compile.kernels.triton import attend_backward as backward
@@ -67,7 +67,7 @@ def by_definition(
     batch, heads, q_len, _ = site.query.shape
     group = heads // site.key.shape[1]
     tiles = []
-    for span in spans(plan, site.causal, q_len, site.key.shape[2], reference.TILE):
+    for span in spans(plan, site.causal, q_len, site.key.shape[2], TILE):
         b, h, q = torch.meshgrid(
             torch.arange(batch), torch.arange(heads), torch.arange(span.begin, span.end), indexing="ij"
         )

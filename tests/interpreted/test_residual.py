@@ -13,7 +13,7 @@ from conftest import in_double, operands, rows_in_double
 from test_attend import _bfloat16_products, check, check_gradients, check_gradients_of_a_tail, parts  # noqa: F401
 
 from prescore_compile.kernels import centroids as stated
-from prescore_compile.kernels import ops, reference
+from prescore_compile.kernels import ops, reference, routing
 from prescore_compile.kernels.plan import Plan
 from prescore_compile.kernels.triton import attend_backward as backward
 from prescore_compile.kernels.triton import options, residual
@@ -145,7 +145,7 @@ def test_few_queries_continue_a_cache(padded: bool) -> None:
     full = operands(150, batch=1 + padded, padded=padded)
     tail = full._replace(query=full.query[:, :, 146:])
     summary, _ = parts(full, BOTH)
-    routes = reference.route(tail.query, summary, BOTH, True, 150, tail.scale)
+    routes = routing.route(tail.query, summary, BOTH, True, 150, tail.scale)
     assert spec_of(tail, BOTH).splits > 1
     out, _ = attend(tail, summary, routes, BOTH)
     want = reference.attend(in_double(tail), rows_in_double(summary), routes, BOTH)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import COMPILED, EVERYTHING, PLANS, operands, routes_of, summary_of
 
-from prescore_compile.kernels import coarse, reference
+from prescore_compile.kernels import coarse, reference, routing
 from prescore_compile.kernels.plan import Plan
 from prescore_compile.kernels.reference import Operands
 from prescore_compile.kernels.summary import Summary
@@ -31,7 +31,7 @@ def check(site: Operands, summary: Summary, plan: Plan) -> torch.Tensor:
     assert torch.equal(got >= 0, want >= 0)
     differ = (got != want).any(3)
     assert differ.float().mean() < 0.02
-    scores = reference.routing_scores(site.query.double(), summary, site.scale)
+    scores = routing.routing_scores(site.query.double(), summary, site.scale)
     totals = [scores.gather(3, r.long().clamp(min=0)).masked_fill(r < 0, 0).sum(3)[differ] for r in (got, want)]
     torch.testing.assert_close(*totals, atol=1e-5, rtol=1e-5)
     return got
@@ -155,7 +155,7 @@ def test_two_levels(causal: bool) -> None:
     plan = Plan(chunk=32, window=8, sinks=3, routes=3, coarse=2)
     site = operands(150, causal=causal, batch=1, heads=2, kv_heads=1)
     summary = summary_of(site, plan)
-    one_level = reference.route(site.query, summary, plan, causal, 150, site.scale)
+    one_level = routing.route(site.query, summary, plan, causal, 150, site.scale)
     assert (routes_of(site, summary, plan) != one_level).any()
     check(site, summary, plan)
 
@@ -164,7 +164,7 @@ def test_two_levels_with_every_chunk_are_one() -> None:
     plan = Plan(**ROUTED["routes"].settings() | {"coarse": 99})
     site = operands(150)
     summary = summary_of(site, plan)
-    one_level = reference.route(site.query, summary, plan, True, 150, site.scale)
+    one_level = routing.route(site.query, summary, plan, True, 150, site.scale)
     assert torch.equal(routes_of(site, summary, plan), one_level)
 
 
@@ -248,7 +248,7 @@ def test_words_of_many_clusters(share: float) -> None:
     got = route(query, summary, plan, False, 16 * clusters, 0.25, mass=near)
     scores = cut_scores(query.float(), summary, 0.25)
     every = torch.ones(clusters, dtype=torch.bool)
-    best = reference.best_of(scores, summary, every, 20)
+    best = routing.best_of(scores, summary, every, 20)
     if not share:
         check_words(got, best, scores, clusters)
         return
@@ -301,7 +301,7 @@ def test_low_precision_loses_no_more_than_rounding(dtype: torch.dtype) -> None:
     site = operands(150, dtype=dtype, dim=32)
     summary = summary_of(site, plan)
     got, want = route(site.query, summary, plan, True, 150, site.scale), routes_of(site, summary, plan)
-    scores = reference.routing_scores(site.query.double(), summary, site.scale)
+    scores = routing.routing_scores(site.query.double(), summary, site.scale)
     totals = [scores.gather(3, r.long().clamp(min=0)).masked_fill(r < 0, 0).sum(3) for r in (got, want)]
     lost = totals[1] - totals[0]
     assert torch.equal(got >= 0, want >= 0) and lost.max() < 3 * 2**-7 and lost.mean() < 1e-3
