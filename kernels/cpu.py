@@ -1,37 +1,20 @@
-"""Builds ``attend.cpp`` at run time and calls it.
-
-The library is compiled once for a machine and compiler and kept beside Inductor's own artifacts.
-Everything crosses the border as plain pointers, so the build needs no torch headers (seconds, not
-a minute) and one library serves every torch version.
-"""
+"""Calls the compiled kernels of ``attend.cpp``."""
 
 from __future__ import annotations
 
 import ctypes
-import functools
-import getpass
-import hashlib
 import math
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
-import warnings
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from . import library
 from .coarse import coarse
 from .layout import chunk_count
 from .plan import Plan
 from .reference import Operands
 from .summary import Summary
 
-SOURCE = Path(__file__).with_name("attend.cpp")
-HEADERS = sorted(SOURCE.with_name("native").glob("*.h"))
-FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", "-pthread")
 TILE = 128
 """Queries a tile; docs/cpu.md has the measurement."""
 
@@ -69,41 +52,6 @@ class _Allowed(ctypes.Structure):
     _fields_ = [("data", ctypes.c_void_p), *((name, ctypes.c_int64) for name in ("batch", "head", "query"))]
 
 
-def cache_dir() -> Path:
-    """``$TORCHINDUCTOR_CACHE_DIR/prescore``, or Inductor's default folder for this user."""
-    root = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
-    if not root:
-        root = os.path.join(tempfile.gettempdir(), f"torchinductor_{getpass.getuser()}")
-    return Path(root) / "prescore"
-
-
-@functools.cache
-def library() -> ctypes.CDLL | None:
-    """The compiled kernels, or None (warned once) where there is no working C++ compiler."""
-    compiler = _compiler()
-    if compiler is None:
-        warnings.warn("prescore: no C++ compiler ($CXX, c++, g++ or clang++) was found", stacklevel=2)
-        return None
-    try:
-        return ctypes.CDLL(str(_build(compiler)))
-    except (OSError, subprocess.CalledProcessError) as error:
-        detail = getattr(error, "stderr", None) or error
-        warnings.warn(f"prescore: the CPU kernels did not build with {compiler}: {detail}", stacklevel=2)
-        return None
-
-
-def available() -> bool:
-    """Whether this machine can build and load the compiled kernels."""
-    return library() is not None
-
-
-@functools.cache
-def tiles() -> bool:
-    """Whether this processor multiplies tiles of bfloat16 (AMX), which then stand for its products in float32."""
-    found = library()
-    return found is not None and bool(found.prescore_tiles())
-
-
 def clusters(
     key: torch.Tensor, value: torch.Tensor, member: torch.Tensor, plan: Plan
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -117,7 +65,7 @@ def clusters(
         geometry = _geometry(plan, key.shape, key.shape, value.shape[3], k_len, True, 0, 1.0)
         views, alive = zip(*(_view(t) for t in (key, value)), strict=True)
         inside = member.contiguous()
-        _library().prescore_cluster(
+        library.needed().prescore_cluster(
             ctypes.byref(geometry),
             *(ctypes.byref(view) for view in views),
             *(_pointer(t) for t in (inside, order, mean, spread, bias)),
@@ -147,7 +95,7 @@ def route(
     levels, more_alive = _levels(summary, plan)
     mass = None if mass is None else mass.contiguous()  # named, as a pointer does not keep what it points to
     near = None if mass is None else _pointer(mass)
-    _library().prescore_route(ctypes.byref(geometry), ctypes.byref(view), *levels, near, _pointer(routes))
+    library.needed().prescore_route(ctypes.byref(geometry), ctypes.byref(view), *levels, near, _pointer(routes))
     del keep_alive, more_alive
     return routes
 
@@ -170,7 +118,7 @@ def mass(site: Operands, summary: Summary, plan: Plan, softcap: float = 0.0) -> 
     valid = None if site.valid is None else site.valid.contiguous()  # named: a pointer does not keep it
     pad = None if valid is None else _pointer(valid)
     sink, sink_alive = _sink(site)
-    _library().prescore_mass(
+    library.needed().prescore_mass(
         ctypes.byref(geometry), query, key, pad, _pointer(index), row_key, _pointer(bias), sink, _pointer(found)
     )
     del alive, sink_alive
@@ -208,7 +156,7 @@ def as_allowed(mask: torch.Tensor, lowest: float) -> tuple[torch.Tensor, torch.T
     view, owner = _view(mask)
     sizes, hides = (ctypes.c_int64 * 4)(*mask.shape), ctypes.c_int64()
     threads = ctypes.c_int64(torch.get_num_threads())
-    _library().prescore_as_bytes(
+    library.needed().prescore_as_bytes(
         ctypes.byref(view),
         sizes,
         ctypes.c_double(lowest),
@@ -230,7 +178,7 @@ def share(allowed: torch.Tensor, query: torch.Size, key: torch.Size, tile: int =
     geometry = _geometry(plan, query, key, 0, key[2], False, 0, 1.0, tile)
     mask, alive = _allowed(allowed, (*query[:3], key[2]))
     found = ctypes.c_double()
-    _library().prescore_share(ctypes.byref(geometry), mask, ctypes.byref(found))
+    library.needed().prescore_share(ctypes.byref(geometry), mask, ctypes.byref(found))
     del alive
     return found.value
 
@@ -272,10 +220,10 @@ def _attended(
     sink, sink_alive = _sink(site)
     order, index, bias = (t.contiguous() for t in (summary.order, summary.row_index, summary.row_bias))
     if routes is None:
-        run = _library().prescore_route_attend
+        run = library.needed().prescore_route_attend
         chosen, chosen_alive = _levels(summary, plan)
     else:
-        run = _library().prescore_attend
+        run = library.needed().prescore_attend
         mask, mask_alive = _allowed(allowed, (batch, heads, q_len, k_len))
         chosen_alive = [routes.contiguous(), *mask_alive]
         chosen = [_pointer(chosen_alive[0])]
@@ -294,12 +242,6 @@ def _attended(
     )
     del alive, rows_alive, chosen_alive, sink_alive
     return out.to(site.query.dtype)
-
-
-def _library() -> ctypes.CDLL:
-    found = library()
-    assert found is not None, "callers check available() first"
-    return found
 
 
 def _geometry(
@@ -344,7 +286,7 @@ def _geometry(
 
 
 def _narrow(*tensors: torch.Tensor) -> int:
-    return int(tiles() and all(tensor.dtype == torch.bfloat16 for tensor in tensors))
+    return int(library.tiles() and all(tensor.dtype == torch.bfloat16 for tensor in tensors))
 
 
 def _view(tensor: torch.Tensor) -> tuple[_View, torch.Tensor]:
@@ -381,45 +323,3 @@ def _levels(summary: Summary, plan: Plan) -> tuple[list[ctypes.c_void_p | None],
 
 def _pointer(tensor: torch.Tensor) -> ctypes.c_void_p:
     return ctypes.c_void_p(tensor.data_ptr())
-
-
-def _compiler() -> str | None:
-    names = [os.environ.get("CXX"), "c++", "g++", "clang++"]
-    return next((path for name in names if name and (path := shutil.which(name))), None)
-
-
-def _build(compiler: str) -> Path:
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    sources = (path.read_text() for path in (SOURCE, *HEADERS))
-    parts = (*sources, version, " ".join(FLAGS), _machine())
-    name = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20] + ".so"
-    try:
-        return _compile(compiler, cache_dir() / name)
-    except OSError as error:
-        # A cache that cannot be written must not stop the model.
-        warnings.warn(f"prescore: {cache_dir()} cannot be used ({error}); compiling elsewhere", stacklevel=3)
-        return _compile(compiler, Path(tempfile.mkdtemp(prefix="prescore_")) / name)
-
-
-def _compile(compiler: str, target: Path) -> Path:
-    if target.exists():
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # Processes that build at once each write their own file; the last rename wins, all are equal.
-    handle, scratch = tempfile.mkstemp(suffix=".so", dir=target.parent)
-    os.close(handle)
-    try:
-        subprocess.run([compiler, *FLAGS, str(SOURCE), "-o", scratch], capture_output=True, text=True, check=True)
-        os.replace(scratch, target)
-    finally:
-        Path(scratch).unlink(missing_ok=True)
-    return target
-
-
-def _machine() -> str:
-    """What ``-march=native`` means here, so that a shared cache never mixes processors."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line for line in lines if line.startswith(("flags", "Features")))
-    except (OSError, StopIteration):
-        return f"{platform.machine()} {platform.processor()}"

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import sympy
 import torch
 
-from ..kernels import cpu
+from ..kernels import library
 from ..kernels.plan import Plan
 
 N = sympy.Symbol("n", integer=True, positive=True)
@@ -148,7 +148,7 @@ class Shape:
 
 def kind(device: str, dtype: torch.dtype) -> str:
     """The key of ``PRICES`` for tensors of ``dtype`` on a device of that type."""
-    return "amx" if device == "cpu" and dtype == torch.bfloat16 and cpu.tiles() else device
+    return "amx" if device == "cpu" and dtype == torch.bfloat16 and library.tiles() else device
 
 
 def exact_pairs(causal: bool, band: float = 0.0) -> sympy.Expr:

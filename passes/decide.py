@@ -11,7 +11,7 @@ import torch
 from sympy.core.function import AppliedUndef
 from torch import fx
 
-from ..kernels import banded, cpu
+from ..kernels import banded, cpu, library
 from ..kernels.logits import NOTHING, Logits, parse
 from ..kernels.plan import Plan
 from ..kernels.triton import device
@@ -216,7 +216,7 @@ def _unsupported(site: Site) -> str:
         return f"unsupported_head_dim: {dims[0]}, {dims[1]}"
     if heads % kv_heads:
         return f"unsupported_heads: {heads}, {kv_heads}"
-    return "no_compiler" if on_cpu and not cpu.available() else ""
+    return "no_compiler" if on_cpu and not library.available() else ""
 
 
 def _lengths(attention: Attention, mask: Mask, config: Config, plan: Plan, band: float) -> str:

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ..kernels import cpu, triton
+from ..kernels import library, triton
 from ..kernels.logits import parse
 from .report import Report, SiteReport
 
@@ -47,9 +47,9 @@ def sources_of(report: Report) -> list[Source]:
 @functools.cache
 def _cpu() -> tuple[tuple[str, str, str], ...]:
     """The compiled kernels and the headers that they include, as one text."""
-    parts = [cpu.SOURCE.read_text(encoding="utf-8")]
-    parts += [f"// {path.parent.name}/{path.name}\n{path.read_text(encoding='utf-8')}" for path in cpu.HEADERS]
-    return ((cpu.SOURCE.name, "c++", "\n".join(parts)),)
+    parts = [library.SOURCE.read_text(encoding="utf-8")]
+    parts += [f"// {path.parent.name}/{path.name}\n{path.read_text(encoding='utf-8')}" for path in library.HEADERS]
+    return ((library.SOURCE.name, "c++", "\n".join(parts)),)
 
 
 def _triton(site: SiteReport, target: str) -> Iterable[tuple[str, str, str]]:

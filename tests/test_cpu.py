@@ -11,12 +11,12 @@ import pytest
 import torch
 from conftest import EVERYTHING, PLANS, ROUTED, check_budget, in_double, operands, routes_of, rows_in_double, summary_of
 
-from prescore_compile.kernels import cpu, ops, reference, routing
+from prescore_compile.kernels import cpu, library, ops, reference, routing
 from prescore_compile.kernels import summary as summaries
 from prescore_compile.kernels.plan import Plan
 from prescore_compile.kernels.reference import Operands
 
-pytestmark = pytest.mark.skipif(not cpu.available(), reason="no C++ compiler")
+pytestmark = pytest.mark.skipif(not library.available(), reason="no C++ compiler")
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -35,7 +35,7 @@ def test_attend_meets_the_reference(name: str, length: int, causal: bool, padded
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", PLANS)
 def test_low_precision(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "tiles", lambda: False)  # test_tiles.py
+    monkeypatch.setattr(library, "tiles", lambda: False)  # test_tiles.py
     plan = PLANS[name]
     site = operands(300, dtype=dtype)
     summary = summary_of(site, plan)
@@ -52,7 +52,7 @@ def test_bfloat16_is_what_float32_gives_rounded(
     dim: int, value_dim: int, group: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Inputs are widened as they are read and only the result is rounded: the same bits (without tiles)."""
-    monkeypatch.setattr(cpu, "tiles", lambda: False)
+    monkeypatch.setattr(library, "tiles", lambda: False)
     plan = PLANS["keep and routes"]
     site = operands(200, heads=3, kv_heads=3 // group, dim=dim, value_dim=value_dim, dtype=torch.bfloat16, padded=True)
     site = site._replace(query=site.query.transpose(1, 2).contiguous().transpose(1, 2))
@@ -379,9 +379,9 @@ def test_a_share_hides_nothing_that_is_not_finite(near: float) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_clang_makes_of_it(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """It once left vectors on its stack where they may not lie."""
-    library = ctypes.CDLL(str(cpu._build("clang++")))
-    monkeypatch.setattr(cpu, "_library", lambda: library)
-    monkeypatch.setattr(cpu, "tiles", lambda: True)
+    built = ctypes.CDLL(str(library.build("clang++")))
+    monkeypatch.setattr(library, "needed", lambda: built)
+    monkeypatch.setattr(library, "tiles", lambda: True)
     for plan in EVERYTHING.values():
         site = operands(200, dim=24, value_dim=40, padded=True, dtype=dtype)
         check_budget(ops.prescored(site, plan), reference.exact(site), reference.exact(in_double(site)))

@@ -15,14 +15,14 @@ from conftest import check_budget, in_double, operands
 from bench import masks
 from prescore_compile import Config, explain
 from prescore_compile.calibration import calibrate
-from prescore_compile.kernels import cpu, masked, ops
+from prescore_compile.kernels import cpu, library, masked, ops
 from prescore_compile.kernels.logits import B, H, K, Logits, Q, Read, parse
 from prescore_compile.kernels.plan import Plan
 from prescore_compile.kernels.reference import Operands
 from prescore_compile.passes import rewrite
 from prescore_compile.passes.defaults import WHOLE
 
-pytestmark = pytest.mark.skipif(not cpu.available(), reason="no C++ compiler")
+pytestmark = pytest.mark.skipif(not library.available(), reason="no C++ compiler")
 N = 150
 EVERY = "softcap 0.0; add 0; where Ne(t00(b, h, q, k), 0)"
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import PLANS, ROUTED, operands
 
-from prescore_compile.kernels import cpu, ops
+from prescore_compile.kernels import library, ops
 from prescore_compile.kernels.plan import Plan
 
 
@@ -47,7 +47,7 @@ def test_routing_and_attending_as_one_has_the_gradients_of_the_three(
 ) -> None:
     """``compiled``: by the kernels, or by the reference."""
     if not compiled:
-        monkeypatch.setattr(cpu, "available", lambda: False)
+        monkeypatch.setattr(library, "available", lambda: False)
     plan = PLANS[name]
     q, k, v, valid, causal, scale = operands(150, padded=True)[:6]
     settings, more = plan.text, (plan.text, causal, scale)
@@ -104,32 +104,32 @@ def test_plans_travel_as_text() -> None:
 def test_without_a_compiler_the_reference_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     plan, site = PLANS["keep and routes"], operands(200)
     want = ops.prescored(site, plan)
-    monkeypatch.setattr(cpu, "available", lambda: False)
+    monkeypatch.setattr(library, "available", lambda: False)
     torch.testing.assert_close(ops.prescored(site, plan), want, atol=1e-5, rtol=1e-5)
 
 
 def test_a_compiler_that_fails_is_told_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(cpu, "FLAGS", ("--no-such-flag",))
-    cpu.library.cache_clear()
+    monkeypatch.setattr(library, "FLAGS", ("--no-such-flag",))
+    library.load.cache_clear()
     try:
         with pytest.warns(UserWarning, match="did not build"):
-            assert not cpu.available()
-        assert not cpu.available()
+            assert not library.available()
+        assert not library.available()
     finally:
-        cpu.library.cache_clear()
+        library.load.cache_clear()
 
 
 def test_a_cache_that_cannot_be_written_does_not_stop_the_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     blocked = tmp_path / "file"
     blocked.write_text("not a folder")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(blocked))
-    cpu.library.cache_clear()
+    library.load.cache_clear()
     try:
         with pytest.warns(UserWarning, match="cannot be used"):
-            assert cpu.available()
+            assert library.available()
     finally:
-        cpu.library.cache_clear()
+        library.load.cache_clear()
 
 
 @pytest.mark.parametrize("settings", [{"clustering": "leverage"}, {"keep": 4, "method": "leverage"}])

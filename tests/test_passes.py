@@ -14,7 +14,7 @@ from torch import fx
 
 from prescore_compile import Config
 from prescore_compile.backend import stages
-from prescore_compile.kernels import cpu
+from prescore_compile.kernels import library
 from prescore_compile.passes import REASONS, find, rewrite
 from prescore_compile.passes.masks import lift
 
@@ -303,7 +303,7 @@ def test_short_and_unprofitable_and_excluded_sites() -> None:
 @pytest.mark.parametrize("tiles", [False, True])
 def test_bfloat16_where_exact_attention_has_amx(tiles: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """It breaks even later there, and in float32 where it did."""
-    monkeypatch.setattr(cpu, "tiles", lambda: tiles)
+    monkeypatch.setattr(library, "tiles", lambda: tiles)
     for dtype, kept in ((torch.bfloat16, tiles), (torch.float32, False)):
         q, k, v = (x.to(dtype) for x in qkv(3000, batch=1, dim=64))
         gm = capture(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True), q, k, v)

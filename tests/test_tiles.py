@@ -12,13 +12,13 @@ import pytest
 import torch
 from conftest import EVERYTHING, PLANS, ROUTED, check_budget, in_double, operands, routes_of, rows_in_double, summary_of
 
-from prescore_compile.kernels import banded, cpu, ops, reference
+from prescore_compile.kernels import banded, cpu, library, ops, reference
 from prescore_compile.kernels.logits import K, Logits, Q
 from prescore_compile.kernels.plan import Plan
 from prescore_compile.kernels.reference import Operands
 from prescore_compile.passes.defaults import WHOLE
 
-pytestmark = pytest.mark.skipif(not cpu.available(), reason="no C++ compiler")
+pytestmark = pytest.mark.skipif(not library.available(), reason="no C++ compiler")
 WITHOUT = ("-mno-amx-tile", "-mno-amx-bf16", "-mno-avx512f") if platform.machine() == "x86_64" else ()
 """Compiler flags: so the AVX2 form is compiled, too."""
 SIZES = [(5, 3), (32, 16), (80, 40), (320, 272)]
@@ -27,23 +27,23 @@ N = 150
 
 @pytest.fixture(scope="module")
 def plain() -> ctypes.CDLL:
-    compiler, flags = cpu._compiler(), cpu.FLAGS
+    compiler, flags = library.compiler(), library.FLAGS
     assert compiler is not None
-    cpu.FLAGS = (*flags, *WITHOUT)
+    library.FLAGS = (*flags, *WITHOUT)
     try:
-        return ctypes.CDLL(str(cpu._build(compiler)))
+        return ctypes.CDLL(str(library.build(compiler)))
     finally:
-        cpu.FLAGS = flags
+        library.FLAGS = flags
 
 
 @pytest.fixture(params=["own", "plain"], autouse=True)
 def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     if request.param == "plain":
-        library = request.getfixturevalue("plain")
-        assert not library.prescore_tiles()
-        monkeypatch.setattr(cpu, "_library", lambda: library)
-        monkeypatch.setattr(cpu, "tiles", lambda: True)
-    elif not cpu.tiles():
+        built = request.getfixturevalue("plain")
+        assert not built.prescore_tiles()
+        monkeypatch.setattr(library, "needed", lambda: built)
+        monkeypatch.setattr(library, "tiles", lambda: True)
+    elif not library.tiles():
         pytest.skip("no AMX")
     yield request.param
 
@@ -82,7 +82,7 @@ def test_routes_are_those_of_float32(name: str, sizes: tuple[int, int], monkeypa
     mass = cpu.mass(site, summary, plan)
     torch.testing.assert_close(mass, reference.mass(site, summary, plan), atol=2e-5, rtol=1e-5)
     got = cpu.route(site.query, summary, plan, True, 333, site.scale, mass)
-    monkeypatch.setattr(cpu, "tiles", lambda: False)
+    monkeypatch.setattr(library, "tiles", lambda: False)
     want = cpu.route(site.query, summary, plan, True, 333, site.scale, mass)
     assert (got != want).any(3).float().mean() <= 0.01
 
@@ -176,7 +176,7 @@ def test_float32_is_not_touched(monkeypatch: pytest.MonkeyPatch) -> None:
     summary = summary_of(site, plan)
     routes = routes_of(site, summary, plan)
     got = cpu.attend(site, summary, routes, plan)
-    monkeypatch.setattr(cpu, "tiles", lambda: False)
+    monkeypatch.setattr(library, "tiles", lambda: False)
     assert torch.equal(got, cpu.attend(site, summary, routes, plan))
 
 

@@ -15,15 +15,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from prescore_compile.kernels import cpu
+from prescore_compile.kernels import library
 
 HERE = Path(__file__).resolve().parent
 START = "import ctypes, sys; ctypes.CDLL(sys.argv[1]); import pytest; sys.exit(pytest.main(sys.argv[2:]))"
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    compiler = cpu._compiler()
+def named_device(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    compiler = library.compiler()
     if compiler is None:
         pytest.skip("no C++ compiler")
     root, out = Path(torch.__file__).parent, tmp_path_factory.mktemp("named") / "device.so"
@@ -37,10 +37,10 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.skipif(not torch.__version__.startswith("2.13."), reason="what it replaces is that of torch 2.13")
 @pytest.mark.skipif(torch.cuda.is_available() or torch.version.cuda is not None, reason="torch knows real GPUs")
-def test_named(library: Path) -> None:
+def test_named(named_device: Path) -> None:
     pytest.importorskip("triton")
     faulthandler.cancel_dump_traceback_later()  # pytest's, after 300 s: this may take longer
-    command = [sys.executable, "-c", START, str(library), "-q", "-x", "tests/named"]
+    command = [sys.executable, "-c", START, str(named_device), "-q", "-x", "tests/named"]
     done = subprocess.run(
         command, cwd=HERE.parent, env=os.environ | {"PRESCORE_NAMED": "1"}, text=True, capture_output=True
     )

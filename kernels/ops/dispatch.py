@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import cpu
+from .. import cpu, library
 from ..triton import device
 
 MAY_WAIT = (torch.Tag.cudagraph_unsafe,)
@@ -31,7 +31,7 @@ def constant_backward(ctx: Any, grad: Tensor | None) -> Any:
 
 
 def compiled(query: Tensor) -> bool:
-    return query.device.type == "cpu" and query.dtype in cpu.DTYPES and cpu.available()
+    return query.device.type == "cpu" and query.dtype in cpu.DTYPES and library.available()
 
 
 def generated(query: Tensor) -> bool:

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from ..cpu import cache_dir
+from ..library import cache_dir
 
 
 @functools.cache
