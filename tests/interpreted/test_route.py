@@ -316,7 +316,7 @@ def test_low_precision_is_the_references_of_representatives_in_bfloat16(
     site = operands(170, causal=causal, padded=True, dtype=torch.bfloat16)
     summary = summary_of(site, plan)
     got = route(site.query, summary, plan, causal, 170, site.scale)
-    monkeypatch.setattr(reference, "routing_scores", cut_scores)
+    monkeypatch.setattr(routing, "routing_scores", cut_scores)
     scores = cut_scores(site.query.float(), summary, site.scale)
     check_words(got, routes_of(site, summary, plan), scores, summary.mean.shape[2])
 
