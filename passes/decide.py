@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass, replace
-from typing import Any
 
 import sympy
 import torch
@@ -23,8 +21,6 @@ from .keys import K, Q
 from .masks import Lifted, Mask, attends_itself, lift
 from .plans import SiteKey
 from .read import as_it_comes
-from .report import SiteReport
-from .rules import failed_at, rule_of
 from .site import Attention, Site
 from .unattended import reach_of
 
@@ -95,7 +91,7 @@ def _alone(attention: Attention, mask: Mask, band: float) -> bool:
         return False
     q_len, k_len = attention.size(attention.q), attention.size(attention.k)
     same = known_equal(q_len, k_len)
-    least = cost.alone_from(_shape(attention, mask.causal, band), attention.trained)
+    least = cost.alone_from(shape_of(attention, mask.causal, band), attention.trained)
     return least is not None and at_least(k_len, least) and (same or at_least(q_len, cpu.TILE))
 
 
@@ -126,7 +122,7 @@ def _planned(attention: Attention, mask: Mask, config: Config, key: str) -> tupl
     if plans is None:
         pairs = logits_of(attention, mask) != NOTHING
         return config.plan_for(mask.causal, attention.device.type, attention.size(attention.k), pairs), ""
-    shape = _shape(attention, mask.causal)
+    shape = shape_of(attention, mask.causal)
     sizes = {name: getattr(shape, name) for name in ("heads", "kv_heads", "head_dim", "value_dim", "causal")}
     return plans.find(SiteKey(key, **sizes))
 
@@ -226,7 +222,7 @@ def _lengths(attention: Attention, mask: Mask, config: Config, plan: Plan, band:
         return "cross_attention"
     if not same and plan.keep and plan.reads_queries:
         return f"cross_attention: method {plan.method} scores keys by the queries at their own positions"
-    shape = _shape(attention, mask.causal, band)
+    shape = shape_of(attention, mask.causal, band)
     if not same and config.only_if_faster:
         if not at_least(length, config.min_seq_len):
             return "too_short"
@@ -244,7 +240,8 @@ def _lengths(attention: Attention, mask: Mask, config: Config, plan: Plan, band:
     return f"not_faster: breaks even at {even} keys" if even else "not_faster: at no length"
 
 
-def _shape(attention: Attention, causal: bool, band: float = 0.0) -> cost.Shape:
+def shape_of(attention: Attention, causal: bool, band: float = 0.0) -> cost.Shape:
+    """The site to the cost model; ``band``: ``Decision.band``."""
     # The batch scales both sides alike, so the hint of a dynamic one will do; for few queries there is a guard.
     q_len, k_len = hint(attention.size(attention.q)), hint(attention.size(attention.k))
     dtype = value_of(attention.query.node).dtype
@@ -260,79 +257,3 @@ def _shape(attention: Attention, causal: bool, band: float = 0.0) -> cost.Shape:
         queries=q_len if q_len < k_len else 0,
         narrow=dtype.itemsize == 2,
     )
-
-
-@functools.cache
-def _costs(shape: cost.Shape, plan: Plan | None, length: int) -> dict[str, Any]:
-    """Those fields of a ``SiteReport``: the same for all layers of a model."""
-    exact = cost.at(cost.exact_cost(shape), length)
-    if plan is None:
-        return dict(exact_cost=round(exact))
-    return dict(
-        exact_cost=round(exact),
-        prescored_cost=round(cost.at(cost.prescored_cost(shape, plan), length)),
-        density=cost.at(cost.prescored_cost(shape, plan), length) / exact,
-        gain=exact / cost.at(cost.prescored_time(shape, plan), length),
-    )
-
-
-def describe(decision: Decision, kind: str, key: str = "") -> SiteReport:
-    """The decision as data, with its costs at the sizes compiled for; ``key``: the site's name in a plan file."""
-    site, plan, attention = decision.site, decision.plan, decision.site.attention
-    costs: dict[str, Any] = {}
-    sizes: dict[str, Any] = {}
-    kernel: dict[str, Any] = {}
-    where = ""
-    if attention is not None:
-        a = attention
-        where = a.asked or a.device.type
-        kernel = _kernel(decision, a) if plan else {}
-        named = {"batch": a.batch, "heads": a.heads, "kv_heads": a.kv_heads, "q_len": (a.q,), "k_len": (a.k,)}
-        named["head_dim"] = (a.d,)
-        sizes = {name: str(a.size(*coordinates)) for name, coordinates in named.items()}
-        shape, length = _shape(a, decision.mask.causal, decision.band), hint(a.size(a.k))
-        costs = dict(_costs(shape, plan if length else None, length))
-        if decision.exact == "alone":
-            costs["gain"] = None  # of what is not in the cost model
-        if decision.exact == "mask":
-            costs |= dict(prescored_cost=None, density=None, gain=None)  # only the run time knows what it hides
-    return SiteReport(
-        module=site.module,
-        source=site.source,
-        code=site.code,
-        kind=kind,
-        decision="rewrite" if decision.rewrite else "keep",
-        reason=decision.reason,
-        plan=plan,
-        mask=_mask_text(decision.mask, attention),
-        shape=sizes,
-        **costs,
-        rule=rule_of(site, kind),
-        failed="" if decision.rewrite else failed_at(site, decision.reason),
-        key=key,
-        value_dim=None if attention is None else hint(attention.size(attention.e)),
-        causal=decision.mask.causal,
-        exact=decision.exact,
-        device=where,
-        kernel=kernel,
-    )
-
-
-def _mask_text(mask: Mask, a: Attention | None) -> str:
-    """The mask, and what else is done to the logits that SDPA does not take."""
-    softcap = [f"softcap {a.softcap:g}"] if a is not None and a.softcap else []
-    return "; ".join([mask.text, *softcap, *["learned sink"] * (a is not None and a.sink_logit is not None)])
-
-
-def _kernel(decision: Decision, a: Attention) -> dict[str, Any]:
-    """What the kernels of a rewritten site are specialised with, beside its plan."""
-    return {
-        "dim": int(a.size(a.d)),
-        "value_dim": int(a.size(a.e)),
-        "group": int(a.size(*a.heads)) // int(a.size(*a.kv_heads)),
-        "dtype": str(value_of(decision.site.output).dtype).removeprefix("torch."),
-        "causal": decision.mask.causal,
-        "valid": decision.mask.keys is not None,
-        "logits": logits_of(a, decision.mask).text,
-        "sink_logit": a.sink_logit is not None,
-    }

@@ -12,7 +12,8 @@ from torch import fx
 from ..kernels.plan import OptionError
 from .compat import connect, copied
 from .config import Config
-from .decide import Decision, decide, describe
+from .decide import Decision, decide
+from .describe import describe
 from .drop import drop_dead
 from .expand import Expansion, composite, expand, restore
 from .find import add_missing_shapes, bodies, find_here
