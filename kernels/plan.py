@@ -96,14 +96,16 @@ class Plan:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "method", _method(self.method))
+        self._check_each()
+        self._check_together()
+        object.__setattr__(self, "text", " ".join(f"{k}={v}" for k, v in self.settings().items()))
+
+    def _check_each(self) -> None:
         if not isinstance(self.clustering, str) or self.clustering not in CLUSTERINGS:
             raise OptionError("clustering", self.clustering, "one of " + ", ".join(CLUSTERINGS))
         if not isinstance(self.cluster, int) or self.cluster not in (16, 32, 64):
             raise OptionError("cluster", self.cluster, "16, 32 or 64")
         check_int("chunk", self.chunk, self.cluster, 1024)
-        parts, rest = divmod(self.chunk, self.cluster)
-        if rest or parts & (parts - 1):
-            raise OptionError("chunk", self.chunk, f"cluster ({self.cluster}) times a power of two")
         if self.window is not None:
             check_int("window", self.window, 0, 2**30)  # positions and it add up in 32 bits
         check_int("sinks", self.sinks, 0, 65536)
@@ -117,18 +119,24 @@ class Plan:
             object.__setattr__(self, name, float(given))
         check_int("centroids", self.centroids, 0, self.chunk)
         check_int("routes", self.routes, 0)
+        check_int("coarse", self.coarse, 0)
+        for name in FLAGS:
+            if not isinstance(getattr(self, name), bool):
+                raise OptionError(name, getattr(self, name), "a bool")
+        check_int("seed", self.seed, 0, 2**31 - 1)
+
+    def _check_together(self) -> None:
+        parts, rest = divmod(self.chunk, self.cluster)
+        if rest or parts & (parts - 1):
+            raise OptionError("chunk", self.chunk, f"cluster ({self.cluster}) times a power of two")
         if self.share and not self.routes:
             raise OptionError("share", self.share, "0 where routes is 0: it is of the clusters that are routed to")
-        check_int("coarse", self.coarse, 0)
         if self.coarse and not self.routes:
             raise OptionError("coarse", self.coarse, "0 where routes is 0: it is of the chunks that hold routes")
         if 0 < self.coarse * parts < self.routes:
             least = -(-self.routes // parts)
             allowed = f"0, or at least {least}: {self.routes} routes need as many clusters"
             raise OptionError("coarse", self.coarse, allowed)
-        for name in FLAGS:
-            if not isinstance(getattr(self, name), bool):
-                raise OptionError(name, getattr(self, name), "a bool")
         if self.group_routes and not self.routes:
             raise OptionError("group_routes", True, "False where routes is 0: it is of the clusters that are routed to")
         if self.residual and (not self.routes or self.keep):
@@ -138,7 +146,6 @@ class Plan:
                 f"False where routes is 0 or keep is not (routes={self.routes}, keep={self.keep}): it is of the "
                 "clusters that are not routed to, and a selected key in one of them would be counted twice",
             )
-        check_int("seed", self.seed, 0, 2**31 - 1)
         if self.centroids and self.routes:
             raise OptionError(
                 "centroids",
@@ -146,7 +153,6 @@ class Plan:
                 f"0 while routes is not 0 (routes={self.routes}): a routed key that also stands "
                 "in a centroid would be counted twice",
             )
-        object.__setattr__(self, "text", " ".join(f"{k}={v}" for k, v in self.settings().items()))
 
     def check_reads(self, causal: bool) -> None:
         """Raise ``OptionError`` where a query of such a site may be left without any key: its output would be zeros.
