@@ -74,9 +74,10 @@ def _watched() -> Iterator[None]:
     if os.environ.get("TRITON_INTERPRET") != "1":
         yield
         return
+    from described import once
     from sanitizer import watching
 
-    with watching():
+    with once(), watching():
         yield
 
 
