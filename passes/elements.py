@@ -7,18 +7,21 @@ time knows becomes ``Load(node)(index)``. Nothing is executed and no tensor is b
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import sympy
 import torch
+from sympy.core.function import AppliedUndef
 from sympy.core.relational import Relational
 from torch import fx
 
 from .calls import Call, call_of
 from .compat import OUTSIDE, symbolic, value_of
 from .constants import closed_form, constant_of
+from .exactness import holds
 from .extent import MOST, TOO_LARGE, Extents
 from .indices import ZERO, Index, NotAView, Sizes, broadcast, full_key, is_one, pull
 from .memory import Memory
@@ -60,8 +63,8 @@ _COMPARE: dict[str, Any] = {
 _LOGIC: dict[str, Any] = {"and": sympy.And, "or": sympy.Or, "xor": sympy.Xor, "not": sympy.Not}
 _BOOL_ARITHMETIC = {"mul": "and", "add": "or"}
 _HALVES = (torch.bfloat16, torch.float16)
-_EXACT_BELOW = {torch.float32: 2**24, torch.int32: 2**30}
-"""Constants beyond, with the indices that are added to them, round or wrap around."""
+_TOO_LARGE = "numbers that may be too large, or between those that are held, for"
+_WIDE = (torch.int64, torch.int32, torch.uint64, torch.uint32)
 _HOLDS_INDICES = (torch.int64, torch.int32, torch.float64, torch.float32)
 # Arguments by name that rules read, or that change no element.
 _READ = {
@@ -174,12 +177,9 @@ class Elements:
             name = _BOOL_ARITHMETIC.get(name, name)
         if name in _ARITHMETIC and value.dtype != torch.bool:
             parts = [sympy.sympify(_number(x)) for x in self._finite(node, call, index)]
-            most = _EXACT_BELOW.get(value.dtype)
-            large = most is not None and any(abs(n) >= most for part in parts for n in part.atoms(sympy.Integer))
-            wraps = value.dtype == torch.int32 and any(part.atoms(sympy.core.function.AppliedUndef) for part in parts)
-            if wraps or (large and any(part.free_symbols for part in parts)):
-                self._inexact(f"{node.name}: numbers that may be too large for {value.dtype}")
-            return _ARITHMETIC[name](*parts)
+            if value.dtype == torch.int32 and any(part.atoms(AppliedUndef) for part in parts):
+                self._inexact(f"{node.name}: {_TOO_LARGE} {value.dtype}")
+            return self._held(node, _ARITHMETIC[name](*parts))
         if name in _INTEGER:
             if value.dtype.is_floating_point:
                 self._inexact(f"{node.name}: {call.spelled} of floats")
@@ -188,10 +188,31 @@ class Elements:
         if name in _ROUNDED and (self.rounded or near):
             return _ROUNDED[name](*(_number(x) for x in self._finite(node, call, index)))
         if name in _COMPARE:
-            return _compare(_COMPARE[name], *(_number(x) for x in self._finite(node, call, index)))
+            return self._compared(node, call, index)
         if name in _LOGIC and value.dtype == torch.bool:
             return _LOGIC[name](*(_truth(x) for x in self._operands(call, index)))
         return self._load(node, index)
+
+    def _held(self, node: fx.Node, found: Any, dtype: torch.dtype | None = None) -> Any:
+        """``found``, which the node, or ``dtype``, holds; what rounds is good enough for a bias."""
+        dtype = dtype or value_of(node).dtype
+        near = self._exact is not None and dtype.is_floating_point
+        if not near and not holds(found, dtype, self.sizes):
+            self._inexact(f"{node.name}: {_TOO_LARGE} {dtype}")
+        return found
+
+    def _compared(self, node: fx.Node, call: Call, index: Index) -> Any:
+        parts = [_number(x) for x in self._finite(node, call, index)]
+        values = [value_of(x) for x in call.args.values() if isinstance(x, fx.Node)]
+        tensors = [x.dtype for x in values if isinstance(x, torch.Tensor)]
+        dtype = functools.reduce(torch.promote_types, tensors) if tensors else None
+        if dtype is not None and dtype.is_floating_point:
+            # An integer that only the run time knows is rounded: on the same side of any index, not of another one.
+            read = {atom for part in parts for atom in sympy.sympify(part).atoms(AppliedUndef)}
+            if sum(value_of(self.loads[atom.func.__name__]).dtype in _WIDE for atom in read) > 1:
+                self._inexact(f"{node.name}: integers of the run time, compared as {dtype}")
+            parts = [self._held(node, part, dtype) for part in parts]
+        return _compare(_COMPARE[call.name], *parts)
 
     def _rounded(self, node: fx.Node, call: Call, dtype: torch.dtype, index: Index) -> Any:
         """Arithmetic of few bits on numbers (a mask made of 0, 1 and the lowest), rounded as it rounds."""
@@ -224,7 +245,7 @@ class Elements:
         """Operands that obey algebra: a float of the run time may be NaN, for which x != x."""
         found = self._operands(call, index)
         floats = {name for name, source in self.loads.items() if value_of(source).dtype.is_floating_point}
-        read = {atom.func.__name__ for x in found for atom in sympy.sympify(x).atoms(sympy.core.function.AppliedUndef)}
+        read = {atom.func.__name__ for x in found for atom in sympy.sympify(x).atoms(AppliedUndef)}
         plain_zero_test = call.name in ("ne", "eq") and any(sympy.sympify(x).is_zero for x in found)
         if read & floats and not plain_zero_test and self._exact is None:
             self._inexact(f"{node.name}: arithmetic on floats that only the run time knows")
@@ -253,9 +274,8 @@ class Elements:
         if not exact and not (old.is_floating_point and new in (torch.float32, torch.float64)):
             self._inexact(f"{node.name}: {old} does not always survive as {new}")
         found = self.at(source, index)
-        if new in _EXACT_BELOW and any(abs(n) >= _EXACT_BELOW[new] for n in sympy.sympify(found).atoms(sympy.Integer)):
-            self._inexact(f"{node.name}: numbers too large for {new}")
-        if new == torch.int32 and old == torch.int64 and sympy.sympify(found).atoms(sympy.core.function.AppliedUndef):
+        self._held(node, found)
+        if new == torch.int32 and old == torch.int64 and sympy.sympify(found).atoms(AppliedUndef):
             raise NotClosedForm(f"{node.name}: {old} of the run time does not always survive as {new}")
         return _cast(found, new)
 
@@ -273,7 +293,7 @@ class Elements:
         start, step = symbolic(first), symbolic(by)
         if not (start.is_integer and step.is_integer):
             raise NotClosedForm(f"{node.name}: a range that does not run over integers")
-        return start + step * index[0]
+        return self._held(node, start + step * index[0])
 
     def _ones(self, node: fx.Node, call: Call, index: Index) -> Any:
         return _cast(sympy.Integer(1), value_of(node).dtype)

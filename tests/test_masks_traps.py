@@ -272,3 +272,51 @@ def test_sharded_tensors_keep_the_site(tmp_path: Path) -> None:
         assert run(lambda q, k, v: (q @ k.mT * 0.3).softmax(-1) @ v, *sharded) == "sharded"
     finally:
         dist.destroy_process_group()
+
+
+ROUNDS = {
+    "seconds": lambda: le(ar(300) + 1.7e9),
+    "fractions": lambda: ((ar(300) + 0.1)[None] - (ar(300) + 0.1)[:, None]).abs() <= 7,
+    "a fraction on one side": lambda: ar(300) - (ar(300) + 0.1)[:, None] <= -0.1,
+    "a sum of sums": lambda: le(ar(300).float() + 9_000_000 + 9_000_000),
+    "tenths": lambda: (ar(300) * 0.1 * 10)[None] <= ar(300)[:, None],
+    "int32 wraps": lambda: le(ar(300).int() * 20_000_000),
+    "int64 wraps": lambda: le(ar(300) * 2**58),
+    "float64": lambda: le(ar(300).double() + 2.0**54),
+    "promoted": lambda: (ar(300) + 2**25)[None] <= (ar(300).float() + 0.0)[:, None] + 2**24 - 512 + 2**23,
+}
+
+
+def le(at: torch.Tensor) -> torch.Tensor:
+    return at[None] <= at[:, None]
+
+
+@pytest.mark.parametrize("name", ROUNDS)
+def test_arithmetic_on_indices_that_is_not_that_of_integers(name: str) -> None:
+    q, k, v = tensors(300)
+    assert run(lambda q, k, v: S(q, k, v, ROUNDS[name]()), q.requires_grad_(), k, v).startswith("opaque_mask")
+
+
+def test_halves_and_small_sums_are_exact() -> None:
+    def program(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        at = (ar(300).float() + 9_000_000) * 0.5
+        return S(q, k, v, le(at + at))
+
+    q, k, v = tensors(300)
+    assert run(program, q.requires_grad_(), k, v) == ""
+
+
+def test_integers_of_the_run_time_compared_as_floats() -> None:
+    """Two documents whose numbers are one in float32; one number beside an index is on the same side of it."""
+
+    def documents(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, of: torch.Tensor) -> torch.Tensor:
+        of = of.float()
+        return S(q, k, v, (of[:, None] == of[:, :, None])[:, None])
+
+    def prefix(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
+        return S(q, k, v, (ar(300).float() < length.float()[:, None])[:, None, None])
+
+    q, k, v = tensors(300)
+    of = torch.arange(300).expand(2, 300) + 2**30
+    assert run(documents, q.requires_grad_(), k, v, of).startswith("opaque_mask: eq: integers of the run time")
+    assert run(prefix, q, k, v, torch.tensor([7, 2**40])) == ""
