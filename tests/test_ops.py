@@ -10,6 +10,7 @@ from conftest import PLANS, ROUTED, operands
 
 from prescore_compile.kernels import library, ops
 from prescore_compile.kernels.plan import Plan
+from prescore_compile.kernels.reference import Operands
 
 
 @pytest.mark.parametrize("name", PLANS)
@@ -151,3 +152,12 @@ def test_what_may_wait_for_the_device_stays_out_of_cuda_graphs() -> None:
     """A user's scorer may; so do clusters of k-means, until no key moves."""
     for operator in (torch.ops.prescore.score_eager, torch.ops.prescore.summarize_eager):
         assert torch.Tag.cudagraph_unsafe in operator.default.tags
+
+
+@pytest.mark.parametrize("plan", [Plan(chunk=32, window=16, routes=2), Plan(chunk=32, window=16, routes=0, keep=4)])
+def test_a_second_derivative_is_a_clear_error(plan: Plan) -> None:
+    q, k, v = (torch.randn(1, 2, 100, 8, requires_grad=True) for _ in range(3))
+    out = ops.prescored(Operands(q, k, v, None, True, 0.25), plan)
+    (grad,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
+    with pytest.raises(NotImplementedError, match="create_graph=True"):
+        grad.sum().backward()

@@ -281,6 +281,7 @@ def attend_backward_eager(
 
 
 attend_backward_eager.register_fake(_like_gradients)
+attend_backward.register_autograd(dispatch.no_second_derivative, setup_context=dispatch.no_setup)
 
 
 def _or_no_routes(routes: Tensor | None, query: Tensor) -> Tensor:

@@ -30,6 +30,18 @@ def constant_backward(ctx: Any, grad: Tensor | None) -> Any:
     return ctx.nothing
 
 
+def no_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    """Of ``no_second_derivative``, for which nothing is kept."""
+
+
+def no_second_derivative(ctx: Any, *grads: Tensor | None) -> Any:
+    """The backward of a backward."""
+    raise NotImplementedError(
+        "prescore: got a backward through the gradients of attention (create_graph=True); allowed: first derivatives. "
+        "Exclude these sites: options={'exclude': ['*']} keeps every one as it is"
+    )
+
+
 def compiled(query: Tensor) -> bool:
     return query.device.type == "cpu" and query.dtype in cpu.DTYPES and library.available()
 

@@ -133,6 +133,9 @@ def rows_backward(grad: Tensor, index: Tensor, owner: Tensor, bias: Tensor, leng
     return generated.rows_backward(grad, index, owner, bias, length, Plan.parse(plan))
 
 
+rows_backward.register_autograd(dispatch.no_second_derivative, setup_context=dispatch.no_setup)
+
+
 @torch.library.custom_op("prescore::rows_backward_eager", mutates_args=())
 def rows_backward_eager(grad: Tensor, index: Tensor, owner: Tensor, length: int) -> Tensor:
     """``rows_backward`` by the reference."""
