@@ -422,7 +422,7 @@ class Elements:
         at_zero = _number(self.at(source, (*index[:-1], sympy.Integer(-1))))
         if not is_one(value_of(prepend).shape[-1]) or sympy.simplify(at_zero - edge) != 0:
             raise NotClosedForm(f"{node.name}: the prepended element does not continue the tensor")
-        return _number(self.at(source, index)) - one_left
+        return self._held(node, _number(self.at(source, index)) - one_left)
 
     def _cumsum(self, node: fx.Node, call: Call, index: Index) -> Any:
         axis = call["dim"] % len(index)
@@ -430,7 +430,7 @@ class Elements:
         term = _number(self.at(call["input"], (*index[:axis], step, *index[axis + 1 :])))
         if term.has(step):
             raise NotClosedForm(f"{node.name}: a running sum of something that varies")
-        return term * (index[axis] + 1)
+        return self._held(node, term * (index[axis] + 1))
 
 
 _VIEW_NAMES = {

@@ -61,6 +61,8 @@ def _most(expr: Any, sizes: Mapping[sympy.Symbol, Any]) -> Any:
         return math.prod(parts)
     if isinstance(expr, sympy.Add):
         return sum(parts)
+    if isinstance(expr, sympy.Pow) and expr.exp.is_Integer and expr.exp > 0:
+        return parts[0] ** expr.exp
     known = isinstance(
         expr, sympy.floor | sympy.Mod | sympy.Abs | sympy.Max | sympy.Min | sympy.Piecewise | AppliedUndef
     )

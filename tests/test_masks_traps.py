@@ -280,6 +280,8 @@ ROUNDS = {
     "a fraction on one side": lambda: ar(300) - (ar(300) + 0.1)[:, None] <= -0.1,
     "a sum of sums": lambda: le(ar(300).float() + 9_000_000 + 9_000_000),
     "tenths": lambda: (ar(300) * 0.1 * 10)[None] <= ar(300)[:, None],
+    "a running sum": lambda: torch.full((300,), 0.1).cumsum(0)[None] * 10 <= (ar(300) + 1)[:, None],
+    "a choice": lambda: torch.where(ar(300) > 5, ar(300) + 0.1, ar(300).float())[None] - 0.1 <= ar(300)[:, None],
     "int32 wraps": lambda: le(ar(300).int() * 20_000_000),
     "int64 wraps": lambda: le(ar(300) * 2**58),
     "float64": lambda: le(ar(300).double() + 2.0**54),
@@ -299,8 +301,8 @@ def test_arithmetic_on_indices_that_is_not_that_of_integers(name: str) -> None:
 
 def test_halves_and_small_sums_are_exact() -> None:
     def program(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        at = (ar(300).float() + 9_000_000) * 0.5
-        return S(q, k, v, le(at + at))
+        at, squared = (ar(300).float() + 9_000_000) * 0.5, ar(300).int() * ar(300).int()
+        return S(q, k, v, le(at + at) & (squared[:, None] >= 0))
 
     q, k, v = tensors(300)
     assert run(program, q.requires_grad_(), k, v) == ""
