@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -45,15 +46,20 @@ def data(calibration: Calibration) -> dict[str, Any]:
         "measure": c.measure,
         "target": {c.target[0]: c.target[1]},
         "density": c.density,
-        "predicted_drift": c.predicted,
-        "drift": c.drift,
+        "predicted_drift": _finite(c.predicted),
+        "drift": _finite(c.drift),
         "plans": plans,
         "sites": [_site_data(site) for site in c.sites],
     }
 
 
+def _finite(drift: float) -> float | None:
+    """JSON has no number for a drift without an end."""
+    return drift if math.isfinite(drift) else None
+
+
 def _site_data(site: SitePlan) -> dict[str, Any]:
-    tried = {label(t.plan): {"density": t.density, "drift": t.drift} for t in site.trials}
+    tried = {label(t.plan): {"density": t.density, "drift": _finite(t.drift)} for t in site.trials}
     found = {"site": site.key.site, **site.key.shape(), "plan": label(site.plan) if site.plan else EXACT}
     return found | {"tried": tried} | ({"reason": site.reason} if site.reason else {})
 
@@ -132,6 +138,10 @@ class _Part:
         return [_Part(value, f"{self.where}[{at}]") for at, value in enumerate(self.value)]
 
 
+def _drift(part: _Part) -> float:
+    return math.inf if part.value is None else part.number()
+
+
 def _calibration(whole: _Part) -> Calibration:
     if not isinstance(whole.value, Mapping) or "format" not in whole.value:
         raise whole.wrong("what a plan file that calibrate wrote holds; it has no 'format'")
@@ -155,8 +165,8 @@ def _calibration(whole: _Part) -> Calibration:
         measure=parts["measure"].text(),
         target=(name, value.number()),
         density=parts["density"].number(),
-        predicted=parts["predicted_drift"].number(),
-        drift=parts["drift"].number(),
+        predicted=_drift(parts["predicted_drift"]),
+        drift=_drift(parts["drift"]),
         torch=parts["torch"].text(),
     )
 
@@ -176,9 +186,7 @@ def _site(part: _Part, plans: Mapping[str, Plan]) -> SitePlan:
     trials = []
     for name, trial in parts["tried"].object().items() if "tried" in parts else ():
         found = trial.object(("density", "drift"), ())
-        trials.append(
-            Trial(_named(_Part(name, trial.where), plans), found["density"].number(), found["drift"].number())
-        )
+        trials.append(Trial(_named(_Part(name, trial.where), plans), found["density"].number(), _drift(found["drift"])))
     plan = None if parts["plan"].value == EXACT else _named(parts["plan"], plans)
     return SitePlan(key, plan, tuple(trials), parts["reason"].text() if "reason" in parts else "")
 

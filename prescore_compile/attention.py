@@ -51,8 +51,9 @@ def attention(
     valid = _check(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa, config)
     if forward_mode():
         raise ValueError("got forward-mode AD (a dual level is open); allowed: gradients in reverse mode")
-    if torch.is_autocast_enabled(query.device.type):  # as SDPA does
-        dtype = torch.get_autocast_dtype(query.device.type)
+    where = query.device.type
+    if torch.amp.is_autocast_available(where) and torch.is_autocast_enabled(where):  # as SDPA does
+        dtype = torch.get_autocast_dtype(where)
         query, key, value = (tensor.to(dtype) for tensor in (query, key, value))
     scale = max(query.shape[3], 1) ** -0.5 if scale is None else float(scale)
     empty = 0 in (*query.shape, *key.shape, *value.shape)
@@ -92,6 +93,13 @@ def _check(
     config: Config,
 ) -> torch.Tensor | None:
     """Validate the call; returns the key validity ``[B, Nk]``."""
+    given = {"query": query, "key": key, "value": value} | ({} if attn_mask is None else {"attn_mask": attn_mask})
+    for name, tensor in given.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise ValueError(f"{name}: got {type(tensor).__name__}; allowed: a tensor")
+    for name, flag in (("is_causal", is_causal), ("enable_gqa", enable_gqa)):
+        if not isinstance(flag, bool):
+            raise ValueError(f"{name}: got {flag!r}; allowed: a bool")
     shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
     if not query.dim() == key.dim() == value.dim() == 4:
         raise ValueError(f"got {shapes}; allowed: three tensors [batch, heads, length, head_dim]")

@@ -77,6 +77,9 @@ BAD: dict[str, tuple[Any, dict[str, Any], str]] = {
         {"attn_mask": torch.ones(2, 1, 1, 150, dtype=torch.bool, device="meta")},
         "on cpu",
     ),
+    "a mask of another library": (lambda q, k, v: (q, k, v), {"attn_mask": [[True]]}, "attn_mask: got list"),
+    "an array": (lambda q, k, v: (q, k.numpy(), v), {}, "key: got ndarray; allowed: a tensor"),
+    "a word": (lambda q, k, v: (q, k, v), {"is_causal": "yes"}, "is_causal: got 'yes'; allowed: a bool"),
     "float mask": (lambda q, k, v: (q, k, v), {"attn_mask": torch.zeros(2, 1, 1, 150)}, "key padding"),
 }
 
@@ -87,6 +90,11 @@ def test_bad_input_is_a_clear_error(name: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
         attention(*change(*qkv()), **kwargs, config=SMALL)
     assert "got" in str(caught.value) and "allowed" in str(caught.value)
+
+
+def test_on_a_device_without_autocast() -> None:
+    q, k, v = (t.to("meta") for t in qkv())
+    assert attention(q, k, v, config=SMALL).shape == attention(q, k, v).shape == q.shape
 
 
 def test_forward_mode_is_a_clear_error() -> None:

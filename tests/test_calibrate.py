@@ -190,6 +190,7 @@ def test_options(found: Calibration, tmp_path: Path) -> None:
     ({}, "exactly one"), ({"budget": 0.5, "drift": 1}, "exactly one"), ({"budget": 0}, "above 0"),
     ({"drift": True}, "0 or more"), ({"budget": 0.5, "candidates": []}, "one Plan or more"),
     ({"budget": 0.5, "options": {"plan": "x"}}, "not when calibrating"),
+    ({"budget": 0.5, "measured": "no/such.json"}, "'measured': got"),
     ({"budget": 0.5, "measure": "x"}, "'kl', 'cosine'"),
 ])  # fmt: skip
 def test_arguments(arguments: dict[str, Any], message: str) -> None:
@@ -310,6 +311,28 @@ def test_a_model_must_repeat_itself() -> None:
     model.layers[1].train()
     with pytest.raises(OptionError, match=r"Block 'layers\.1' in training mode"):
         calibrate(model, [batch()], **QUIETLY)
+
+
+def test_padding_everywhere_is_no_measurement() -> None:
+    class Padded(Model):
+        def forward(self, x: torch.Tensor, attention_mask: torch.Tensor) -> Any:
+            return super().forward(x)
+
+    with pytest.raises(ValueError, match="attention_mask pads every position"):
+        calibrate(Padded(), [{"x": batch(), "attention_mask": torch.zeros(1, 128)}], **QUIETLY)
+
+
+def test_a_config_and_a_drift_that_is_not_a_number(tmp_path: Path) -> None:
+    def measure(exact: Any, other: Any) -> float:
+        return 0.0 if torch.equal(exact["logits"], other["logits"]) else float("nan")
+
+    options = Config(exclude=("layers.0",))
+    found = calibrate(Model(layers=2), [batch()], measure=measure, options=options, **QUIETLY)
+    found.save(tmp_path / "plan.json")
+    assert "Infinity" not in (tmp_path / "plan.json").read_text() and load(tmp_path / "plan.json") == found
+    assert [site.key.site for site in found.sites] == ["layers.1#0"]
+    with pytest.raises(OptionError, match="not when calibrating"):
+        calibrate(Model(), [batch()], options=Config(plan=found), **QUIETLY)
 
 
 def test_what_was_measured_otherwise_is_not_taken(found: Calibration) -> None:

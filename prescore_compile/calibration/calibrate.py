@@ -41,7 +41,7 @@ def calibrate(
     *,
     budget: float | None = None,
     drift: float | None = None,
-    options: Mapping[str, Any] | None = None,
+    options: Mapping[str, Any] | Config | None = None,
     candidates: Sequence[Plan] | None = None,
     measure: str | Measure | None = None,
     measured: Calibration | str | os.PathLike[str] | None = None,
@@ -95,7 +95,7 @@ def calibrate(
         raise OptionError("batches", [], "one batch or more")
     _check_mode(model)
     tried = _candidates(candidates)
-    earlier = None if measured is None else load(measured)
+    earlier = _measured(measured)
     switch = Switch(model, config)
     try:
         search = _Search(switch, calls, measure, tell)
@@ -311,10 +311,18 @@ def _target(budget: object, drift: object) -> tuple[str, float]:
     return name, float(value)  # type: ignore[arg-type]
 
 
-def _config(options: Mapping[str, Any] | None) -> Config:
-    if "plan" in (options or {}):
-        raise OptionError("plan", (options or {})["plan"], "not when calibrating: that makes one")
+def _config(options: Mapping[str, Any] | Config | None) -> Config:
+    plan = options.plan if isinstance(options, Config) else (options or {}).get("plan")
+    if plan is not None:
+        raise OptionError("plan", plan, "not when calibrating: that makes one")
     return Config.from_options(options)
+
+
+def _measured(source: Calibration | str | os.PathLike[str] | None) -> Calibration | None:
+    try:
+        return None if source is None else load(source)
+    except OptionError as error:
+        raise OptionError("measured", error.got, error.allowed) if error.key == "plan" else error from None
 
 
 def _candidates(candidates: object) -> list[Plan] | None:

@@ -40,7 +40,7 @@ def _run(arguments: argparse.Namespace) -> None:
     from .calibrate import calibrate
     from .switch import Call
 
-    if not arguments.out.absolute().parent.is_dir():
+    if arguments.out.is_dir() or not arguments.out.absolute().parent.is_dir():
         raise TargetError(f"--out: got {str(arguments.out)!r}; allowed: a file in a folder that exists")
     try:
         with contextlib.redirect_stdout(sys.stderr):
@@ -62,5 +62,5 @@ def _run(arguments: argparse.Namespace) -> None:
         raise
     except (Exception, SystemExit) as error:
         raise TargetFailed(f"{arguments.target}: the model raised {told(error)}") from error
+    say(str(found))  # first: a file that cannot be written does not lose it
     found.save(arguments.out)
-    say(str(found))

@@ -63,6 +63,8 @@ class Reference:
         tensor = _tensor(output)
         self.rows = _chosen(tensor, batch)
         rows = tensor[self.rows]
+        if not len(rows):
+            raise ValueError("attention_mask pads every position of a batch; allowed: one that counts, or more")
         # Logits may be -inf, where something forbids a token.
         bad = ~torch.isfinite(rows) & ~((rows == -math.inf) & (measure == "kl"))
         if bool(bad.any()) or not bool(torch.isfinite(rows).any(-1).all()):
