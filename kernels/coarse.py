@@ -64,12 +64,13 @@ def route(
     if not plan.coarse:
         return routing.route(query, summary, plan, causal, k_len, scale, logits, tensors, mass)
     per_chunk, clusters = plan.chunk // plan.cluster, summary.mean.shape[2]
+    total = clusters // per_chunk
     best = best_chunks(query, coarse(summary, plan), plan, causal, k_len, scale, logits, tensors, mass).long()
 
     def inside(span: Span) -> torch.Tensor:
         tile = best[:, :, span.begin : span.end]
-        read = torch.zeros(*tile.shape[:3], clusters // per_chunk + 1, dtype=torch.bool, device=query.device)
-        read.scatter_(3, tile.where(tile >= 0, clusters // per_chunk), True)
+        read = torch.zeros(*tile.shape[:3], total + 1, dtype=torch.bool, device=query.device)
+        read.scatter_(3, tile.where(tile >= 0, total), True)
         return read[..., :-1].repeat_interleave(per_chunk, 3)
 
     chunks = chunk_of(clusters, plan, query.device)

@@ -60,7 +60,7 @@ def tiles() -> bool:
 
 
 def needed() -> ctypes.CDLL:
-    """The same where ``available``."""
+    """The compiled kernels, where they are ``available``."""
     found = load()
     assert found is not None, "callers check available() first"
     return found

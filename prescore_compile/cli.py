@@ -42,7 +42,7 @@ def _demo(seq_len: int, json_file: Path | None) -> int:
     if seq_len < 2:
         print(f"prescore demo: --seq-len: got {seq_len}; allowed: 2 or more", file=sys.stderr)
         return 2
-    if json_file is not None and (json_file.is_dir() or not json_file.absolute().parent.is_dir()):
+    if json_file is not None and not command.may_be_written(json_file):
         print(
             f"prescore demo: --json: got {str(json_file)!r}; allowed: a file in a folder that exists", file=sys.stderr
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -26,10 +27,7 @@ def once() -> Iterator[None]:
 
     @functools.cache
     def of_tensor(sizes: tuple[int, ...]) -> tuple[Any, Any]:
-        numel = 1
-        for size in sizes:
-            numel *= size
-        return core.tuple([core.constexpr(size) for size in sizes]), core.constexpr(numel)
+        return core.tuple([core.constexpr(size) for size in sizes]), core.constexpr(math.prod(sizes))
 
     def block(self: Any, element_ty: Any, shape: Any) -> None:
         sizes = tuple(s.value if isinstance(s, core.constexpr) else s for s in shape)

@@ -190,6 +190,7 @@ def test_options(found: Calibration, tmp_path: Path) -> None:
     ({}, "exactly one"), ({"budget": 0.5, "drift": 1}, "exactly one"), ({"budget": 0}, "above 0"),
     ({"drift": True}, "0 or more"), ({"budget": 0.5, "candidates": []}, "one Plan or more"),
     ({"budget": 0.5, "options": {"plan": "x"}}, "not when calibrating"),
+    ({"budget": 0.5, "options": "abc"}, "a dict of options"),
     ({"budget": 0.5, "measured": "no/such.json"}, "'measured': got"),
     ({"budget": 0.5, "measure": "x"}, "'kl', 'cosine'"),
 ])  # fmt: skip

@@ -312,9 +312,9 @@ def _target(budget: object, drift: object) -> tuple[str, float]:
 
 
 def _config(options: Mapping[str, Any] | Config | None) -> Config:
-    plan = options.plan if isinstance(options, Config) else (options or {}).get("plan")
-    if plan is not None:
-        raise OptionError("plan", plan, "not when calibrating: that makes one")
+    given = {"plan": options.plan} if isinstance(options, Config) and options.plan is not None else options
+    if isinstance(given, Mapping) and "plan" in given:  # before what it names is read
+        raise OptionError("plan", given["plan"], "not when calibrating: that makes one")
     return Config.from_options(options)
 
 

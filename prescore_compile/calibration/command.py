@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ..inspection.command import guarded, option, say
+from ..inspection.command import guarded, may_be_written, option, say
 
 
 def add_to(commands: Any) -> None:
@@ -40,7 +40,7 @@ def _run(arguments: argparse.Namespace) -> None:
     from .calibrate import calibrate
     from .switch import Call
 
-    if arguments.out.is_dir() or not arguments.out.absolute().parent.is_dir():
+    if not may_be_written(arguments.out):
         raise TargetError(f"--out: got {str(arguments.out)!r}; allowed: a file in a folder that exists")
     try:
         with contextlib.redirect_stdout(sys.stderr):

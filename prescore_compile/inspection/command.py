@@ -86,6 +86,11 @@ def guarded(command: str, work: Callable[[], None]) -> int:
     return DONE
 
 
+def may_be_written(path: Path) -> bool:
+    """Whether it names a file, there or not, in a folder that exists: asked before work that takes minutes."""
+    return not path.is_dir() and path.absolute().parent.is_dir()
+
+
 def say(text: str, page: bool = False) -> None:
     """Print to standard output, if there is one: what its encoding lacks as escapes, but a ``page`` says UTF-8."""
     if sys.stdout is None:  # closed by the shell: `>&-`
