@@ -33,7 +33,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from prescore_compile.kernels.logits import NOTHING, B, H, K, Logits, Q, by_chunk
 from prescore_compile.kernels.ops import summarizing
-from prescore_compile.kernels.plan import Plan
+from prescore_compile.kernels.plan import WHOLE, Plan
 from prescore_compile.kernels.reference import Operands
 from prescore_compile.kernels.summary import Summary
 from prescore_compile.kernels.triton import (
@@ -52,7 +52,7 @@ from prescore_compile.kernels.triton import (
 from prescore_compile.kernels.triton.scores import kernel as scores
 from prescore_compile.kernels.triton.scores import select
 from prescore_compile.kernels.triton.spec import DTYPES
-from prescore_compile.passes.defaults import CAUSAL, CAUSAL_ON_A_GPU, LONG_ON_A_GPU, TWO_SIDED_ON_A_GPU, WHOLE
+from prescore_compile.passes.defaults import CAUSAL, CAUSAL_ON_A_GPU, LONG_ON_A_GPU, TWO_SIDED_ON_A_GPU
 
 RESULTS = Path(__file__).parent / "results" / "triton-aot.json"
 MODULES = (attend, attend_backward, clusters, residual, route, rows, rows_backward, scores, segments, select, union)

@@ -29,9 +29,9 @@ from bench.operands import smooth
 from prescore_compile.demo import interleaved
 from prescore_compile.kernels import banded, ops
 from prescore_compile.kernels.logits import K, Logits, Q
+from prescore_compile.kernels.plan import WHOLE
 from prescore_compile.kernels.reference import Operands
 from prescore_compile.passes import cost
-from prescore_compile.passes.defaults import WHOLE
 
 RESULTS = Path(__file__).parent / "results" / "bands-cpu.json"
 DIM, HEADS, GROUP = 64, 8, 4

@@ -28,8 +28,8 @@ from bench.operands import smooth
 from prescore_compile.demo import interleaved
 from prescore_compile.kernels import cpu, ops
 from prescore_compile.kernels.logits import parse
+from prescore_compile.kernels.plan import WHOLE
 from prescore_compile.kernels.reference import Operands
-from prescore_compile.passes.defaults import WHOLE
 
 RESULTS = Path(__file__).parent / "results"
 DIM = 64

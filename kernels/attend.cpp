@@ -425,6 +425,12 @@ void prescore_share(const Geometry* g, const Allowed* allowed, double* share) {
   *share = visible.share();
 }
 
+// Of a mask in memory with as many queries as keys, whether it is causality (or all keys) and the last query's keys.
+void prescore_recognize(const Geometry* g, const Allowed* allowed, int64_t* same) {
+  prescore::Recognized recognized{*g, *allowed, g->causal != 0};
+  *same = recognized.find();
+}
+
 // As attend over window, sinks and a learned one, with values of no features: only the sums are wanted.
 void prescore_mass(const Geometry* g, const View* query, const View* key, const uint8_t* valid,
                    const int32_t* row_index, const View* row_key, const float* row_bias, const View* sink_logit,

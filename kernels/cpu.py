@@ -11,7 +11,7 @@ import torch
 from . import library
 from .coarse import coarse
 from .layout import chunk_count
-from .plan import Plan
+from .plan import WHOLE, Plan
 from .reference import Operands
 from .summary import Summary
 
@@ -174,13 +174,25 @@ def share(allowed: torch.Tensor, query: torch.Size, key: torch.Size, tile: int =
 
     ``allowed``: as for ``attend``, of a ``[B, H, Nq, D]`` query and a ``[B, Hkv, Nk, D]`` key.
     """
-    plan = Plan(window=None, sinks=0, routes=0)
-    geometry = _geometry(plan, query, key, 0, key[2], False, 0, 1.0, tile)
+    geometry = _geometry(WHOLE, query, key, 0, key[2], False, 0, 1.0, tile)
     mask, alive = _allowed(allowed, (*query[:3], key[2]))
     found = ctypes.c_double()
     library.needed().prescore_share(ctypes.byref(geometry), mask, ctypes.byref(found))
     del alive
     return found.value
+
+
+def recognized(allowed: torch.Tensor, causal: bool, query: torch.Size, key: torch.Size) -> bool:
+    """Whether a mask lets each query attend what its batch's last query may, ``causal``: of the keys up to its own.
+
+    ``allowed``: as for ``attend``, of a ``[B, H, N, D]`` query and a ``[B, Hkv, N, D]`` key.
+    """
+    geometry = _geometry(WHOLE, query, key, 0, key[2], causal, 0, 1.0)
+    mask, alive = _allowed(allowed, (*query[:3], key[2]))
+    same = ctypes.c_int64()
+    library.needed().prescore_recognize(ctypes.byref(geometry), mask, ctypes.byref(same))
+    del alive
+    return bool(same.value)
 
 
 def route_attend(site: Operands, summary: Summary, plan: Plan, tile: int = TILE, softcap: float = 0.0) -> torch.Tensor:

@@ -1,10 +1,13 @@
 """Attention under a mask that is in memory, on a CPU: keys that it hides from all of a tile of queries are skipped.
 
 What a mask hides only the run time knows, and with it what is faster: SDPA's kernel goes over every key, and over the
-mask as numbers, but does not lay keys out anew for each tile.
+mask as numbers, but does not lay keys out anew for each tile. Nor is it known before whether the mask is no more than
+causality and valid keys, with which a plan can run.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,31 +28,64 @@ LOWEST_HALF = -6e4
 """The same for float16, which ends at -65504."""
 
 
+class Seen(NamedTuple):
+    """What a mask holds.
+
+    Attributes:
+        mask: ``[B or 1, H or 1, Nq or 1, Nk or 1]``, bools (True: attended) or numbers to add.
+        allowed: the same as bools; None where numbers do more than to hide keys.
+        none: ``[B or 1, H or 1, Nq or 1]`` bool, which queries have no key, where numbers hide them and there are any.
+    """
+
+    mask: torch.Tensor
+    allowed: torch.Tensor | None
+    none: torch.Tensor | None = None
+
+
+def see(read: Read, tensor: torch.Tensor, dtype: torch.dtype) -> Seen:
+    """Look at ``tensor``; ``read``: what it says of each pair; ``dtype``: of the logits that numbers are added to."""
+    mask = read.of_pairs(tensor)
+    if read.says != "added":
+        return Seen(mask, mask)
+    allowed, none = cpu.as_allowed(mask, LOWEST_HALF if dtype == torch.float16 else LOWEST) or (None, None)
+    return Seen(mask, allowed, none if none is not None and none.any() else None)
+
+
 def attend(
-    site: Operands, summary: Summary, routes: torch.Tensor, plan: Plan, read: Read, tensor: torch.Tensor, softcap: float
+    site: Operands, summary: Summary, routes: torch.Tensor, plan: Plan, seen: Seen, softcap: float
 ) -> torch.Tensor:
     """``reference.attend`` of a plan without a limit, by ``cpu.attend`` or SDPA: ``[B, H, Nq, Dv]``.
 
-    ``read``: what ``tensor`` says of each pair. A mask of numbers goes with neither padding, causality, sinks nor
-    softcaps.
+    A mask of numbers goes with neither padding, causality, sinks nor softcaps.
     """
-    mask = read.of_pairs(tensor)
-    allowed, none = (mask, None) if read.says != "added" else _hiding(mask, site.query.dtype)
     by_sdpa = site.valid is None and not site.causal and site.sink_logit is None and not softcap
+    allowed = seen.allowed
     if allowed is None or (by_sdpa and cpu.share(allowed, site.query.shape, site.key.shape) > DENSEST):
-        return _by_sdpa(site, mask)
-    out = cpu.attend(site, summary, routes, plan, allowed=allowed, softcap=softcap)
-    return out if none is None else _or_by_sdpa(out, none, site, mask)
+        return _by_sdpa(site, seen.mask)
+    return or_mean(cpu.attend(site, summary, routes, plan, allowed=allowed, softcap=softcap), site, seen)
 
 
-def _hiding(mask: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """What is allowed where numbers do no more than to hide keys, and which queries have none, if any."""
-    allowed, none = cpu.as_allowed(mask, LOWEST_HALF if dtype == torch.float16 else LOWEST) or (None, None)
-    return allowed, none if none is not None and none.any() else None
+def recognized(site: Operands, seen: Seen) -> Operands | None:
+    """``site``, of N keys and as many queries, with the causality and the valid keys that are all that its mask says.
+
+    None: it says something else. ``valid`` is None where every key is valid.
+    """
+    if seen.allowed is None:
+        return None
+    batch, heads, length, _ = site.query.shape
+    whole = seen.allowed.expand(batch, seen.allowed.shape[1], length, length)
+    first, last = whole[:, 0, 0], whole[:, 0, -1]
+    causal = not torch.equal(first, last)
+    if not cpu.recognized(seen.allowed, causal, site.query.shape, site.key.shape):
+        return None
+    return site._replace(causal=causal, valid=None if last.all() else last)
 
 
-def _or_by_sdpa(out: torch.Tensor, none: torch.Tensor, site: Operands, mask: torch.Tensor) -> torch.Tensor:
+def or_mean(out: torch.Tensor, site: Operands, seen: Seen) -> torch.Tensor:
     """``out``, and what SDPA makes of the queries without a key: a finite number leaves them the mean of all values."""
+    mask, none = seen.mask, seen.none
+    if none is None:
+        return out
     if mask.shape[2] == 1:
         return _by_sdpa(site, mask)
     at = none.flatten(0, 1).any(0).nonzero().flatten()

@@ -235,6 +235,9 @@ def _method(method: object) -> str:
 
 PLAN_FIELDS = tuple(f.name for f in fields(Plan) if f.init)
 
+WHOLE = Plan(window=None, sinks=0, routes=0)
+"""Every key that the mask allows: of a band, whatever plan others run with. It is exact."""
+
 
 @functools.cache
 def _parse(text: str) -> Plan:

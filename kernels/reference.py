@@ -26,7 +26,7 @@ from .centroids import Centroids, centroids, members_gradient
 from .heads import in_heads, pair_logits, per_query_head
 from .layout import TILE, Span, chunk_of, outside, segments, spans
 from .logits import NO_TENSORS, NOTHING, Logits, pair_places
-from .plan import Plan
+from .plan import WHOLE, Plan
 from .summary import Summary
 
 
@@ -53,8 +53,7 @@ class Operands(NamedTuple):
 def exact(site: Operands) -> torch.Tensor:
     """Attention over every key, in the inputs' precision: what the plan approximates."""
     out = site.query.new_zeros(*site.query.shape[:3], site.value.shape[3])
-    plan = Plan(window=None, sinks=0, routes=0)
-    for span in _spans(site, plan):
+    for span in _spans(site, WHOLE):
         logits = pair_logits(site.query[:, :, span.begin : span.end], site.key, site.scale)
         logits = logits.masked_fill(~_in_window(site, span), float("-inf"))
         weights = shared_softmax(with_sink([logits], site, span.begin, span.end))[0]

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from ..kernels.plan import PLAN_FIELDS, OptionError, Plan, check_int
-from .defaults import WHOLE, default_plan
+from ..kernels.plan import PLAN_FIELDS, WHOLE, OptionError, Plan, check_int
+from .defaults import default_plan
 from .planfile import load
 from .plans import Calibration
 

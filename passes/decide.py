@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import sympy
 import torch
@@ -11,12 +12,12 @@ from torch import fx
 
 from ..kernels import banded, cpu, library
 from ..kernels.logits import NOTHING, Logits, parse
-from ..kernels.plan import Plan
+from ..kernels.plan import WHOLE, Plan
 from ..kernels.triton import device
 from . import cost
 from .compat import at_least, forward_mode, gradient_wanted, hint, known_equal, symbolic, value_of
 from .config import Config
-from .defaults import WHOLE, WIDEST_BAND_ON_A_GPU
+from .defaults import WIDEST_BAND_ON_A_GPU
 from .keys import K, Q
 from .masks import Lifted, Mask, attends_itself, lift
 from .plans import SiteKey
@@ -33,6 +34,8 @@ class Decision:
 
     ``band``: keys that a query may attend on average, where they are a band that is attended whole; 0.0: they are not.
     ``exact``: why every key is attended that the mask allows, a key of ``report.EXACT``; "": they are not.
+    ``recognized``: of a mask that only the run time knows, the plans by what it may turn out to be, keys of
+    ``report.RECOGNIZED``; it is attended whole, by ``plan``, where it is something else.
     """
 
     site: Site
@@ -41,6 +44,7 @@ class Decision:
     plan: Plan | None
     band: float = 0.0
     exact: str = ""
+    recognized: Mapping[str, Plan] = field(default_factory=dict)
 
     @property
     def rewrite(self) -> bool:
@@ -50,7 +54,7 @@ class Decision:
 def decide(site: Site, config: Config, key: str = "", known: Lifted | None = None) -> Decision:
     """Check, in this order: the user's wish, what is computed, the mask, the plan file, the length, the gain; then,
     where nothing is to be approximated, whether one kernel that attends all is faster than what is there, and where the
-    mask is not taken, whether it can be read as it comes.
+    mask is not taken, whether it can be read as it comes, and which plans go with what it may turn out to be.
 
     ``key``: the site's name in a plan file.
 
@@ -75,7 +79,8 @@ def decide(site: Site, config: Config, key: str = "", known: Lifted | None = Non
             return Decision(site, mask, reason, WHOLE, band, "alone")
     read = _read(site, mask, config, reason)
     if read is not None:
-        return Decision(site, read, "", WHOLE, exact="mask")
+        plans = _recognized(site.attention, read, config)
+        return Decision(site, read, "", WHOLE, exact="" if plans else "mask", recognized=plans)
     return Decision(site, mask, reason, None if reason else plan, band, exact)
 
 
@@ -104,6 +109,23 @@ def _read(site: Site, mask: Mask, config: Config, reason: str) -> Mask | None:
     q_len, k_len = attention.size(attention.q), attention.size(attention.k)
     long = found is not None and at_least(k_len, config.min_seq_len)
     return found if long and (known_equal(q_len, k_len) or at_least(q_len, cpu.TILE)) else None
+
+
+def _recognized(attention: Attention | None, mask: Mask, config: Config) -> dict[str, Plan]:
+    """``Decision.recognized``: the plans that such sites have where their mask is known."""
+    if attention is None or not known_equal(attention.size(attention.q), attention.size(attention.k)):
+        return {}
+    if config.site_plans is not None:  # a plan file was measured for sites whose mask was known
+        return {}
+    found: dict[str, Plan] = {}
+    for name, causal in (("causal", True), ("every key", False)):
+        known = Mask(mask.text, causal=causal)
+        plan, reason = _planned(attention, known, config, "")
+        if plan is not None and plan.window is not None:
+            reason = _pairs(attention, known, plan) or _lengths(attention, known, config, plan, 0.0)
+            if not reason:
+                found[name] = plan
+    return found
 
 
 def _band(attention: Attention, mask: Mask) -> float:

@@ -34,9 +34,6 @@ TWO_SIDED_ON_A_GPU = replace(TWO_SIDED, chunk=256)
 """The same, cut from chunks that a kernel clusters."""
 
 
-WHOLE = Plan(window=None, sinks=0, routes=0)
-"""Every key that the mask allows: of a band, whatever plan others run with. It is exact."""
-
 WIDEST_BAND_ON_A_GPU = 2048
 """Keys. Wider causal ones run with the plans of other sites there; where a site looks both ways, or on a CPU, no routes
 are chosen within a mask."""

@@ -47,7 +47,7 @@ def describe(decision: Decision, kind: str, key: str = "") -> SiteReport:
         costs = dict(_costs(shape, plan if length else None, length))
         if decision.exact == "alone":
             costs["gain"] = None  # of what is not in the cost model
-        if decision.exact == "mask":
+        if decision.exact == "mask" or decision.recognized:
             costs |= dict(prescored_cost=None, density=None, gain=None)  # only the run time knows what it hides
     return SiteReport(
         module=site.module,
@@ -66,6 +66,7 @@ def describe(decision: Decision, kind: str, key: str = "") -> SiteReport:
         value_dim=None if attention is None else hint(attention.size(attention.e)),
         causal=decision.mask.causal,
         exact=decision.exact,
+        recognized=dict(decision.recognized),
         device=where,
         kernel=kernel,
     )

@@ -13,6 +13,7 @@ from ..kernels import ops as _registers_the_operators  # noqa: F401
 from .compat import add_value, made_from, same_place, value_of
 from .decide import Decision, logits_of
 from .emit import Sizes, canonical, laid_out_as, original
+from .report import RECOGNIZED
 from .site import Attention, Coordinates
 from .unattended import or_mean
 
@@ -81,6 +82,11 @@ def _stages(
     def call(name: str, target: Any, *args: Any) -> fx.Node:
         return graph.create_node("call_function", target, args, name=f"prescore_{name}")
 
+    if decision.recognized:
+        plans = [found.text if (found := decision.recognized.get(name)) else "" for name in RECOGNIZED]
+        (mask,), (of_sink,) = decision.mask.loads, sink or [None]
+        one = prescore.attend_recognized.default
+        return call("attend_recognized", one, query, key, value, mask, a.scale, more[0], of_sink, *plans)
     scores = routes = None
     if plan.keep:
         scores = call("score", prescore.score.default, query, key, valid, settings, causal, a.scale)

@@ -19,6 +19,12 @@ EXACT = {
 }
 """What ``SiteReport.exact`` means."""
 
+RECOGNIZED = {
+    "causal": "it is no more than causality and which keys are valid",
+    "every key": "it is no more than which keys are valid",
+}
+"""What ``SiteReport.recognized`` says of a mask that only the run time knows."""
+
 
 @dataclass(frozen=True)
 class SiteReport:
@@ -36,13 +42,16 @@ class SiteReport:
         exact_cost, prescored_cost: multiply-adds at the sizes compiled for; the latter includes
             scoring and routing, and is None where no plan applies.
         density: attended pairs, routing counted in / exact pairs; None where kept, and where only the run time
-            knows the mask (``exact`` is "mask").
+            knows the mask (``exact`` is "mask", or there are ``recognized`` plans).
         gain: time of exact attention / that of all stages, as the cost model expects it; None where kept, where it
             does not know what computes the site now, and where it does not know the mask.
         rule: how it was recognised (rules.RULES). failed: ``file:line: code`` of the first condition that
             failed, where kept: the mask's line for a mask.
         exact: why a rewritten site attends every key that its mask allows, whatever the plans, a key of ``EXACT``;
             "": it does not.
+        recognized: the plans of a site whose mask only the run time knows, by what it may turn out to be, keys of
+            ``RECOGNIZED``; where it is something else, every key that it allows is attended, as where ``exact`` is
+            "mask".
         key: the site's name in a plan file. value_dim, causal: what else a plan file checks.
         device: "cpu" or "cuda", or the one that was asked about; "" where nothing is proved. kernel: what its
             generated kernels are specialised with beside the plan, as ``kernels.triton.sources`` takes it, and the
@@ -68,12 +77,14 @@ class SiteReport:
     value_dim: int | None = None
     causal: bool = False
     exact: str = ""
+    recognized: dict[str, Plan] = field(default_factory=dict)
     device: str = ""
     kernel: dict[str, Any] = field(default_factory=dict)
 
     def data(self) -> dict[str, Any]:
         """The fields as JSON takes them."""
-        return vars(self) | {"plan": self.plan and self.plan.settings()}
+        recognized = {name: plan.settings() for name, plan in self.recognized.items()}
+        return vars(self) | {"plan": self.plan and self.plan.settings(), "recognized": recognized}
 
 
 @dataclass
@@ -103,7 +114,8 @@ class Report:
     def __str__(self) -> str:
         if not self.sites:
             return "no attention found"
-        several = len({site.plan for site in self.rewritten}) > 1 or any(site.exact for site in self.rewritten)
+        told = any(site.exact or site.recognized for site in self.rewritten)
+        several = told or len({site.plan for site in self.rewritten}) > 1
         rows = [_row(site) | ({"plan": _plan(site)} if several else {}) for site in self.sites]
         table = tabulate(rows, headers="keys", disable_numparse=True)
         notes = [*_devices(self.sites), *_plans(self.rewritten), *_absent(self.absent), *_idle(self.idle)]
@@ -143,6 +155,8 @@ def _row(site: SiteReport) -> dict[str, Any]:
 def _plan(site: SiteReport) -> str:
     if site.exact:
         return "exact"
+    if site.recognized:
+        return "by its mask"
     return label(site.plan) if site.plan else "-"
 
 
@@ -176,6 +190,9 @@ def _devices(sites: list[SiteReport]) -> list[str]:
 
 
 def _plans(sites: list[SiteReport]) -> list[str]:
-    plans = {str(site.plan.settings()) for site in sites if site.plan and not site.exact}
+    plans = {str(site.plan.settings()) for site in sites if site.plan and not site.exact and not site.recognized}
     exact = [f"exact: {EXACT[why]}" for why in sorted({site.exact for site in sites if site.exact})]
-    return [*(f"plan: {plan}" for plan in sorted(plans)), *exact]
+    by_mask = {f"{name}: {plan.settings()}" for site in sites for name, plan in site.recognized.items()}
+    found = [f"by its mask, where that turns out to be {one}" for one in sorted(by_mask)]
+    other = [f"by its mask, else: {EXACT['mask']}"] if found else []
+    return [*(f"plan: {plan}" for plan in sorted(plans)), *exact, *found, *other]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from ..kernels import library, triton
 from ..kernels.logits import parse
-from .report import Report, SiteReport
+from .report import Report, SiteReport, label
 
 DEVICES = ("cpu", "cuda", "hip")
 
@@ -64,4 +64,5 @@ def _geometry(site: SiteReport) -> dict[str, str]:
     plan = site.plan.settings() if site.plan else {}
     # The shape has the first; what is said of pairs is shown where there is any.
     given = {name: str(value) for name, value in site.kernel.items() if name != "dim" and value != ""}
+    given |= {f"where its mask is {name}": label(found) for name, found in site.recognized.items()}
     return site.shape | {name: str(value) for name, value in plan.items()} | given

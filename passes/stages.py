@@ -281,7 +281,8 @@ def told_decision(site: SiteReport) -> str:
     """What is done, and why not more."""
     if site.plan is not None:
         share = "" if site.density is None else f", density {100 * site.density:.1f}%"
-        return f"decision: rewrite with {site.plan.settings()}{share}"
+        known = "".join(f", with {plan.settings()} where its mask is {name}" for name, plan in site.recognized.items())
+        return f"decision: rewrite with {site.plan.settings()}{share}{known}"
     failed = f"\nfirst condition that failed, at {site.failed}" if site.failed else ""
     return f"decision: keep exact, {site.reason}{failed}"
 

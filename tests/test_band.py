@@ -21,9 +21,8 @@ from prescore_compile.calibration import calibrate
 from prescore_compile.kernels import banded, ops, reference
 from prescore_compile.kernels.band import band
 from prescore_compile.kernels.logits import H, K, Logits, Q, value
-from prescore_compile.kernels.plan import Plan
+from prescore_compile.kernels.plan import WHOLE, Plan
 from prescore_compile.passes import cost, rewrite
-from prescore_compile.passes.defaults import WHOLE
 from prescore_compile.passes.sources import sources_of
 
 N = 150

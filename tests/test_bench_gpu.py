@@ -26,9 +26,9 @@ from bench.gpu.measure import OVER, Found, Task
 from bench.gpu.ways import SCORED, Ways, scored, selected
 from prescore_compile.kernels import ops
 from prescore_compile.kernels.logits import K, Logits, Q
-from prescore_compile.kernels.plan import Plan
+from prescore_compile.kernels.plan import WHOLE, Plan
 from prescore_compile.passes import cost
-from prescore_compile.passes.defaults import WHOLE, default_plan
+from prescore_compile.passes.defaults import default_plan
 
 ROOT = Path(__file__).resolve().parent.parent
 HERE = Machine("cpu", torch.float32, rounds=1)

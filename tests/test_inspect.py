@@ -179,7 +179,8 @@ def test_kernels_for_a_gpu_need_none(file: Path, capsys: pytest.CaptureFixture[s
 def test_a_device_decides(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Decisions, graph and kernels are all of the device that is asked about; the report says which."""
     text = said(capsys, "explain", f"{file}:strided", *REWRITE)
-    assert "1 of them exact" in text and "device: cpu" in text and "it is read as it comes" in text
+    assert "by its mask, where that turns out to be causal: {" in text and "device: cpu" in text
+    assert "by its mask, else: every key that the mask allows is attended: it is read as it comes" in text
     text = said(capsys, "explain", f"{file}:strided", *REWRITE, "--device", "cuda")
     assert "1 rewritten" in text and "device: cuda" in text and "'group_routes': True" in text
     assert "not_faster" in said(capsys, "explain", f"{file}:strided", *REWRITE[:2], "--device", "hip")

@@ -17,10 +17,9 @@ from prescore_compile import Config, explain
 from prescore_compile.calibration import calibrate
 from prescore_compile.kernels import cpu, library, masked, ops
 from prescore_compile.kernels.logits import B, H, K, Logits, Q, Read, parse
-from prescore_compile.kernels.plan import Plan
+from prescore_compile.kernels.plan import WHOLE, Plan
 from prescore_compile.kernels.reference import Operands
 from prescore_compile.passes import rewrite
-from prescore_compile.passes.defaults import WHOLE
 
 pytestmark = pytest.mark.skipif(not library.available(), reason="no C++ compiler")
 N = 150
@@ -121,7 +120,8 @@ def test_what_hides_little_is_left_to_sdpa(monkeypatch: pytest.MonkeyPatch) -> N
     for mask, ours in ((torch.ones(300, 300).tril(), False), (near(300, 3), True), (torch.rand(300, 300) < 0.9, False)):
         called.clear()
         allowed = mask.bool()[None, None]
-        out = masked.attend(site, Any, Any, WHOLE, Read((0, 0, Q, K), "allowed"), allowed, 0.0)  # type: ignore[arg-type]
+        seen = masked.see(Read((0, 0, Q, K), "allowed"), allowed, torch.float32)
+        out = masked.attend(site, Any, Any, WHOLE, seen, 0.0)  # type: ignore[arg-type]
         assert bool(called) == ours
         if not ours:
             want = F.scaled_dot_product_attention(*site[:3], allowed, scale=site.scale, enable_gqa=True)

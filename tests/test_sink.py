@@ -16,11 +16,10 @@ from prescore_compile import Config, explain
 from prescore_compile.calibration import calibrate
 from prescore_compile.kernels import banded, cpu, ops, reference
 from prescore_compile.kernels.logits import K, Logits, Q
-from prescore_compile.kernels.plan import Plan
+from prescore_compile.kernels.plan import WHOLE, Plan
 from prescore_compile.kernels.reference import Operands
 from prescore_compile.passes import cost, rewrite
 from prescore_compile.passes.cost import ALONE_FROM
-from prescore_compile.passes.defaults import WHOLE
 from prescore_compile.passes.plans import SiteKey, plans_only
 from prescore_compile.passes.sources import sources_of
 

@@ -12,9 +12,9 @@ from torch import Tensor
 from prescore_compile import Config
 from prescore_compile.kernels import banded, cpu, ops, reference
 from prescore_compile.kernels.logits import K, Logits, Q
+from prescore_compile.kernels.plan import WHOLE
 from prescore_compile.passes import rewrite
 from prescore_compile.passes.cost import ALONE_FROM
-from prescore_compile.passes.defaults import WHOLE
 
 N = 150
 CAPPED = [name for name, plan in PLANS.items() if not plan.residual]

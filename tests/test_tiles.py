@@ -14,9 +14,8 @@ from conftest import EVERYTHING, PLANS, ROUTED, check_budget, in_double, operand
 
 from prescore_compile.kernels import banded, cpu, library, ops, reference
 from prescore_compile.kernels.logits import K, Logits, Q
-from prescore_compile.kernels.plan import Plan
+from prescore_compile.kernels.plan import WHOLE, Plan
 from prescore_compile.kernels.reference import Operands
-from prescore_compile.passes.defaults import WHOLE
 
 pytestmark = pytest.mark.skipif(not library.available(), reason="no C++ compiler")
 WITHOUT = ("-mno-amx-tile", "-mno-amx-bf16", "-mno-avx512f") if platform.machine() == "x86_64" else ()

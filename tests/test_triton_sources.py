@@ -12,12 +12,12 @@ import pytest
 import sympy
 from conftest import PLANS
 
-from prescore_compile.kernels.plan import METHODS, Plan
+from prescore_compile.kernels.plan import METHODS, WHOLE, Plan
 from prescore_compile.kernels.triton import listing, sources
 from prescore_compile.kernels.triton.attend_backward import backward_spec
 from prescore_compile.kernels.triton.maths import lifted
 from prescore_compile.kernels.triton.scores import kernel as scores
-from prescore_compile.passes.defaults import CAUSAL, CAUSAL_ON_A_GPU, WHOLE
+from prescore_compile.passes.defaults import CAUSAL, CAUSAL_ON_A_GPU
 
 GOLDEN = Path(__file__).with_name("golden")
 Q, K = sympy.symbols("q k", integer=True, nonnegative=True)

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from prescore_compile.kernels import coarse, reference, routing
 from prescore_compile.kernels import summary as summaries
 from prescore_compile.kernels.logits import K, Logits, Q
+from prescore_compile.kernels.plan import WHOLE as WHOLE_PLAN
 from prescore_compile.kernels.plan import Plan
 from prescore_compile.kernels.reference import Operands
 from prescore_compile.kernels.summary import Summary
-from prescore_compile.passes.defaults import WHOLE as WHOLE_PLAN
 
 from .ways import BACKENDS, MASKED, SCORED, SCORES, Ways, scored, selected
 

@@ -13,10 +13,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from bench.operands import counted, smooth
 from prescore_compile.kernels import ops
 from prescore_compile.kernels.logits import K, Logits, Q
-from prescore_compile.kernels.plan import Plan
+from prescore_compile.kernels.plan import WHOLE, Plan
 from prescore_compile.kernels.reference import Operands
 from prescore_compile.kernels.summary import Summary
-from prescore_compile.passes.defaults import WHOLE
 
 from .machine import Case, Machine
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <cstring>
 #include <vector>
@@ -80,6 +81,42 @@ struct AsBytes {
     }
     none[row] = !(some || bits(zeros));
     if (other || bits(others)) hides = false;
+  }
+};
+
+// Whether each query may attend just the keys that the last one of its batch may: all of them, or those up to its own.
+struct Recognized {
+  const Geometry& g;
+  const Allowed& allowed;
+  bool causal;
+  std::atomic<bool> same{true};
+
+  struct Nothing {};
+  Nothing scratch() const { return {}; }
+
+  const uint8_t* row(int64_t b, int64_t h, int64_t q) const {
+    return allowed.data + b * allowed.batch + h * allowed.head + q * allowed.query;
+  }
+
+  void run(int64_t task, Nothing&) {  // one query's
+    if (!same) return;
+    const int64_t heads = allowed.head ? g.heads : 1, queries = allowed.query ? g.q_len : 1;
+    const int64_t q = task % queries, h = task / queries % heads, b = task / queries / heads;
+    const uint8_t *own = row(b, h, q), *last = row(b, 0, g.q_len - 1);
+    const int64_t end = causal ? q + 1 : g.k_len;
+    uint64_t differ = 0;
+    int64_t k = 0;
+    for (; k + 8 <= end; k += 8) differ |= ones(eight(own + k)) ^ ones(eight(last + k));
+    for (; k < end; ++k) differ |= (own[k] != 0) ^ (last[k] != 0);
+    for (; k + 8 <= g.k_len; k += 8) differ |= eight(own + k);
+    for (; k < g.k_len; ++k) differ |= own[k];
+    if (differ) same = false;
+  }
+
+  bool find() {
+    const int64_t rows = (allowed.query ? g.q_len : 1) * (allowed.head ? g.heads : 1) * (allowed.batch ? g.batch : 1);
+    parallel(0, rows, g.threads, *this);
+    return same;
   }
 };
 

@@ -87,7 +87,7 @@ def attend_forward(
     site = Operands(query, key, value, valid, causal, scale, sink_logit)
     given = parse(logits)
     known = dict(named(given, tensors), softcap=given.softcap)
-    summary, routed = Summary.of_rows(order, *rows), _or_no_routes(routes, query)
+    summary, routed = Summary.of_rows(order, *rows), or_no_routes(routes, query)
     return generated.attend(site, summary, routed, Plan.parse(plan), given.lifted, **known)
 
 
@@ -123,14 +123,15 @@ def attend_eager(
     summary = Summary.of_rows(order, row_index, row_owner, row_key, row_value, row_bias)
     settings, given = Plan.parse(plan), parse(logits)
     # Without a limit every key is in the window: none is left to route to.
-    routes = _or_no_routes(None if settings.window is None else routes, query)
+    routes = or_no_routes(None if settings.window is None else routes, query)
     if dispatch.compiled(query) and given.uncapped == NOTHING:
         return cpu.attend(site, summary, routes, settings, softcap=given.softcap)
     if dispatch.compiled(query) and _banded(settings, given):
         near, ends = banded.within(site, banded.ends(given.band(), query.shape[2], key.shape[2], causal))
         return cpu.attend(near, summary, routes, settings, band=ends, softcap=given.softcap)
     if dispatch.compiled(query) and settings.window is None and (read := given.uncapped.read):
-        return masked.attend(site, summary, routes, settings, read, tensors[0], given.softcap)
+        seen = masked.see(read, tensors[0], query.dtype)
+        return masked.attend(site, summary, routes, settings, seen, given.softcap)
     out = reference.attend(site, summary, routes, settings, given, named(given, tensors))
     return out.transpose(1, 2).contiguous().transpose(1, 2)
 
@@ -196,7 +197,7 @@ def attend_backward(
     from ..triton import attend_backward as generated
 
     site = Operands(query, key, value, valid, causal, scale, sink_logit)
-    routed = _or_no_routes(routes, query)
+    routed = or_no_routes(routes, query)
     summary = Summary.of_rows(order, *rows)
     given = parse(logits)
     known = dict(named(given, tensors), softcap=given.softcap)
@@ -268,7 +269,7 @@ def attend_backward_eager(
     """``attend_backward`` by the reference, of a band tile by tile."""
     site = Operands(query, key, value, valid, causal, scale, sink_logit)
     summary = Summary.of_rows(order, row_index, row_owner, row_key, row_value, row_bias)
-    given, routed, settings = parse(logits), _or_no_routes(routes, query), Plan.parse(plan)
+    given, routed, settings = parse(logits), or_no_routes(routes, query), Plan.parse(plan)
     grads: tuple[Tensor, ...]
     if query.device.type == "cpu" and _banded(settings, given):
         ends = banded.ends(given.band(), query.shape[2], key.shape[2], causal)
@@ -284,7 +285,7 @@ attend_backward_eager.register_fake(_like_gradients)
 attend_backward.register_autograd(dispatch.no_second_derivative, setup_context=dispatch.no_setup)
 
 
-def _or_no_routes(routes: Tensor | None, query: Tensor) -> Tensor:
+def or_no_routes(routes: Tensor | None, query: Tensor) -> Tensor:
     return query.new_empty((*query.shape[:3], 0), dtype=torch.int32) if routes is None else routes
 
 

@@ -328,8 +328,8 @@
   const meaning = (site) => data.reasons[site.reason.split(":")[0]] || "";
   function siteCard(site) {
     return el("div", {class: "site"}, facts([
-      ["decision", site.decision === "keep" ? `kept exact: ${site.reason}` : site.exact ? "rewritten, and exact" : `rewritten with ${site.plan}`],
-      ["meaning", site.decision === "keep" ? meaning(site) : site.exact ? data.exact[site.exact] : "", true],
+      ["decision", site.decision === "keep" ? `kept exact: ${site.reason}` : site.exact ? "rewritten, and exact" : site.recognized ? `rewritten, by what its mask turns out to be: ${site.recognized}` : `rewritten with ${site.plan}`],
+      ["meaning", site.decision === "keep" ? meaning(site) : site.exact ? data.exact[site.exact] : site.recognized ? `where it is neither, ${data.exact.mask}` : "", true],
       ["failed at", site.decision === "keep" ? site.failed : ""],
       ["rule", `${site.rule}: ${data.rules[site.rule] || ""}`, true],
       ["mask", maths(site.mask)],
@@ -358,7 +358,7 @@
         el("div", {class: "quiet"}, [graph.text("module", at), graph.text("source", at)].filter(Boolean).join(" · ") || "no source recorded"),
         graph.text("origin", at) ? el("div", {class: "quiet"}, `from ${graph.text("origin", at)}`) : "",
         site ? el("div", {}, "mask ", maths(site.mask)) : "",
-        site ? el("div", {class: "quiet"}, site.decision === "keep" ? `kept exact: ${site.reason}` : `rewritten, density ${percent(site.density)}`) : "");
+        site ? el("div", {class: "quiet"}, site.decision === "keep" ? `kept exact: ${site.reason}` : site.density === null ? "rewritten" : `rewritten, density ${percent(site.density)}`) : "");
     }
     tip.hidden = false;
     tip.style.left = `${Math.max(4, Math.min(event.clientX + 14, innerWidth - tip.offsetWidth - 8))}px`;
@@ -464,7 +464,7 @@
     const text = value(site);
     if (name === "module") return el("td", {class: text.length < 40 ? `${kind} whole` : kind}, el("div", {class: "clip", title: text}, text));
     if (name === "source") return el("td", {class: kind, title: text}, short(text), el("span", {class: "quiet"}, site.code));
-    if (name === "decision") return el("td", {}, el("span", {class: `badge ${site.decision}`, style: "margin:0"}, site.decision), site.exact ? el("span", {class: "quiet", title: data.exact[site.exact]}, "exact") : "");
+    if (name === "decision") return el("td", {}, el("span", {class: `badge ${site.decision}`, style: "margin:0"}, site.decision), site.exact ? el("span", {class: "quiet", title: data.exact[site.exact]}, "exact") : site.recognized ? el("span", {class: "quiet", title: site.recognized}, "by its mask") : "");
     if (name === "reason") return el("td", {title: meaning(site)}, text || "—", site.failed ? el("span", {class: "quiet"}, `at ${short(site.failed)}`) : "");
     if (name === "rule") return el("td", {class: "whole", title: data.rules[text] || ""}, text);
     if (name === "mask") return el("td", {class: text.length < 40 ? "whole" : ""}, maths(text));
@@ -555,7 +555,7 @@
 
   function cards() {
     const count = (decision) => sites.filter((site) => site.decision === decision).length;
-    const total = (key) => sites.filter((site) => site.decision === "rewrite").reduce((sum, site) => sum + (site[key] || 0), 0);
+    const total = (key) => sites.filter((site) => site.decision === "rewrite" && site.prescored_cost !== null).reduce((sum, site) => sum + (site[key] || 0), 0);
     const found = [];
     if (sites.length) found.push([[String(count("rewrite"))], `of ${sites.length} sites rewritten`], [[String(count("keep"))], "kept exact"]);
     const whole = new Map();  // the first view of each graph is the whole of it

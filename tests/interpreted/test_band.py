@@ -12,9 +12,9 @@ from conftest import check_budget, in_double, operands, summary_of
 
 from prescore_compile.kernels import reference
 from prescore_compile.kernels.logits import B, K, Logits, Q
+from prescore_compile.kernels.plan import WHOLE
 from prescore_compile.kernels.triton import attend_backward as backward
 from prescore_compile.kernels.triton.attend import attend
-from prescore_compile.passes.defaults import WHOLE
 
 N = 150
 DOCUMENT = torch.arange(N).div(40, rounding_mode="floor").expand(2, N)

@@ -10,11 +10,11 @@ from conftest import PLANS, check_budget, in_double, operands, routes_of, rows_i
 
 from prescore_compile.kernels import ops, reference
 from prescore_compile.kernels.logits import K, Logits, Q
+from prescore_compile.kernels.plan import WHOLE
 from prescore_compile.kernels.reference import Operands
 from prescore_compile.kernels.triton import attend as generated
 from prescore_compile.kernels.triton import attend_backward as backward
 from prescore_compile.kernels.triton import mass
-from prescore_compile.passes.defaults import WHOLE
 
 N = 150
 WINDOW = Logits(K >= Q - 20)
