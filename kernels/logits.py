@@ -46,28 +46,6 @@ _OF_ONE: dict[Any, Any] = {
 
 
 @dataclass(frozen=True)
-class Read:
-    """A tensor that is read once for each pair.
-
-    ``axes``: b, h, q, k, each at most once, or 0, in the order of the tensor's axes. ``says``: "allowed", "hidden" of
-    bools, "added" of numbers.
-    """
-
-    axes: tuple[Any, ...]
-    says: str
-
-    def of_pairs(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Where a pair is attended, or what is added: ``[B or 1, H or 1, Nq or 1, Nk or 1]``."""
-        left = [at for at in self.axes if at != 0]
-        found = tensor.squeeze(tuple(axis for axis, at in enumerate(self.axes) if at == 0))
-        found = found.permute([left.index(at) for at in (B, H, Q, K) if at in left])
-        for axis, at in enumerate((B, H, Q, K)):
-            if at not in left:
-                found = found.unsqueeze(axis)
-        return found.logical_not() if self.says == "hidden" else found
-
-
-@dataclass(frozen=True)
 class Logits:
     """``softcap`` c of ``c * tanh(logits / c)`` (0.0: none), then ``bias``, then only where ``allowed``."""
 
@@ -107,21 +85,6 @@ class Logits:
     def only_band(self) -> bool:
         """Whether that is all that is said."""
         return self != NOTHING and replace(self, allowed=self.band().rest) == NOTHING
-
-    @property
-    def read(self) -> Read | None:
-        """What one tensor says of each pair, where that is all that is said."""
-        allowed, bias = self.allowed, sympy.sympify(self.bias)
-        if self == Logits(bias=bias):
-            atom, says = bias, "added"
-        elif self == Logits(allowed) and isinstance(allowed, (sympy.Eq, sympy.Ne)) and allowed.rhs == 0:
-            atom, says = allowed.lhs, "hidden" if isinstance(allowed, sympy.Eq) else "allowed"
-        else:
-            return None
-        found = [at for at in atom.args if at != 0]
-        if not isinstance(atom, AppliedUndef) or not set(found) <= {B, H, Q, K} or len(set(found)) < len(found):
-            return None
-        return Read(atom.args, says)
 
     @property
     def reach(self) -> Lifted:

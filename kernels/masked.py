@@ -7,14 +7,15 @@ causality and valid keys, with which a plan can run.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from . import cpu
-from .logits import Read
 from .plan import Plan
+from .reads import HIDDEN, Read, mask_of
 from .reference import Operands
 from .summary import Summary
 
@@ -34,7 +35,8 @@ class Seen(NamedTuple):
     Attributes:
         mask: ``[B or 1, H or 1, Nq or 1, Nk or 1]``, bools (True: attended) or numbers to add.
         allowed: the same as bools; None where numbers do more than to hide keys.
-        none: ``[B or 1, H or 1, Nq or 1]`` bool, which queries have no key, where numbers hide them and there are any.
+        none: ``[B or 1, H or 1, Nq or 1]`` bool, which queries have no key, where finite numbers hide them and there
+            are any.
     """
 
     mask: torch.Tensor
@@ -42,11 +44,12 @@ class Seen(NamedTuple):
     none: torch.Tensor | None = None
 
 
-def see(read: Read, tensor: torch.Tensor, dtype: torch.dtype) -> Seen:
-    """Look at ``tensor``; ``read``: what it says of each pair; ``dtype``: of the logits that numbers are added to."""
-    mask = read.of_pairs(tensor)
-    if read.says != "added":
-        return Seen(mask, mask)
+def see(reads: list[Read], tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> Seen:
+    """Look at the tensors that are read; ``dtype``: of the logits that numbers are added to."""
+    mask = mask_of(reads, tensors)
+    if not mask.is_floating_point():
+        none = mask.amax(3) == 0 if any(read.finite for read in reads) else None
+        return Seen(mask, mask, none if none is not None and none.any() else None)
     allowed, none = cpu.as_allowed(mask, LOWEST_HALF if dtype == torch.float16 else LOWEST) or (None, None)
     return Seen(mask, allowed, none if none is not None and none.any() else None)
 
@@ -61,7 +64,8 @@ def attend(
     by_sdpa = site.valid is None and not site.causal and site.sink_logit is None and not softcap
     allowed = seen.allowed
     if allowed is None or (by_sdpa and cpu.share(allowed, site.query.shape, site.key.shape) > DENSEST):
-        return _by_sdpa(site, seen.mask)
+        out = _by_sdpa(site, seen.mask)
+        return out if seen.mask.is_floating_point() else or_mean(out, site, seen)
     return or_mean(cpu.attend(site, summary, routes, plan, allowed=allowed, softcap=softcap), site, seen)
 
 
@@ -83,13 +87,14 @@ def recognized(site: Operands, seen: Seen) -> Operands | None:
 
 def or_mean(out: torch.Tensor, site: Operands, seen: Seen) -> torch.Tensor:
     """``out``, and what SDPA makes of the queries without a key: a finite number leaves them the mean of all values."""
-    mask, none = seen.mask, seen.none
-    if none is None:
+    if seen.none is None:
         return out
-    if mask.shape[2] == 1:
-        return _by_sdpa(site, mask)
+    none = seen.none.expand(-1, -1, out.shape[2])
     at = none.flatten(0, 1).any(0).nonzero().flatten()
-    few = _by_sdpa(site._replace(query=site.query[:, :, at]), mask[:, :, at])
+    mask = seen.mask.expand(-1, -1, out.shape[2], -1)[:, :, at]
+    if not mask.is_floating_point():
+        mask = torch.zeros(mask.shape).masked_fill(mask == 0, HIDDEN)
+    few = _by_sdpa(site._replace(query=site.query[:, :, at]), mask)
     out[:, :, at] = torch.where(none[:, :, at, None], few, out[:, :, at])
     return out
 

@@ -12,7 +12,7 @@ from torch import fx
 
 from ..kernels import banded, cpu, library
 from ..kernels.logits import NOTHING, Logits, parse
-from ..kernels.plan import WHOLE, Plan
+from ..kernels.plan import WHOLE, OptionError, Plan
 from ..kernels.triton import device
 from . import cost
 from .compat import at_least, forward_mode, gradient_wanted, hint, known_equal, symbolic, value_of
@@ -120,7 +120,10 @@ def _recognized(attention: Attention | None, mask: Mask, config: Config) -> dict
     found: dict[str, Plan] = {}
     for name, causal in (("causal", True), ("every key", False)):
         known = Mask(mask.text, causal=causal)
-        plan, reason = _planned(attention, known, config, "")
+        try:
+            plan, reason = _planned(attention, known, config, "")
+        except OptionError:  # settings that leave such sites nothing: this one may be none of them
+            continue
         if plan is not None and plan.window is not None:
             reason = _pairs(attention, known, plan) or _lengths(attention, known, config, plan, 0.0)
             if not reason:

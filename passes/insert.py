@@ -83,10 +83,10 @@ def _stages(
         return graph.create_node("call_function", target, args, name=f"prescore_{name}")
 
     if decision.recognized:
-        plans = [found.text if (found := decision.recognized.get(name)) else "" for name in RECOGNIZED]
-        (mask,), (of_sink,) = decision.mask.loads, sink or [None]
-        one = prescore.attend_recognized.default
-        return call("attend_recognized", one, query, key, value, mask, a.scale, more[0], of_sink, *plans)
+        known = decision.recognized
+        plans = [known[name].text if name in known else "" for name in RECOGNIZED]
+        one, of_sink = prescore.attend_recognized.default, sink[0] if sink else None
+        return call("attend_recognized", one, query, key, value, a.scale, *more, of_sink, *plans)
     scores = routes = None
     if plan.keep:
         scores = call("score", prescore.score.default, query, key, valid, settings, causal, a.scale)

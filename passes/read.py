@@ -1,4 +1,4 @@
-"""Masks that are not understood, but are there: a tensor that a kernel reads as it comes."""
+"""Masks that are not understood, but are there: tensors that a kernel reads as they come."""
 
 from __future__ import annotations
 
@@ -10,54 +10,91 @@ import torch
 from torch import fx
 
 from ..kernels.logits import Logits, settled
+from ..kernels.masked import LOWEST, LOWEST_HALF
+from ..kernels.reads import HIDDEN, hides, reads_of
 from .compat import gradient_wanted, guard_equal, value_of
+from .elements import Elements, NotClosedForm
 from .masks import Mask, named
 from .site import Add, Attention, Fill, Site
 
 NUMBERS = (torch.float32, torch.bfloat16, torch.float16)
 
+ABSORBS = -1e30
+"""Beside less, no logit shows, nor what is added to it."""
+
 
 def as_it_comes(site: Site, mask: Mask) -> Mask | None:
-    """``mask`` as what one tensor ``[B or 1, H or 1, Nq, Nk]``, in any order of axes, says of each pair, or adds.
+    """``mask`` as what tensors ``[B or 1, H or 1, Nq or 1, Nk or 1]``, in any order of axes, say of each pair, or add.
 
-    None: something else is done to the logits, or the tensor is no such one, or it is made from the logits, which are
+    None: something else is done to the logits, or a tensor is no such one, or it is made from the logits, which are
     in memory then, or it is not the same any more when the site is computed.
     """
     a = site.attention
-    found = _one_tensor(a) if a is not None else None
+    found = _tensors(a, site) if a is not None else None
     if a is None or found is None:
         return None
-    node, logits = found
-    tensor = value_of(node)
-    if logits.read is None or tensor.device != value_of(a.query.node).device or _made_from(node, a.query.node):
-        return None
-    if gradient_wanted(node):
-        return None
-    at_the_call = node in site.output.all_input_nodes
-    if not at_the_call and site.memory.changes(node, site.output):
+    nodes, logits = found
+    reads = reads_of(logits)
+    if reads is None or not all(_there(site, node) and not _made_from(node, a.query.node) for node in nodes):
         return None
     sizes = {"b": a.size(*a.batch), "h": a.size(*a.heads), "q": a.size(a.q), "k": a.size(a.k), "0": 1}
-    fits = all(guard_equal(size, sizes[str(at)]) for size, at in zip(tensor.shape, logits.read.axes, strict=True))
-    return Mask(mask.text, logits=logits, loads=(node,)) if fits else None
+    by_name = dict(zip(logits.tensors, nodes, strict=True))
+    of_axes = [
+        (size, sizes[str(at)])
+        for read in reads
+        for size, at in zip(value_of(by_name[read.name]).shape, read.axes, strict=True)
+    ]
+    fits = all(guard_equal(size, want) for size, want in of_axes)
+    return Mask(mask.text, logits=logits, loads=nodes) if fits else None
 
 
-def _one_tensor(a: Attention) -> tuple[fx.Node, Logits] | None:
-    """The node that is all that the logits go through, and what it does there."""
-    if len(a.terms) != 1:
+def _tensors(a: Attention, site: Site) -> tuple[tuple[fx.Node, ...], Logits] | None:
+    """The nodes that are read, in the order of their names, and all that the logits go through."""
+    nodes: dict[fx.Node, str] = {}
+
+    def read(node: fx.Node, index: Any) -> Any:
+        name = nodes.setdefault(node, f"t{len(nodes):02}")
+        return named(sympy.Function(name)(*index), a)
+
+    allowed, bias = sympy.true, sympy.S.Zero
+    for at, term in enumerate(a.terms):
+        if isinstance(term, Fill) and value_of(term.condition).dtype == torch.bool:
+            atom = read(term.condition, term.index)
+            says = sympy.Eq(atom, 0) if term.where else sympy.Ne(atom, 0)
+            number = _number(term, a, site)
+            if number == -math.inf:
+                allowed = sympy.And(allowed, says)
+            elif number is not None and at == 0 and (len(a.terms) == 1 or number < ABSORBS):
+                # Where others hide, too, a query without keys attends what has the highest number.
+                bias += hides(says, HIDDEN if len(a.terms) == 1 else number)
+            else:
+                return None
+        elif isinstance(term, Add) and isinstance(term.what, fx.Node) and value_of(term.what).dtype in NUMBERS:
+            factor = sympy.Integer(1) if term.factor == 1 else sympy.Float(term.factor)
+            bias += factor * read(term.what, term.index)
+        else:
+            return None
+    if bias != 0 and (a.sink_logit is not None or a.softcap):
         return None
-    (term,) = a.terms
-    if isinstance(term, Fill) and term.value == -math.inf and value_of(term.condition).dtype == torch.bool:
-        says = sympy.Eq if term.where else sympy.Ne
-        return term.condition, settled(Logits(named(says(_read(term.index), 0), a)))
-    if not isinstance(term, Add) or not isinstance(term.what, fx.Node) or term.factor != 1:
-        return None
-    if a.sink_logit is not None or a.softcap or value_of(term.what).dtype not in NUMBERS:
-        return None
-    return term.what, settled(Logits(bias=named(_read(term.index), a)))
+    return tuple(nodes), settled(Logits(allowed, bias))
 
 
-def _read(index: Any) -> Any:
-    return sympy.Function("t00")(*index)
+def _number(term: Fill, a: Attention, site: Site) -> float | None:
+    """What a fill hides with; None: it is no such number."""
+    try:
+        value = sympy.sympify(Elements(site.memory, a.sizes).at(term.value, term.value_index))
+    except NotClosedForm:
+        return None
+    lowest = LOWEST_HALF if value_of(a.query.node).dtype == torch.float16 else LOWEST
+    return float(value) if value.is_number and (value == -sympy.oo or value <= lowest) else None
+
+
+def _there(site: Site, node: fx.Node) -> bool:
+    """Whether a tensor can be read where the site is computed, and has no gradient."""
+    assert site.attention is not None
+    if value_of(node).device != value_of(site.attention.query.node).device or gradient_wanted(node):
+        return False
+    return node in site.output.all_input_nodes or not site.memory.changes(node, site.output)
 
 
 def _made_from(node: fx.Node, source: fx.Node) -> bool:

@@ -16,8 +16,9 @@ from bench import masks
 from prescore_compile import Config, explain
 from prescore_compile.calibration import calibrate
 from prescore_compile.kernels import cpu, library, masked, ops
-from prescore_compile.kernels.logits import B, H, K, Logits, Q, Read, parse
+from prescore_compile.kernels.logits import B, H, K, Logits, Q, parse
 from prescore_compile.kernels.plan import WHOLE, Plan
+from prescore_compile.kernels.reads import Read
 from prescore_compile.kernels.reference import Operands
 from prescore_compile.passes import rewrite
 
@@ -120,7 +121,7 @@ def test_what_hides_little_is_left_to_sdpa(monkeypatch: pytest.MonkeyPatch) -> N
     for mask, ours in ((torch.ones(300, 300).tril(), False), (near(300, 3), True), (torch.rand(300, 300) < 0.9, False)):
         called.clear()
         allowed = mask.bool()[None, None]
-        seen = masked.see(Read((0, 0, Q, K), "allowed"), allowed, torch.float32)
+        seen = masked.see([Read("t00", (0, 0, Q, K), "allowed")], {"t00": allowed}, torch.float32)
         out = masked.attend(site, Any, Any, WHOLE, seen, 0.0)  # type: ignore[arg-type]
         assert bool(called) == ours
         if not ours:
@@ -275,7 +276,46 @@ def by_hand(q: Any, k: Any, v: Any, mask: Any) -> Any:
     return (q @ k.mT * 0.25).masked_fill(~mask, -math.inf).softmax(-1) @ v
 
 
+def drawn(share: float, row: int = 7) -> torch.Tensor:
+    """A row and a column of it are all True."""
+    at = torch.arange(LENGTH)
+    return (torch.rand(LENGTH, LENGTH) < share) | (at[:, None] == row) | (at == 9)
+
+
+def some(share: float) -> torch.Tensor:
+    """True off the diagonal."""
+    return (torch.rand(LENGTH, LENGTH) < share) & (torch.eye(LENGTH) == 0)
+
+
+def attended(q: Any, k: Any, v: Any, change: Callable[[Any], Any]) -> Any:
+    k, v = (x.repeat_interleave(2, 1) for x in (k, v))
+    return change(q @ k.mT * 0.25).softmax(-1) @ v
+
+
+def lowest(mask: Any, number: float = torch.finfo(torch.float32).min) -> torch.Tensor:
+    return torch.zeros(mask.shape).masked_fill(mask, number)
+
+
 TAKEN: dict[str, Callable[..., Any]] = {
+    "a finite number": lambda q, k, v: attended(q, k, v, lambda x: x.masked_fill(drawn(0.5), -1e9)),
+    "a finite number that hides much": lambda q, k, v: attended(q, k, v, lambda x: x.masked_fill(drawn(0.99), -1e9)),
+    "another value": lambda q, k, v: attended(
+        q, k, v, lambda x: torch.where(drawn(0.5), torch.full([], torch.finfo(x.dtype).min), x)
+    ),
+    "filled, then a bias": lambda q, k, v: attended(
+        q, k, v, lambda x: x.masked_fill(some(0.5), -math.inf) + torch.rand(LENGTH, LENGTH)
+    ),
+    "filled, then numbers": lambda q, k, v: attended(
+        q, k, v, lambda x: x.masked_fill(drawn(0.5), torch.finfo(x.dtype).min) + lowest(drawn(0.3, 8))
+    ),
+    "twice": lambda q, k, v: attended(q, k, v, lambda x: torch.add(x, torch.rand(4, LENGTH, LENGTH), alpha=0.5)),
+    "two, and of keys": lambda q, k, v: attended(
+        q, k, v, lambda x: x + torch.rand(4, LENGTH, LENGTH) - 2 * torch.rand(2, 1, 1, LENGTH)
+    ),
+    "two that hide": lambda q, k, v: attended(
+        q, k, v, lambda x: x.masked_fill(~near(LENGTH, 40) & drawn(2), -math.inf).masked_fill(some(0.2), -math.inf)
+    ),
+    "numbers of two kinds": lambda q, k, v: attended(q, k, v, lambda x: x + lowest(drawn(0.5)) + lowest(drawn(0.3, 8))),
     "written in place": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, blocks(q.shape[2]), enable_gqa=True),
     "written by hand": lambda q, k, v: by_hand(q, k, v, near(LENGTH, 30) & (torch.rand(LENGTH, LENGTH) < 2)),
     "documents": packed,
@@ -318,27 +358,20 @@ def the_best(q: Any, k: Any, v: Any) -> Any:
     return logits.masked_fill(logits < logits.amax(-1, keepdim=True), -math.inf).softmax(-1) @ v.repeat_interleave(2, 1)
 
 
-def finite(q: Any, k: Any, v: Any) -> Any:
-    mask = torch.rand(LENGTH, LENGTH) < 0.5
-    logits = (q @ k.repeat_interleave(2, 1).mT).masked_fill(mask, torch.finfo(q.dtype).min)
-    return logits.softmax(-1) @ v.repeat_interleave(2, 1)
-
-
 LEFT: dict[str, Callable[..., Any]] = {
     "changed before": changed_before,
     "made from the logits": the_best,
-    "a finite number": finite,
-    "two of them": lambda q, k, v: (
-        (
-            (q @ k.repeat_interleave(2, 1).mT).masked_fill(torch.rand(LENGTH, LENGTH) < 0.5, -math.inf)
-            + torch.rand(LENGTH, LENGTH)
-        ).softmax(-1)
-        @ v.repeat_interleave(2, 1)
+    "no number to hide with": lambda q, k, v: attended(q, k, v, lambda x: x.masked_fill(drawn(0.5), -1e4)),
+    "hidden by both": lambda q, k, v: attended(
+        q, k, v, lambda x: x.masked_fill(drawn(0.5), -math.inf).masked_fill(drawn(0.5), -1e9)
     ),
-    "twice": lambda q, k, v: (
-        torch.add(q @ k.repeat_interleave(2, 1).mT, torch.rand(LENGTH, LENGTH), alpha=2).softmax(-1)
-        @ v.repeat_interleave(2, 1)
+    "a number, then a bias": lambda q, k, v: attended(
+        q, k, v, lambda x: x.masked_fill(drawn(0.5), -1e9) + torch.rand(LENGTH, LENGTH)
     ),
+    "a bias, then a number": lambda q, k, v: attended(
+        q, k, v, lambda x: (x + torch.rand(LENGTH, LENGTH)).masked_fill(drawn(0.5), -1e38)
+    ),
+    "masked, and then scaled": lambda q, k, v: attended(q, k, v, lambda x: (x + torch.rand(LENGTH, LENGTH)) * 2),
 }
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from .. import banded, cpu, masked, reference
 from ..logits import NOTHING, Logits, named, parse
 from ..plan import Plan
+from ..reads import reads_of
 from ..reference import Operands
 from ..summary import Summary
 from . import dispatch
@@ -129,8 +130,8 @@ def attend_eager(
     if dispatch.compiled(query) and _banded(settings, given):
         near, ends = banded.within(site, banded.ends(given.band(), query.shape[2], key.shape[2], causal))
         return cpu.attend(near, summary, routes, settings, band=ends, softcap=given.softcap)
-    if dispatch.compiled(query) and settings.window is None and (read := given.uncapped.read):
-        seen = masked.see(read, tensors[0], query.dtype)
+    if dispatch.compiled(query) and settings.window is None and (read := reads_of(given.uncapped)):
+        seen = masked.see(read, named(given, tensors), query.dtype)
         return masked.attend(site, summary, routes, settings, seen, given.softcap)
     out = reference.attend(site, summary, routes, settings, given, named(given, tensors))
     return out.transpose(1, 2).contiguous().transpose(1, 2)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import masked
-from ..logits import Logits, parse
+from ..logits import Logits, named, parse
 from ..plan import WHOLE, Plan
+from ..reads import reads_of
 from ..reference import Operands
 from ..summary import Summary
 from . import dispatch
@@ -23,9 +25,9 @@ def attend_recognized(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    mask: Tensor,
     scale: float,
     logits: str,
+    tensors: Sequence[Tensor],
     sink_logit: Tensor | None,
     causal_plan: str,
     two_sided_plan: str,
@@ -36,17 +38,17 @@ def attend_recognized(
     ``two_sided_plan``; where it says something else, and where that plan is "", every key that it allows.
 
     Args:
-        mask: read as ``logits`` says. sink_logit: as for ``mass``.
+        tensors: read as ``logits`` says, in the order of their names. sink_logit: as for ``mass``.
 
     Returns:
         ``[B, H, N, Dv]``, laid out ``[B, N, H, Dv]`` in memory.
     """
     given = parse(logits)
     site = Operands(query, key, value, None, False, scale, sink_logit)
-    read = given.uncapped.read
-    if read is None or not dispatch.compiled(query):  # a graph that was lowered for a CPU and moved, say
-        return prescored(site, WHOLE, given, dict.fromkeys(given.tensors, mask))
-    seen = masked.see(read, mask, query.dtype)
+    reads, known = reads_of(given.uncapped), named(given, tensors)
+    if reads is None or not dispatch.compiled(query):  # a graph that was lowered for a CPU and moved, say
+        return prescored(site, WHOLE, given, known)
+    seen = masked.see(reads, known, query.dtype)
     found = masked.recognized(site, seen)
     plan = "" if found is None else causal_plan if found.causal else two_sided_plan
     if found is not None and plan:

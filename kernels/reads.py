@@ -1,0 +1,114 @@
+"""What is done to logits, where that is no more than to read tensors at each pair: as one mask, of bools or numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import sympy
+import torch
+from sympy.core.function import AppliedUndef
+
+from .logits import B, H, K, Logits, Q
+
+HIDDEN = float(torch.finfo(torch.float32).min)
+"""A finite number that hides a key: no float32 logit shows beside it, and a query without keys attends all alike."""
+
+
+class Read(NamedTuple):
+    """A tensor that is read once for each pair.
+
+    Attributes:
+        name: of the tensor. axes: b, h, q, k, each at most once, or 0, in the order of the tensor's axes.
+        says: "allowed" or "hidden", of a tensor that is not 0; "added", of numbers.
+        factor: of numbers. hides: the number that is added to what is hidden.
+    """
+
+    name: str
+    axes: tuple[Any, ...]
+    says: str
+    factor: float = 1.0
+    hides: float = -math.inf
+
+    @property
+    def finite(self) -> bool:
+        """Whether a query without keys attends what is hidden."""
+        return math.isfinite(self.hides)
+
+    def of_pairs(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Where a pair is attended, or what is added: ``[B or 1, H or 1, Nq or 1, Nk or 1]``."""
+        left = [at for at in self.axes if at != 0]
+        found = tensor.squeeze(tuple(axis for axis, at in enumerate(self.axes) if at == 0))
+        found = found.permute([left.index(at) for at in (B, H, Q, K) if at in left])
+        for axis, at in enumerate((B, H, Q, K)):
+            if at not in left:
+                found = found.unsqueeze(axis)
+        if self.says == "added":
+            return found if self.factor == 1 else found.float() * self.factor
+        return found.logical_not() if self.says == "hidden" else found
+
+
+def hides(says: Any, number: float) -> Any:
+    """``Read.hides``, a finite number, as a bias; ``says``: which keys are allowed."""
+    return sympy.Piecewise((sympy.S.Zero, says), (sympy.Float(number), sympy.true))
+
+
+def reads_of(logits: Logits) -> list[Read] | None:
+    """The tensors that are read, where a mask is all that they and numbers come to; None: there is more to it."""
+    bias = sympy.sympify(logits.bias)
+    found = [_hiding(part) for part in sympy.And.make_args(logits.allowed) if part != sympy.true]
+    found += [_added(part) for part in sympy.Add.make_args(bias) if part != 0]
+    reads = [read for read in found if read is not None]
+    if logits.softcap or not reads or len(reads) < len(found):
+        return None
+    return reads
+
+
+def mask_of(reads: list[Read], tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """One mask ``[B or 1, H or 1, Nq or 1, Nk or 1]`` of bools (attended), as far as they say it, or numbers."""
+    parts = [(read, read.of_pairs(tensors[read.name])) for read in reads]
+    if len(parts) == 1:
+        return parts[0][1]
+    allowed = [part for read, part in parts if read.says != "added" and not read.finite]
+    numbers = [part for read, part in parts if read.says == "added"]
+    numbers += [torch.zeros(1).masked_fill(part == 0, read.hides) for read, part in parts if read.finite]
+    some = _all(allowed) if allowed else None
+    if not numbers:
+        assert some is not None
+        return some
+    total = numbers[0].float()
+    for more in numbers[1:]:
+        total = total + more
+    return total if some is None else torch.where(some, total, -torch.inf)
+
+
+def _all(parts: list[torch.Tensor]) -> torch.Tensor:
+    found = parts[0] != 0
+    for part in parts[1:]:
+        found = found & (part != 0)
+    return found
+
+
+def _hiding(says: Any, number: float = -math.inf) -> Read | None:
+    if not isinstance(says, (sympy.Eq, sympy.Ne)) or says.rhs != 0:
+        return None
+    return _read(says.lhs, "hidden" if isinstance(says, sympy.Eq) else "allowed", hides=number)
+
+
+def _added(part: Any) -> Read | None:
+    if isinstance(part, sympy.Piecewise):
+        (usual, says), (number, other) = part.args[0], part.args[-1]
+        of_two = len(part.args) == 2 and usual == 0 and number.is_Float and other == sympy.true
+        return _hiding(says, float(number)) if of_two else None
+    factor, atom = part.as_coeff_Mul()
+    return _read(atom, "added", factor=float(factor))
+
+
+def _read(atom: Any, says: str, factor: float = 1.0, hides: float = -math.inf) -> Read | None:
+    if not isinstance(atom, AppliedUndef):
+        return None
+    found = [at for at in atom.args if at != 0]
+    if not set(found) <= {B, H, Q, K} or len(set(found)) < len(found):
+        return None
+    return Read(atom.func.__name__, atom.args, says, factor, hides)
