@@ -177,24 +177,19 @@ def prefix(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, slope: torch.Tenso
 
 
 DOCUMENTS, SLOPES = ((1, LONG), torch.int64), ((32,), torch.float32)
-SITES: dict[str, tuple[Any, Any, str, str]] = {
-    "sliding window": (
-        sliding,
-        DOCUMENTS,
-        "softcap 0.0; add 0; where k >= q - 8999",
-        "",  # a band, which is attended whole
-    ),
-    "documents": (packed, DOCUMENTS, "softcap 0.0; add 0; where Eq(t00(0, q), t00(0, k))", ""),  # is read
-    "softcap": (capped, SLOPES, "softcap 50.0; add 0; where True", ""),
-    "softcap and window": (gemma, SLOPES, "softcap 50.0; add 0; where k >= q - 4095", ""),  # a band, too
-    "alibi": (alibi, SLOPES, "softcap 0.0; add (k - q)*t00(h); where True", "unsupported_mask: "),
-    "linear bias": (linear, SLOPES, "softcap 0.0; add 0.01*k - 0.01*q; where True", "unsupported_mask: "),
+SITES: dict[str, tuple[Any, Any, str]] = {
+    "sliding window": (sliding, DOCUMENTS, "softcap 0.0; add 0; where k >= q - 8999"),
+    "documents": (packed, DOCUMENTS, "softcap 0.0; add 0; where Eq(t00(0, q), t00(0, k))"),
+    "softcap": (capped, SLOPES, "softcap 50.0; add 0; where True"),
+    "softcap and window": (gemma, SLOPES, "softcap 50.0; add 0; where k >= q - 4095"),
+    "alibi": (alibi, SLOPES, "softcap 0.0; add (k - q)*t00(h); where True"),
+    "linear bias": (linear, SLOPES, "softcap 0.0; add 0.01*k - 0.01*q; where True"),
 }
 
 
 @pytest.mark.parametrize("name", SITES)
 def test_sites_on_a_gpu_take_masks_and_softcaps(name: str) -> None:
-    function, last, text, _ = SITES[name]
+    function, last, text = SITES[name]
     new, report = rewrite(traced(function, *last, device="cuda"))
     assert [site.decision for site in report.sites] == ["rewrite"], report.sites[0].reason
     for operator in (torch.ops.prescore.attend.default, torch.ops.prescore.route.default):
@@ -216,14 +211,21 @@ def test_a_bias_that_is_trained_is_kept_on_a_gpu() -> None:
 
 
 @pytest.mark.parametrize("name", SITES)
-def test_where_masks_are_not_taken_sites_stay_exact(name: str) -> None:
-    function, last, _, reason = SITES[name]
-    _, report = rewrite(traced(function, *last, device="cpu"))
-    (site,) = report.sites
-    assert site.decision == ("keep" if reason else "rewrite") and site.reason.startswith(reason), site.reason
+def test_a_cpu_reads_what_it_does_not_take_and_centroids_take_none(name: str) -> None:
+    function, last, _ = SITES[name]
+    (site,) = rewrite(traced(function, *last, device="cpu"))[1].sites
+    assert site.decision == "rewrite", site.reason
+    assert bool(site.recognized) == (name in ("documents", "alibi", "linear bias"))
     for plan in (Config(routes=0, keep=8, centroids=2), Config(routes=8, residual=True)):
         _, report = rewrite(traced(function, *last, device="cuda"), plan)
         assert "a centroid stands for several keys" in report.sites[0].reason
+
+
+def test_with_gradients_they_are_kept_on_a_cpu() -> None:
+    gm = traced(alibi, *SLOPES, device="cpu")
+    for node in gm.graph.find_nodes(op="placeholder"):
+        node.meta["val"].requires_grad_()
+    assert rewrite(gm)[1].sites[0].reason.startswith("unsupported_mask: ")
 
 
 @pytest.mark.parametrize("function", [padded_by_a_float, before, prefix])
