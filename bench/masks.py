@@ -6,8 +6,9 @@
 
 Each result is checked before it is timed: its error against float64, on the last queries, may be twice that of SDPA.
 All ways run in turn and the medians are told. ``read`` has the mask alone, as SDPA has, and finds out each time what it
-hides; FlexAttention is compiled, with a block mask of the same mask that was made before. By hand is transformers'
-``eager_attention_forward``, compiled by Inductor.
+hides; ``by its mask``, where that is no more than causality and valid keys, attends by the default plan of such a site,
+to the bit as where that was known before; FlexAttention is compiled, with a block mask of the same mask that was made
+before. By hand is transformers' ``eager_attention_forward``, compiled by Inductor, in which all numbers are added.
 """
 
 from __future__ import annotations
@@ -22,20 +23,22 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from bench.alone import by_hand
 from bench.bands import CHECKED, by_flex, errors_of, finish
 from bench.operands import smooth
 from prescore_compile.demo import interleaved
-from prescore_compile.kernels import cpu, ops
+from prescore_compile.kernels import cpu, masked, ops
 from prescore_compile.kernels.logits import parse
 from prescore_compile.kernels.plan import WHOLE
+from prescore_compile.kernels.reads import reads_of
 from prescore_compile.kernels.reference import Operands
+from prescore_compile.passes.defaults import CAUSAL, TWO_SIDED
 
 RESULTS = Path(__file__).parent / "results"
 DIM = 64
 READ = parse("softcap 0.0; add 0; where Ne(t00(0, 0, q, k), 0)")
 ADDED = parse("softcap 0.0; add t00(0, 0, q, k); where True")
-BIAS = "a bias, causal"
+TWICE = parse("softcap 0.0; add t00(0, 0, q, k) + t01(0, 0, 0, k); where True")
+BIAS, PADDED_BIAS = "a bias, causal", "a bias, and padded keys"
 
 
 def documents(q: Any, k: Any) -> Any:
@@ -54,34 +57,62 @@ MASKS: dict[str, Callable[[Any, Any], Any]] = {
     "half, anywhere": lambda q, k: torch.rand(q.shape[0], k.shape[1], generator=torch.Generator().manual_seed(0)) < 0.5,
     "every key": lambda q, k: (q >= 0) & (k >= 0),
     BIAS: lambda q, k: k <= q,
+    PADDED_BIAS: lambda q, k: (q >= 0) & (k >= 100),
 }
 
 
-def numbers(name: str, mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """What is added to logits instead of the mask."""
-    usual = torch.randn(mask.shape, dtype=dtype) if name == BIAS else torch.zeros(mask.shape, dtype=dtype)
-    return usual.masked_fill(~mask, torch.finfo(dtype).min)
+def numbers(name: str, mask: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:
+    """What is added to logits instead of the mask, ``[1, 1, n or 1, n]`` each."""
+
+    def lowest(allowed: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(allowed.shape, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)[None, None]
+
+    if name == PADDED_BIAS:
+        return [torch.randn(1, 1, *mask.shape, dtype=dtype), lowest(mask[:1])]
+    return [lowest(mask) + torch.randn(mask.shape, dtype=dtype) if name == BIAS else lowest(mask)]
 
 
-def ways(site: Operands, mask: torch.Tensor, flex: bool) -> dict[str, Callable[[], Any]]:
-    """What is measured, by its name; the first is exact attention. ``mask``: bools, or numbers."""
-    four, grouped = mask[None, None], site.query.shape[1] != site.key.shape[1]
-    if mask.dtype != torch.bool:
+def by_hand(site: Operands, *given: torch.Tensor) -> torch.Tensor:
+    """``eager_attention_forward`` of transformers; ``given``: what is added to the logits."""
+    query, key, value = site[:3]
+    key, value = (tensor.repeat_interleave(query.shape[1] // key.shape[1], 1) for tensor in (key, value))
+    logits = query @ key.mT * site.scale
+    for mask in given:
+        logits = logits + mask
+    return logits.softmax(-1, dtype=torch.float32).to(query.dtype) @ value
+
+
+def ways(site: Operands, given: list[torch.Tensor], flex: bool) -> dict[str, Callable[[], Any]]:
+    """What is measured, by its name; the first is exact attention. ``given``: a mask of bools, or numbers."""
+    grouped = site.query.shape[1] != site.key.shape[1]
+    if given[0].dtype != torch.bool:
         torch._dynamo.reset()
-        compiled = torch.compile(by_hand, dynamic=False)
+        compiled, logits = torch.compile(by_hand, dynamic=False), TWICE if len(given) == 2 else ADDED
         return {
-            "by hand": partial(compiled, *site[:3], four, None, 0.0, site.scale),
-            "read": partial(ops.prescored, site, WHOLE, ADDED, {"t00": four}),
+            "by hand": partial(compiled, site, *given),
+            "read": partial(ops.prescored, site, WHOLE, logits, dict(zip(logits.tensors, given, strict=True))),
         }
+    (mask,) = given
     found: dict[str, Callable[[], Any]] = {
         "SDPA": partial(
-            F.scaled_dot_product_attention, *site[:3], four, scale=site.scale, enable_gqa=grouped
+            F.scaled_dot_product_attention, *site[:3], mask, scale=site.scale, enable_gqa=grouped
         ),
-        "read": partial(ops.prescored, site, WHOLE, READ, {"t00": four}),
+        "read": partial(ops.prescored, site, WHOLE, READ, {"t00": mask}),
     }  # fmt: skip
     if flex:
-        found["flex"] = by_flex(site, lambda q, k: mask[q, k])
+        found["flex"] = by_flex(site, lambda q, k: mask[0, 0, q, k])
     return found
+
+
+def by_its_mask(site: Operands, mask: torch.Tensor) -> dict[str, Callable[[], Any]]:
+    """One way more where the mask turns out to be one that a plan goes with; raises where the result is another."""
+    found = masked.recognized(site, masked.see(reads_of(READ) or [], {"t00": mask}, site.query.dtype))
+    if found is None:
+        return {}
+    run = partial(ops.attend_recognized, *site[:3], site.scale, READ.text, [mask], None, CAUSAL.text, TWO_SIDED.text)
+    if not torch.equal(run(), ops.prescored(found, CAUSAL if found.causal else TWO_SIDED)):
+        raise AssertionError("wrong result: by its mask is not what its plan gives")
+    return {"by its mask": run}
 
 
 @torch.no_grad()
@@ -91,13 +122,15 @@ def row(name: str, length: int, dtype: torch.dtype, options: argparse.Namespace)
     site = smooth(length, heads, heads // kv_heads, DIM, False, dtype)
     at = torch.arange(length)
     mask = MASKS[name](at[:, None], at[None])
-    given = numbers(name, mask, dtype) if options.by_hand else mask
+    given = numbers(name, mask, dtype) if options.by_hand else [mask[None, None]]
     runs = ways(site, given, options.flex)
     q, k, v = (tensor.double() for tensor in site[:3])
     few, grouped = q[:, :, -CHECKED:], heads != kv_heads
-    seen = given[-CHECKED:] if given.dtype == torch.bool else given[-CHECKED:].double()
+    rows = [one[:, :, -CHECKED:] for one in given]
+    seen = sum(one.double() for one in rows) if options.by_hand else rows[0]
     want = F.scaled_dot_product_attention(few, k, v, seen, scale=site.scale, enable_gqa=grouped)
     errors = errors_of(runs, want, backward=False)
+    runs |= {} if options.by_hand else by_its_mask(site, *given)
     seconds = interleaved(runs, options.rounds)
     return {
         "mask": name, "n": length, "heads": f"{heads} / {kv_heads}", "dtype": str(dtype)[6:],
@@ -124,7 +157,7 @@ def main() -> None:
     options.out = options.out or RESULTS / ("masks-by-hand-cpu.json" if options.by_hand else "masks-cpu.json")
     rows = []
     for dtype, name, length in product(options.dtypes, options.masks, options.lengths):
-        if name == BIAS and not options.by_hand:
+        if name in (BIAS, PADDED_BIAS) and not options.by_hand:
             continue
         rows.append(row(name, length, getattr(torch, dtype), options))
         print(rows[-1], flush=True)

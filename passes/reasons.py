@@ -12,11 +12,11 @@ REASONS = {
     "plan_exact": "The plan file leaves this site exact.",
     "dropout": "Attention dropout is on. Call model.eval(), or train without attention dropout.",
     "opaque_mask": "The mask is not a closed form of batch, head, query and key indices. Build it from "
-    "aranges and comparisons inside the compiled region, or pass is_causal=True. On a CPU one tensor that is there "
-    "is read as it comes, without gradients.",
+    "aranges and comparisons inside the compiled region, or pass is_causal=True. On a CPU tensors that are there "
+    "are read as they come, without gradients.",
     "unsupported_mask": "The mask was understood (the reason prints it) but is not taken: a CPU's kernels take "
-    "causality, valid keys and bands (sliding windows, chunks), a GPU's what docs/triton.md lists. On a CPU one "
-    "tensor that is there is read as it comes, without gradients.",
+    "causality, valid keys and bands (sliding windows, chunks), a GPU's what docs/triton.md lists. On a CPU "
+    "tensors that are there are read as they come, without gradients.",
     "additive_mask": "The mask is a float tensor whose sum with the logits is not just 0 or -inf. "
     "Use a boolean mask where one says the same.",
     "causal_misaligned": "Causal attention over q_len != k_len keys: is_causal=True aligns the first query "
