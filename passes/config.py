@@ -107,6 +107,9 @@ class Config(Plan):
         everything: dict[str, Any] = dict(
             window=None, sinks=0, keep=0, centroids=0, routes=0, min_seq_len=0, only_if_faster=False
         )
+        Plan(
+            keep=1, **{key: options[key] for key in SCORING if key in options}
+        )  # they have no effect: names are checked
         return cls.from_options(everything | {key: value for key, value in options.items() if key not in SCORING})
 
     @classmethod
@@ -114,9 +117,11 @@ class Config(Plan):
         """Build from the ``options`` of ``torch.compile``, a dict or a ``Config``; unknown keys are errors."""
         if isinstance(options, Config):
             return options
-        if not isinstance(options or {}, Mapping):
+        if options is None:
+            return cls()
+        if not isinstance(options, Mapping):
             raise OptionError("options", options, "a dict of options, or a Config")
-        return cls(**{str(key): value for key, value in (options or {}).items()})
+        return cls(**{str(key): value for key, value in options.items()})
 
     @classmethod
     def of(cls, config: object) -> Config:

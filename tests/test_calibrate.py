@@ -193,13 +193,20 @@ def test_options(found: Calibration, tmp_path: Path) -> None:
     ({"budget": 0.5, "options": "abc"}, "a dict of options"),
     ({"budget": 0.5, "measured": "no/such.json"}, "'measured': got"),
     ({"budget": 0.5, "measure": "x"}, "'kl', 'cosine'"),
+    ({"budget": 0.5, "measure": lambda exact, other: None}, "'measure': got None"),
+    ({"budget": 0.5, "measure": lambda exact, other: torch.zeros(2)}, "a function that gives a number"),
+    ({"budget": 0.5, "measure": lambda exact, other: float("nan")}, "no number for the exact model's output, twice"),
+    ({"budget": 0.5, "progress": 1}, "'progress': got 1"),
 ])  # fmt: skip
 def test_arguments(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(OptionError, match=message):
-        calibrate(Model(layers=1), [batch()], progress=None, **arguments)
+        calibrate(Model(layers=1), [batch()], **{"progress": None} | arguments)
 
 
 def test_what_cannot_be_calibrated() -> None:
+    for model, batches, message in ((3, [batch()], "'model': got 3"), (Model(), 7, "'batches': got 7")):
+        with pytest.raises(OptionError, match=message):
+            calibrate(model, batches, budget=0.5)  # type: ignore[arg-type]
     with pytest.raises(OptionError, match="one batch or more"):
         calibrate(Model(), [], budget=0.5)
     with pytest.raises(OptionError, match="eval"):

@@ -95,6 +95,8 @@ def test_globs() -> None:
 
 
 def test_exact_takes_options() -> None:
+    with pytest.raises(OptionError, match="'method': got 'nosuch'"):
+        Config.exact(method="nosuch")
     config = Config.exact(inner="eager")
     assert config.window is None and config.routes == 0 and config.min_seq_len == 0 and config.inner == "eager"
 

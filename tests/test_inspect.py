@@ -206,7 +206,9 @@ WRONG = {
     "{folder}": "without a config.json",
     "{file}:make --set chunk=100": "option 'chunk': got 100",
     "{file}:make --set chunk": "allowed: OPTION=VALUE",
-    "{file}:make --seq-len 0": "--seq-len: got 0; allowed: 1 or more",
+    "{file}:make --seq-len 0": "--seq-len: got 0; allowed: 1 to 2147483647",
+    "{file}:make --seq-len 2147483648": "--seq-len: got 2147483648; allowed: 1 to 2147483647",
+    "{file}:make --set dump=there": "option 'dump': got 'there' (str); allowed: for torch.compile",
     "{file}:make --format model-explorer": "got no --out",
     "{file}:make --out /nowhere/at/all": "/nowhere/at/all",
 }

@@ -21,7 +21,7 @@ from ..passes.report import label
 from . import allocate
 from .allocate import Option
 from .candidates import ladder
-from .drift import Drift, Measure, Reference, resolve
+from .drift import GIVES, Drift, Measure, Reference, resolve
 from .switch import Call, Plans, Spent, Switch
 
 ROUNDING, NOISE = 1e-5, 1e-3
@@ -90,6 +90,12 @@ def calibrate(
     config = _config(options)
     if isinstance(batches, torch.Tensor):
         raise OptionError("batches", "a tensor", "a list of batches, as in [tensor]")
+    if not callable(model):
+        raise OptionError("model", model, "a module or a function")
+    if not isinstance(batches, Iterable):
+        raise OptionError("batches", batches, "a list of batches")
+    if progress is not None and not callable(progress):
+        raise OptionError("progress", progress, "a function of a line, or None")
     calls = [_call(batch) for batch in batches]
     if not calls:
         raise OptionError("batches", [], "one batch or more")
@@ -140,6 +146,8 @@ class _Search:
         """Raise ``ValueError`` where the exact model does not repeat itself: its noise would be taken for drift."""
         output, _ = self.switch.run(self.calls[-1], {})
         again = self._exact(len(self.calls) - 1).drift(output).mean
+        if callable(self.measure) and math.isinf(again):
+            raise OptionError("measure", "no number for the exact model's output, twice", GIVES)
         if ROUNDING < again <= NOISE:
             self.tell(f"the exact model's output differs from run to run, by a drift of {again:.3g}: so do all drifts")
         if again > NOISE:

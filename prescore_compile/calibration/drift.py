@@ -18,6 +18,9 @@ Measure = Callable[[Any, Any], Any]
 """The user's own: drift of an output (second) from the exact model's (first), 0 where there is none."""
 
 
+GIVES = "a function that gives a number, 0 for equal outputs and more for others"
+
+
 @dataclass(frozen=True)
 class Drift:
     """A sum over positions, and how many there were."""
@@ -74,17 +77,23 @@ class Reference:
     def drift(self, output: Any) -> Drift:
         """Of another output for the same batch; infinite where it is not a number."""
         if callable(self.measure):
-            found = Drift(float(self.measure(self.output, output)), 1)
+            found = Drift(_number(self.measure(self.output, output)), 1)
             if found.total < -1e-6:
-                raise OptionError(
-                    "measure", found.total, "a function that gives 0 for equal outputs, and more for others"
-                )
+                raise OptionError("measure", found.total, GIVES)
         else:
             exact, other = self.output[self.rows], _tensor(output)[self.rows]
             compare = _kl if self.measure == "kl" else _cosine
             parts = zip(exact.split(ROWS), other.split(ROWS), strict=True)
             found = Drift(sum(compare(a, b) for a, b in parts), len(exact))
         return Drift(math.inf if math.isnan(found.total) else max(found.total, 0.0), found.positions)
+
+
+def _number(found: Any) -> float:
+    """What the user's measure gave."""
+    try:
+        return float(found)
+    except (TypeError, ValueError, RuntimeError):  # None; a word; a tensor of several numbers
+        raise OptionError("measure", found, GIVES) from None
 
 
 def _kl(exact: torch.Tensor, other: torch.Tensor) -> float:

@@ -19,6 +19,8 @@ from ..passes.compat import quiet_fakes
 from ..passes.sources import DEVICES
 
 DONE, WRONG_USAGE, TARGET_FAILED = 0, 2, 3
+LONGEST = 2**31
+"""Tokens that no model is asked about: torch counts what is as large as length times length."""
 FORMATS = {
     "explain": ("text", "json", "html", "dot", "model-explorer"),
     "diff": ("text", "json", "html", "dot", "model-explorer"),
@@ -126,10 +128,17 @@ def _target(arguments: argparse.Namespace) -> tuple[Any, Config]:
     if arguments.format == "model-explorer" and arguments.out is None:
         raise ValueError("--format model-explorer: got no --out; allowed: a folder, for two graphs and their mapping")
     seq_len = arguments.seq_len
-    if seq_len is not None and (seq_len < 1 or not Path(arguments.target).is_dir()):
-        allowed = "1 or more" if seq_len < 1 else "with the folder of a Hugging Face config; a function says its inputs"
+    wrong = seq_len is not None and not 1 <= seq_len < LONGEST
+    if wrong or (seq_len is not None and not Path(arguments.target).is_dir()):
+        allowed = (
+            f"1 to {LONGEST - 1}" if wrong else "with the folder of a Hugging Face config; a function says its inputs"
+        )
         raise ValueError(f"--seq-len: got {seq_len}; allowed: {allowed}")
     config = Config.from_options(dict(option(text) for text in arguments.options))
+    if config.dump is not None:
+        raise OptionError(
+            "dump", config.dump, "for torch.compile, which writes every stage there; here --out says where"
+        )
     return load(arguments.target, seq_len or 4096), config
 
 
