@@ -107,10 +107,9 @@ class Config(Plan):
         everything: dict[str, Any] = dict(
             window=None, sinks=0, keep=0, centroids=0, routes=0, min_seq_len=0, only_if_faster=False
         )
-        Plan(
-            keep=1, **{key: options[key] for key in SCORING if key in options}
-        )  # they have no effect: names are checked
-        return cls.from_options(everything | {key: value for key, value in options.items() if key not in SCORING})
+        scoring = {key: options.pop(key) for key in SCORING if key in options}
+        Plan(keep=1, **scoring)  # without effect, but never a wrong name
+        return cls.from_options(everything | options)
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any] | Config | None) -> Config:
