@@ -22,11 +22,11 @@ from torch import Tensor
 
 from bench.bands import CHECKED, errors_of, finish, same_gradients, with_gradients
 from bench.operands import smooth
-from prescore_compile.demo import interleaved
 from prescore_compile.kernels import ops
 from prescore_compile.kernels.logits import K, Logits, Q
 from prescore_compile.kernels.plan import WHOLE
 from prescore_compile.kernels.reference import Operands
+from prescore_compile.timing import interleaved
 
 RESULTS = Path(__file__).parent / "results" / "alone-cpu.json"
 DIM, HEADS, GROUP = 64, 16, 8

@@ -34,12 +34,12 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from bench.operands import counted, smooth
 from prescore_compile import Config
-from prescore_compile.demo import interleaved
 from prescore_compile.kernels import coarse, cpu, ops, reference, routing
 from prescore_compile.kernels.plan import Plan
 from prescore_compile.kernels.reference import Operands
 from prescore_compile.kernels.summary import Summary
 from prescore_compile.passes import cost
+from prescore_compile.timing import interleaved
 
 RESULTS = Path(__file__).parent / "results"
 DIM = 64

@@ -26,12 +26,12 @@ from tabulate import tabulate
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from bench.operands import smooth
-from prescore_compile.demo import interleaved
 from prescore_compile.kernels import banded, ops
 from prescore_compile.kernels.logits import K, Logits, Q
 from prescore_compile.kernels.plan import WHOLE
 from prescore_compile.kernels.reference import Operands
 from prescore_compile.passes import cost
+from prescore_compile.timing import interleaved
 
 RESULTS = Path(__file__).parent / "results" / "bands-cpu.json"
 DIM, HEADS, GROUP = 64, 8, 4

@@ -25,13 +25,13 @@ import torch.nn.functional as F
 
 from bench.bands import CHECKED, by_flex, errors_of, finish
 from bench.operands import smooth
-from prescore_compile.demo import interleaved
 from prescore_compile.kernels import cpu, masked, ops
 from prescore_compile.kernels.logits import parse
 from prescore_compile.kernels.plan import WHOLE
 from prescore_compile.kernels.reads import reads_of
 from prescore_compile.kernels.reference import Operands
 from prescore_compile.passes.defaults import CAUSAL, TWO_SIDED
+from prescore_compile.timing import interleaved
 
 RESULTS = Path(__file__).parent / "results"
 DIM = 64

@@ -13,7 +13,7 @@ import argparse
 import torch
 
 from prescore_compile import explain, smollm
-from prescore_compile.demo import interleaved
+from prescore_compile.timing import interleaved
 
 
 def main() -> None:

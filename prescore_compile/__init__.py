@@ -9,6 +9,7 @@ if (_ROOT / "kernels" / "attend.cpp").is_file() and not (_Path(__file__).parent 
     # Run from a checkout: `kernels` and `passes` lie beside this folder, not inside it.
     __path__.append(str(_ROOT))
 
+from .adoption import Stage, Verdict, trial  # noqa: E402
 from .attention import attention  # noqa: E402
 from .backend import explain, prescore  # noqa: E402
 from .calibration import calibrate  # noqa: E402
@@ -26,6 +27,8 @@ __all__ = [
     "Plan",
     "Report",
     "SiteReport",
+    "Stage",
+    "Verdict",
     "__version__",
     "attention",
     "calibrate",
@@ -33,4 +36,5 @@ __all__ = [
     "graph_diff",
     "observe",
     "prescore",
+    "trial",
 ]

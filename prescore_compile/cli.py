@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from .adoption import command as adoption
 from .calibration import command as calibration
 from .inspection import command
 
@@ -16,11 +17,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Returns:
-        The exit code: 0 done; 2 wrong usage, no such TARGET or a missing package; 3 TARGET's own code raised.
+        The exit code: 0 done; 1 a trial whose answer is no; 2 wrong usage, no such TARGET or a missing package; 3
+        TARGET's own code raised.
     """
     parser = argparse.ArgumentParser(prog="prescore", description="Prescored attention for unmodified models.")
     commands = parser.add_subparsers(dest="command", required=True)
     command.add_to(commands)
+    adoption.add_to(commands)
     calibration.add_to(commands)
     demo = commands.add_parser(
         "demo",
@@ -33,6 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if arguments.command == "demo":
         return _demo(arguments.seq_len, arguments.json)
+    if arguments.command == "trial":
+        return adoption.run(arguments)
     if arguments.command == "calibrate":
         return calibration.run(arguments)
     return command.run(arguments)

@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 import os
 import platform
-import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -21,8 +20,9 @@ from . import smollm
 from .attention import attention
 from .backend import explain
 from .passes import Config, Report
+from .timing import interleaved
+from .tokens import next_tokens
 
-CHUNK = 1024
 ROUNDS = 3
 
 
@@ -106,9 +106,9 @@ def run(seq_len: int = 8192, config: Config | None = None) -> Figures:
         options: Any = config  # which torch's types do not know
         prescored = torch.compile(model, backend="prescore", options=options)
         tell("compiling and running exact (backend='inductor')")
-        losses, best = _losses(exact(ids).logits, ids)
+        losses, best = next_tokens(exact(ids).logits, ids)
         tell("compiling and running prescored (backend='prescore')")
-        prescored_losses, prescored_best = _losses(prescored(ids).logits, ids)
+        prescored_losses, prescored_best = next_tokens(prescored(ids).logits, ids)
         tell("timing the prefill")
         times = interleaved({"exact": lambda: exact(ids), "prescored": lambda: prescored(ids)}, ROUNDS, tell)
         tell("timing attention alone, on the model's own queries, keys and values")
@@ -140,34 +140,6 @@ def table(figures: Figures) -> str:
 def as_dict(figures: Figures) -> dict[str, Any]:
     """The figures as plain data, for JSON."""
     return asdict(figures)
-
-
-def interleaved(
-    ways: Mapping[str, Callable[[], Any]],
-    rounds: int,
-    tell: Callable[[str], None] | None = None,
-    clock: Callable[[], float] = time.perf_counter,
-) -> dict[str, float]:
-    """Median seconds of each way by ``clock``, run in turn so that a machine's moods meet all of them."""
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    for turn in range(rounds):
-        for name, work in ways.items():
-            begin = clock()
-            work()
-            times[name].append(clock() - begin)
-            if tell:
-                tell(f"  {turn + 1}/{rounds}, {name}: {times[name][-1]:.2f} s")
-    return {name: statistics.median(found) for name, found in times.items()}
-
-
-def _losses(logits: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cross-entropy (nats) and the likeliest token of every position but the last."""
-    losses, best = [], []
-    for at in range(0, ids.shape[1] - 1, CHUNK):
-        part = logits[0, at : min(at + CHUNK, ids.shape[1] - 1)].float()
-        losses.append(F.cross_entropy(part, ids[0, at + 1 : at + 1 + len(part)], reduction="none"))
-        best.append(part.argmax(1))
-    return torch.cat(losses), torch.cat(best)
 
 
 def _figures(

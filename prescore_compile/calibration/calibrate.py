@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 import os
-import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
 import torch
-from torch import nn
 
+from ..batches import Call, Tell, calls_of, check_model, teller, told
+from ..drift import Drift, Measure, Reference, check_repeats, resolve
 from ..kernels.plan import PLAN_FIELDS, OptionError, Plan
 from ..passes import Calibration, Config, SitePlan
 from ..passes.planfile import load
@@ -21,18 +21,9 @@ from ..passes.report import label
 from . import allocate
 from .allocate import Option
 from .candidates import ladder
-from .drift import GIVES, Drift, Measure, Reference, resolve
-from .switch import Call, Plans, Spent, Switch
+from .switch import Plans, Spent, Switch
 
-ROUNDING, NOISE = 1e-5, 1e-3
-"""Drift from one run of the exact model to the next: more is told, and more than that is an error."""
-Tell = Callable[[str], None]
 Choices = dict[SiteKey, Option[Plan | None]]
-
-
-def told(line: str) -> None:
-    """The default ``progress``: a line to standard error."""
-    print(line, file=sys.stderr, flush=True)
 
 
 def calibrate(
@@ -85,21 +76,11 @@ def calibrate(
         ValueError: no site can be rewritten; the message says why. The exact model's output is not a number, or differs
             from run to run.
     """
-    tell = progress or _silent
+    tell = teller(progress)
     target = _target(budget, drift)
     config = _config(options)
-    if isinstance(batches, torch.Tensor):
-        raise OptionError("batches", "a tensor", "a list of batches, as in [tensor]")
-    if not callable(model):
-        raise OptionError("model", model, "a module or a function")
-    if not isinstance(batches, Iterable):
-        raise OptionError("batches", batches, "a list of batches")
-    if progress is not None and not callable(progress):
-        raise OptionError("progress", progress, "a function of a line, or None")
-    calls = [_call(batch) for batch in batches]
-    if not calls:
-        raise OptionError("batches", [], "one batch or more")
-    _check_mode(model)
+    check_model(model)
+    calls = calls_of(batches)
     tried = _candidates(candidates)
     earlier = _measured(measured)
     switch = Switch(model, config)
@@ -143,18 +124,9 @@ class _Search:
         return self.measure if isinstance(self.measure, str) else getattr(self.measure, "__name__", "own")
 
     def check_exact(self) -> None:
-        """Raise ``ValueError`` where the exact model does not repeat itself: its noise would be taken for drift."""
+        """Raise ``ValueError`` where the exact model does not repeat itself."""
         output, _ = self.switch.run(self.calls[-1], {})
-        again = self._exact(len(self.calls) - 1).drift(output).mean
-        if callable(self.measure) and math.isinf(again):
-            raise OptionError("measure", "no number for the exact model's output, twice", GIVES)
-        if ROUNDING < again <= NOISE:
-            self.tell(f"the exact model's output differs from run to run, by a drift of {again:.3g}: so do all drifts")
-        if again > NOISE:
-            raise ValueError(
-                f"the exact model's output differs from run to run, by a drift of {again:.3g}: dropout, noise, or "
-                "something that it keeps from one call to the next"
-            )
+        check_repeats(self._exact(len(self.calls) - 1), output, self.tell)
 
     def candidates(self, given: Sequence[Plan] | None, config: Config) -> dict[SiteKey, list[Plan]]:
         """The plans to try at each site: those that it can run."""
@@ -289,18 +261,6 @@ class _Search:
         return self._reference[1]
 
 
-def _check_mode(model: object) -> None:
-    """Raise ``OptionError`` where a module, or one inside it, is in training mode."""
-    for name, module in model.named_modules() if isinstance(model, nn.Module) else ():
-        if module.training:
-            which = f"{type(module).__name__} {name!r}" if name else type(module).__name__
-            raise OptionError("model", f"{which} in training mode", "a model in eval mode: call model.eval()")
-
-
-def _silent(line: str) -> None:
-    pass
-
-
 def _short(value: float) -> float:
     """Six digits: more say nothing."""
     return float(f"{value:.6g}")
@@ -344,15 +304,3 @@ def _candidates(candidates: object) -> list[Plan] | None:
     # A Config is a Plan, too, but only its settings are tried.
     plans = [Plan(**{name: getattr(plan, name) for name in PLAN_FIELDS}) for plan in candidates]
     return list(dict.fromkeys(plans))
-
-
-def _call(batch: Any) -> Call:
-    if isinstance(batch, Call):
-        return batch
-    if isinstance(batch, Mapping):
-        return Call(kwargs=dict(batch))
-    if isinstance(batch, (tuple, list)):
-        return Call(tuple(batch))
-    if isinstance(batch, torch.Tensor):
-        return Call((batch,))
-    raise OptionError("batches", batch, "tensors, tuples of positional or dicts of keyword arguments")

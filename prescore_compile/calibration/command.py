@@ -36,9 +36,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> None:
+    from ..batches import Call
     from ..inspection.target import TargetError, TargetFailed, load, told
     from .calibrate import calibrate
-    from .switch import Call
 
     if not may_be_written(arguments.out):
         raise TargetError(f"--out: got {str(arguments.out)!r}; allowed: a file in a folder that exists")

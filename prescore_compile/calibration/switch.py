@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.utils._pytree import tree_map
 
 from ..backend import fresh
+from ..batches import Call
 from ..kernels.plan import Plan
 from ..passes import Config, Report, SiteReport, rewrite
 from ..passes.compat import many_recompiles
@@ -22,31 +22,6 @@ from ..passes.report import EXACT
 
 Plans = Mapping[SiteKey, Plan]
 """The plan of each site; the others are exact."""
-
-
-@dataclass(frozen=True)
-class Call:
-    """What a model is called with."""
-
-    args: tuple[Any, ...] = ()
-    kwargs: Mapping[str, Any] = field(default_factory=dict)
-
-    def copied(self) -> Call:
-        """The same on inputs of its own: a model may write into what it is given, or add to it (caches).
-
-        What is one object stays one. An object that cannot be copied is passed as it is; its tensors, where it is a
-        container that torch knows, are copies.
-        """
-        known: dict[int, Any] = {}
-
-        def detached(leaf: Any) -> Any:
-            return known.setdefault(id(leaf), leaf.detach().clone()) if isinstance(leaf, torch.Tensor) else leaf
-
-        own = Call(*tree_map(detached, (self.args, dict(self.kwargs))))
-        try:
-            return copy.deepcopy(own)
-        except Exception:  # of locks, or of tensors that were computed with gradients
-            return own
 
 
 @dataclass

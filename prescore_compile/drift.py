@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ..kernels.plan import OptionError
+from .batches import Tell
+from .kernels.plan import OptionError
 
 ROWS = 256
 """Positions that are compared at a time."""
@@ -18,6 +19,8 @@ Measure = Callable[[Any, Any], Any]
 """The user's own: drift of an output (second) from the exact model's (first), 0 where there is none."""
 
 
+ROUNDING, NOISE = 1e-5, 1e-3
+"""Drift from one run of the exact model to the next: more is told, and more than that is an error."""
 GIVES = "a function that gives a number, 0 for equal outputs and more for others"
 
 
@@ -48,7 +51,7 @@ def resolve(measure: object, output: Any) -> str | Measure:
         return measure
     if measure not in ("kl", "cosine"):
         raise OptionError("measure", measure, "'kl', 'cosine' or a function of two outputs (exact first)")
-    tensor = _tensor(output)
+    tensor = compared(output)
     if tensor.shape[-1] < 2:
         allowed = f"a function of two outputs (exact first): the output is {list(tensor.shape)}, with one feature"
         raise OptionError("measure", measure, allowed)
@@ -63,8 +66,8 @@ class Reference:
         if callable(measure):  # a copy: a model may write its next output where this one is
             self.output = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, output)
             return
-        tensor = _tensor(output)
-        self.rows = _chosen(tensor, batch)
+        tensor = compared(output)
+        self.rows = counted(tensor, batch)
         rows = tensor[self.rows]
         if not len(rows):
             raise ValueError("attention_mask pads every position of a batch; allowed: one that counts, or more")
@@ -81,7 +84,7 @@ class Reference:
             if found.total < -1e-6:
                 raise OptionError("measure", found.total, GIVES)
         else:
-            exact, other = self.output[self.rows], _tensor(output)[self.rows]
+            exact, other = self.output[self.rows], compared(output)[self.rows]
             compare = _kl if self.measure == "kl" else _cosine
             parts = zip(exact.split(ROWS), other.split(ROWS), strict=True)
             found = Drift(sum(compare(a, b) for a, b in parts), len(exact))
@@ -94,6 +97,23 @@ def _number(found: Any) -> float:
         return float(found)
     except (TypeError, ValueError, RuntimeError):  # None; a word; a tensor of several numbers
         raise OptionError("measure", found, GIVES) from None
+
+
+def check_repeats(reference: Reference, output: Any, tell: Tell) -> None:
+    """Raise ``ValueError`` where the exact model does not repeat itself: its noise would be taken for drift.
+
+    ``output``: what it gave for the reference's batch, once more.
+    """
+    again = reference.drift(output).mean
+    if callable(reference.measure) and math.isinf(again):
+        raise OptionError("measure", "no number for the exact model's output, twice", GIVES)
+    if ROUNDING < again <= NOISE:
+        tell(f"the exact model's output differs from run to run, by a drift of {again:.3g}: so do all drifts")
+    if again > NOISE:
+        raise ValueError(
+            f"the exact model's output differs from run to run, by a drift of {again:.3g}: dropout, noise, or "
+            "something that it keeps from one call to the next"
+        )
 
 
 def _kl(exact: torch.Tensor, other: torch.Tensor) -> float:
@@ -110,7 +130,7 @@ def _logarithms(logits: torch.Tensor) -> torch.Tensor:
     return torch.log_softmax(logits.float(), -1)
 
 
-def _chosen(tensor: torch.Tensor, batch: Mapping[str, Any]) -> torch.Tensor:
+def counted(tensor: torch.Tensor, batch: Mapping[str, Any]) -> torch.Tensor:
     """Which positions count: those that the batch's ``attention_mask`` does not pad."""
     mask = batch.get("attention_mask")
     if isinstance(mask, torch.Tensor) and tensor.dim() == 3 and mask.shape == tensor.shape[:2]:
@@ -118,8 +138,8 @@ def _chosen(tensor: torch.Tensor, batch: Mapping[str, Any]) -> torch.Tensor:
     return torch.ones(tensor.shape[:-1], dtype=torch.bool, device=tensor.device)
 
 
-def _tensor(output: Any) -> torch.Tensor:
-    """The logits, the last hidden state, or the first floating tensor of an output."""
+def compared(output: Any) -> torch.Tensor:
+    """What is compared: the logits, the last hidden state, or the first floating tensor of an output."""
     for name in ("logits", "last_hidden_state"):
         found = _member(output, name)
         if found is not None:

@@ -1,0 +1,101 @@
+"""What a model is called with, as ``calibrate`` and ``trial`` take it."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_map
+
+from .kernels.plan import OptionError
+
+Tell = Callable[[str], None]
+"""Is told a line at a time what goes on."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a model is called with."""
+
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    def copied(self) -> Call:
+        """The same on inputs of its own: a model may write into what it is given, or add to it (caches).
+
+        What is one object stays one. An object that cannot be copied is passed as it is; its tensors, where it is a
+        container that torch knows, are copies.
+        """
+        known: dict[int, Any] = {}
+
+        def detached(leaf: Any) -> Any:
+            return known.setdefault(id(leaf), leaf.detach().clone()) if isinstance(leaf, torch.Tensor) else leaf
+
+        own = Call(*tree_map(detached, (self.args, dict(self.kwargs))))
+        try:
+            return copy.deepcopy(own)
+        except Exception:  # of locks, or of tensors that were computed with gradients
+            return own
+
+
+def calls_of(batches: object) -> list[Call]:
+    """The batches, each a tensor, a tuple of positional or a dict of keyword arguments, or a ``Call``.
+
+    Raises:
+        OptionError: they are something else, or none.
+    """
+    if isinstance(batches, torch.Tensor):
+        raise OptionError("batches", "a tensor", "a list of batches, as in [tensor]")
+    if not isinstance(batches, Iterable):
+        raise OptionError("batches", batches, "a list of batches")
+    calls = [_call(batch) for batch in batches]
+    if not calls:
+        raise OptionError("batches", [], "one batch or more")
+    return calls
+
+
+def _call(batch: Any) -> Call:
+    if isinstance(batch, Call):
+        return batch
+    if isinstance(batch, Mapping):
+        return Call(kwargs=dict(batch))
+    if isinstance(batch, (tuple, list)):
+        return Call(tuple(batch))
+    if isinstance(batch, torch.Tensor):
+        return Call((batch,))
+    raise OptionError("batches", batch, "tensors, tuples of positional or dicts of keyword arguments")
+
+
+def check_model(model: object) -> None:
+    """Raise ``OptionError`` where it cannot be called, or it, or a module inside it, is in training mode."""
+    if not callable(model):
+        raise OptionError("model", model, "a module or a function")
+    for name, module in model.named_modules() if isinstance(model, nn.Module) else ():
+        if module.training:
+            which = f"{type(module).__name__} {name!r}" if name else type(module).__name__
+            raise OptionError("model", f"{which} in training mode", "a model in eval mode: call model.eval()")
+
+
+def told(line: str) -> None:
+    """The default ``progress``: a line to standard error."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def teller(progress: object) -> Tell:
+    """A ``progress`` argument: itself, or silence for None.
+
+    Raises:
+        OptionError: it cannot be called.
+    """
+    if progress is not None and not callable(progress):
+        raise OptionError("progress", progress, "a function of a line, or None")
+    return progress or _silent
+
+
+def _silent(line: str) -> None:
+    pass
