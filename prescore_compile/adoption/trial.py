@@ -131,11 +131,14 @@ class _Trial:
         """Of the first batch, not compiled further: it is the graph that is tried."""
         config = Config.exact(include=self.config.include, exclude=self.config.exclude, inner="eager")
         call = self.calls[0]
-        output = self.exact(call)
-        reference = Reference(output, call.kwargs, resolve(measure, output))
-        check_repeats(reference, self.exact(call), self.tell)
+        output, again = self.exact(call), self.exact(call)
+        # A measure of one's own has a scale of its own.
+        usual = Reference(output, call.kwargs, resolve(None if callable(measure) else measure, output))
+        check_repeats(usual, again, self.tell)
+        if callable(measure):
+            check_repeats(Reference(output, call.kwargs, measure), again, self.tell)
         kept = _Way(self.model, backend="prescore", options=config)(call)
-        found, (most, scale) = reference.drift(kept).mean, _difference(compared(output), compared(kept))
+        found, (most, scale) = usual.drift(kept).mean, _difference(compared(output), compared(kept))
         allowed = SAME.get(compared(output).dtype, SAME_HALF)
         evidence = {"drift": found, "allowed": allowed, "largest_difference": most, "largest_value": scale}
         text = f"drift {found:.2g} (allowed: {allowed:g}); largest difference {most:.2g}, of values up to {scale:.3g}"

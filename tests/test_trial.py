@@ -1,0 +1,199 @@
+"""A staged trial: four questions, answered by measurement, and a verdict."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from prescore_compile import Config, OptionError, Verdict, trial
+from prescore_compile.adoption import verdict
+from prescore_compile.cli import main
+from prescore_compile.kernels import cpu, library
+from prescore_compile.tokens import next_tokens
+
+pytestmark = pytest.mark.skipif(not library.available(), reason="no C++ compiler")
+QUICK: dict[str, Any] = dict(min_seq_len=0, only_if_faster=False, inner="eager", chunk=16, window=0, sinks=2, routes=2)
+LENIENT: dict[str, Any] = dict(drift=9.0, faster=0.0, rounds=1, progress=None)
+WORDS = 13
+
+
+class Model(nn.Module):
+    """A causal language model, or an encoder of vectors."""
+
+    def __init__(self, causal: bool = True, noise: float = 0.0) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.qkv, self.head = nn.Embedding(WORDS, 16), nn.Linear(16, 48), nn.Linear(16, WORDS)
+        self.causal, self.noise = causal, noise
+        self.eval()
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> Any:
+        x = self.embed(input_ids) if self.causal else input_ids
+        q, k, v = (t.unflatten(-1, (2, 8)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        x = x + 3 * F.scaled_dot_product_attention(4 * q, k, v, is_causal=self.causal).transpose(1, 2).flatten(2)
+        if self.noise:
+            x = x + self.noise * torch.rand_like(x)
+        return {"logits": self.head(x)} if self.causal else x
+
+
+def ids(length: int = 128, batch: int = 1) -> torch.Tensor:
+    return torch.randint(WORDS, (batch, length), generator=torch.Generator().manual_seed(length))
+
+
+def tried(model: Any = None, batches: Any = None, **more: Any) -> Verdict:
+    options = QUICK | more.pop("options", {})
+    return trial(model or Model(), batches or [ids()], **LENIENT | {"options": options} | more)
+
+
+def test_a_model_that_passes() -> None:
+    lines: list[str] = []
+    found = tried(progress=lines.append)
+    assert found.adopt and found.failed is None and [stage.name for stage in found.stages] == list(verdict.STAGES)
+    sites, same, quality, speed = found.stages
+    assert sites.evidence["rewritten"] == [1] and sites.found == "1 sites: 1 rewritten, 0 kept exact"
+    assert same.evidence["drift"] < 1e-6 and same.evidence["largest_difference"] < 1e-5
+    assert 1e-4 < quality.evidence["drift"] < 9 and quality.evidence["measure"] == "kl"
+    assert speed.evidence["faster"] == pytest.approx(speed.evidence["ratios"][0])
+    assert [len(times) for times in speed.evidence["seconds"].values()] == [1, 1]
+    assert str(found).startswith("adopt\n") and "Config(chunk=16" in str(found)
+    assert any(line.startswith("[3/4] quality: ") for line in lines) and "  round 1/1: usual" in "\n".join(lines)
+
+
+def test_the_evidence_is_what_was_measured() -> None:
+    """Drift, perplexity and agreement, against the same by hand."""
+    model, batches = Model(), [ids(), ids(160, 2)]
+    quality = tried(model, batches).stages[2].evidence
+    with torch.no_grad():
+        compiled = torch.compile(model, backend="prescore", options=QUICK)
+        pairs = [(model(batch)["logits"], compiled(batch)["logits"], batch) for batch in batches]
+    total = sum(F.kl_div(b.log_softmax(-1), a.log_softmax(-1), reduction="sum", log_target=True) for a, b, _ in pairs)
+    count = sum(batch.numel() for batch in batches)
+    assert quality["drift"] == pytest.approx(float(total) / count, rel=1e-3)
+    assert len(quality["of_batches"]) == 2
+    for at, name in ((0, "exact_perplexity"), (1, "perplexity")):
+        losses = [F.cross_entropy(p[at][:, :-1].flatten(0, 1), p[2][:, 1:].flatten(), reduction="none") for p in pairs]
+        assert quality[name] == pytest.approx(math.exp(torch.cat(losses).mean()), rel=1e-4)
+    same = torch.cat([(a.argmax(-1) == b.argmax(-1))[:, :-1].flatten() for a, b, _ in pairs])
+    assert quality["top1_agreement"] == pytest.approx(same.float().mean().item())
+
+
+def test_padding_does_not_count() -> None:
+    batch = {"input_ids": ids(batch=2), "attention_mask": torch.ones(2, 128, dtype=torch.long)}
+    batch["attention_mask"][1, :50] = 0
+    logits = Model()(**batch)["logits"].detach()
+    losses, best = next_tokens(logits, batch["input_ids"], batch["attention_mask"] != 0)
+    parts = [(logits[0], batch["input_ids"][0]), (logits[1, 50:], batch["input_ids"][1, 50:])]
+    want = [F.cross_entropy(part[:-1], own[1:], reduction="none") for part, own in parts]
+    torch.testing.assert_close(losses, torch.cat(want))
+    assert torch.equal(best, torch.cat([part[:-1].argmax(1) for part, _ in parts]))
+    assert [len(t) for t in next_tokens(logits[:, :1], batch["input_ids"][:, :1])] == [0, 0]
+    found = tried(batches=[batch]).stages[2].evidence
+    assert found["exact_perplexity"] == pytest.approx(math.exp(losses.mean()), rel=1e-4)
+
+
+def test_an_encoder_has_no_perplexity() -> None:
+    found = tried(Model(causal=False), [torch.randn(1, 128, 16)], drift=None)
+    assert found.stages[2].evidence["measure"] == "cosine" and "perplexity" not in str(found)
+
+
+def failed(stage: str, **more: Any) -> Verdict:
+    found = tried(**more)
+    assert not found.adopt and found.failed is not None and found.failed.name == stage and found.failed.advice
+    assert str(found).startswith(f"do not adopt: {stage} failed\n")
+    assert len(found.stages) == list(verdict.STAGES).index(stage) + 1
+    return found
+
+
+def test_no_site() -> None:
+    found = failed("sites", options={"exclude": ["*"]})
+    assert found.stages[0].evidence["kept"] == [{"excluded": 1}] and "(1 excluded)" in str(found)
+    whole = tried(options={"exclude": ["*"]}, every_stage=True)
+    assert len(whole.stages) == 4 and not whole.adopt and whole.stages[2].evidence["drift"] == 0
+
+
+def test_a_rewriting_that_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    usual = cpu.attend
+    monkeypatch.setattr(cpu, "attend", lambda *given, **more: usual(*given, **more) + 0.5)
+    found = failed("same")
+    assert found.stages[1].evidence["largest_difference"] > 0.1 and "not run" in str(found)
+
+
+def test_a_drift_that_is_too_large() -> None:
+    assert failed("quality", drift=1e-9).stages[2].evidence["allowed"] == 1e-9
+    failed("quality", drift=0.5, measure=lambda exact, other: 0.6 if exact["logits"].ne(other["logits"]).any() else 0.0)
+
+
+def test_too_little_is_gained() -> None:
+    found = failed("speed", faster=1e9)
+    assert "wanted: 1e+09x" in found.stages[3].found
+
+
+def test_a_model_that_does_not_repeat_itself() -> None:
+    with pytest.raises(ValueError, match="differs from run to run"):
+        tried(Model(noise=1.0))
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    ({"drift": -1.0}, "'drift': got -1.0"), ({"faster": "2"}, "'faster': got '2'"), ({"rounds": 0}, "'rounds': got 0"),
+    ({"faster": math.nan}, "'faster': got nan"), ({"drift": None, "measure": lambda a, b: 0.0}, "beside a measure"),
+    ({"measure": "x"}, "'kl', 'cosine'"), ({"measure": lambda a, b: math.nan}, "no number for the exact"),
+    ({"options": {"chunk": 100}}, "'chunk': got 100"),
+    ({"batches": 3}, "'batches': got 3"), ({"model": 3}, "'model': got 3"), ({"progress": 3}, "'progress': got 3"),
+    ({"model": Model().train()}, "in training mode"),
+])  # fmt: skip
+def test_arguments(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        tried(**arguments)
+
+
+def test_data_is_json() -> None:
+    found = Verdict((verdict.Stage("sites", True, "", {"drift": math.inf, "of": [math.nan, 1.0]}),), "Config()", {})
+    assert json.loads(found.to_json())["stages"][0]["evidence"] == {"drift": None, "of": [None, 1.0]}
+    assert not found.adopt  # a trial that ended early
+
+
+FILE = """
+import sys, torch
+sys.path.insert(0, {here!r})
+from test_trial import Model, ids
+def make(): return Model(), {{"input_ids": ids()}}
+def trained(): return Model().train(), ids()
+def raises():
+    def model(x): raise KeyError("no such word")
+    return model, ids()
+"""
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, out = tmp_path / "toy.py", tmp_path / "found.json"
+    file.write_text(FILE.format(here=str(Path(__file__).parent)))
+    options = [part for key, value in QUICK.items() for part in ("--set", f"{key}={value}")]
+    common = [*options, "--rounds", "1"]
+
+    def said(target: str, *more: str) -> tuple[int, str, str]:
+        code = main(["trial", f"{file}:{target}", *common, *more])
+        return code, *capsys.readouterr()
+
+    code, text, told = said("make", "--drift", "9", "--faster", "0", "--json", str(out))
+    assert code == 0 and text.startswith("adopt\n") and "[4/4] speed" in told
+    assert json.loads(out.read_text())["adopt"] is True
+    code, text, _ = said("make", "--drift", "0", "--faster", "0", "--json", str(out))
+    assert code == 1 and text.startswith("do not adopt: quality failed") and not json.loads(out.read_text())["adopt"]
+    assert said("make", "--drift", "0", "--faster", "0", "--all")[1].count("not run") == 0
+    assert "eval" in said("trained")[2] and said("trained")[0] == 2
+    code, _, told = said("raises")
+    assert code == 3 and "no such word" in told
+    assert said("make", "--json", str(tmp_path / "no" / "x"))[0] == 2
+    assert main(["trial", str(tmp_path)]) == 2 and "which has no weights" in capsys.readouterr()[1]
+
+
+def test_a_config_is_taken_as_it_is() -> None:
+    config = Config(**QUICK)
+    assert trial(Model(), [ids()], options=config, **LENIENT).options == repr(config)
