@@ -20,7 +20,7 @@ class Read(NamedTuple):
     """A tensor that is read once for each pair.
 
     Attributes:
-        name: of the tensor. axes: b, h, q, k, each at most once, or 0, in the order of the tensor's axes.
+        name: of the tensor. axes: of each axis, b, h, q, k, each at most once, merged as in ``H*b + h``, or 0.
         says: "allowed" or "hidden", of a tensor that is not 0; "added", of numbers.
         factor: of numbers. hides: the number that is added to what is hidden.
     """
@@ -38,8 +38,13 @@ class Read(NamedTuple):
 
     def of_pairs(self, tensor: torch.Tensor) -> torch.Tensor:
         """Where a pair is attended, or what is added: ``[B or 1, H or 1, Nq or 1, Nk or 1]``."""
-        left = [at for at in self.axes if at != 0]
-        found = tensor.squeeze(tuple(axis for axis, at in enumerate(self.axes) if at == 0))
+        merged = [digits(axis) for axis in self.axes]
+        assert None not in merged
+        left = [at for some in merged for at, _ in some or ()]
+        found = tensor.squeeze(tuple(axis for axis, some in enumerate(merged) if not some))
+        for axis, some in reversed([*enumerate(filter(None, merged))]):
+            if len(some) > 1:
+                found = found.unflatten(axis, [size for _, size in some])
         found = found.permute([left.index(at) for at in (B, H, Q, K) if at in left])
         for axis, at in enumerate((B, H, Q, K)):
             if at not in left:
@@ -47,6 +52,26 @@ class Read(NamedTuple):
         if self.says == "added":
             return found if self.factor == 1 else found.float() * self.factor
         return found.logical_not() if self.says == "hidden" else found
+
+
+def digits(axis: Any) -> list[tuple[Any, int]] | None:
+    """The coordinates that are merged in an axis, major first, with how many values each takes (-1: those left).
+
+    None: it is no such axis.
+    """
+    parts = [part.as_coeff_Mul() for part in sympy.Add.make_args(sympy.sympify(axis)) if part != 0]
+    if any(at not in (B, H, Q, K) or not step.is_Integer or step < 1 for step, at in parts):
+        return None
+    found: list[tuple[Any, int]] = []
+    minor = 1
+    for step, at in sorted(parts, key=lambda part: int(part[0])):  # minor first; each one's size is told by the next
+        if step % minor or (step > minor) != bool(found):
+            return None
+        if found:
+            found[-1] = found[-1][0], int(step) // minor
+        found.append((at, -1))
+        minor = int(step)
+    return found[::-1]
 
 
 def hides(says: Any, number: float) -> Any:
@@ -108,7 +133,8 @@ def _added(part: Any) -> Read | None:
 def _read(atom: Any, says: str, factor: float = 1.0, hides: float = -math.inf) -> Read | None:
     if not isinstance(atom, AppliedUndef):
         return None
-    found = [at for at in atom.args if at != 0]
-    if not set(found) <= {B, H, Q, K} or len(set(found)) < len(found):
+    merged = [digits(axis) for axis in atom.args]
+    found = [at for some in merged for at, _ in some or ()]
+    if None in merged or len(set(found)) < len(found):
         return None
     return Read(atom.func.__name__, atom.args, says, factor, hides)

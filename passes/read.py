@@ -11,7 +11,7 @@ from torch import fx
 
 from ..kernels.logits import Logits, settled
 from ..kernels.masked import LOWEST, LOWEST_HALF
-from ..kernels.reads import HIDDEN, hides, reads_of
+from ..kernels.reads import HIDDEN, digits, hides, reads_of
 from .compat import gradient_wanted, guard_equal, value_of
 from .elements import Elements, NotClosedForm
 from .masks import Mask, named
@@ -35,17 +35,27 @@ def as_it_comes(site: Site, mask: Mask) -> Mask | None:
         return None
     nodes, logits = found
     reads = reads_of(logits)
-    if reads is None or not all(_there(site, node) and not _made_from(node, a.query.node) for node in nodes):
+    if reads is None or not all(_there(site, node) and not _of_the_logits(node, a) for node in nodes):
         return None
-    sizes = {"b": a.size(*a.batch), "h": a.size(*a.heads), "q": a.size(a.q), "k": a.size(a.k), "0": 1}
     by_name = dict(zip(logits.tensors, nodes, strict=True))
-    of_axes = [
-        (size, sizes[str(at)])
+    fits = all(
+        _fits(size, axis, a)
         for read in reads
-        for size, at in zip(value_of(by_name[read.name]).shape, read.axes, strict=True)
-    ]
-    fits = all(guard_equal(size, want) for size, want in of_axes)
+        for size, axis in zip(value_of(by_name[read.name]).shape, read.axes, strict=True)
+    )
     return Mask(mask.text, logits=logits, loads=nodes) if fits else None
+
+
+def _fits(size: Any, axis: Any, a: Attention) -> bool:
+    """Whether an axis of this size holds all values of its coordinates, and nothing else."""
+    sizes = {"b": a.size(*a.batch), "h": a.size(*a.heads), "q": a.size(a.q), "k": a.size(a.k)}
+    merged = digits(axis) or []
+    whole: Any = 1
+    for at, count in merged:
+        whole = whole * sizes[str(at)]
+        if count != -1 and not guard_equal(count, sizes[str(at)]):
+            return False
+    return guard_equal(size, whole)
 
 
 def _tensors(a: Attention, site: Site) -> tuple[tuple[fx.Node, ...], Logits] | None:
@@ -97,11 +107,11 @@ def _there(site: Site, node: fx.Node) -> bool:
     return node in site.output.all_input_nodes or not site.memory.changes(node, site.output)
 
 
-def _made_from(node: fx.Node, source: fx.Node) -> bool:
-    """Whether ``source`` is among what ``node`` is made from."""
+def _of_the_logits(node: fx.Node, a: Attention) -> bool:
+    """Whether a tensor may be made from this attention's own logits: it is made from queries and keys."""
     seen, todo = {node}, [node]
     while todo:
         fresh = set(todo.pop().all_input_nodes) - seen
         seen |= fresh
         todo.extend(fresh)
-    return source in seen
+    return {a.query.node, a.key.node} <= seen

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import sympy
 import torch
 import torch.nn.functional as F
 from conftest import check_budget, in_double, operands
@@ -18,7 +19,7 @@ from prescore_compile.calibration import calibrate
 from prescore_compile.kernels import cpu, library, masked, ops
 from prescore_compile.kernels.logits import B, H, K, Logits, Q, parse
 from prescore_compile.kernels.plan import WHOLE, Plan
-from prescore_compile.kernels.reads import Read
+from prescore_compile.kernels.reads import Read, digits
 from prescore_compile.kernels.reference import Operands
 from prescore_compile.passes import rewrite
 
@@ -174,6 +175,26 @@ def test_numbers_that_do_more_than_hide_are_a_bias() -> None:
         assert cpu.as_allowed(other, -9e8) is None
 
 
+def test_axes_that_are_merged() -> None:
+    assert digits(0) == [] and digits(K) == [(K, -1)]
+    assert digits(4 * B + H) == [(B, -1), (H, 4)] and digits(12 * K + 3 * Q + H) == [(K, -1), (Q, 4), (H, 3)]
+    for axis in (
+        K + 1,
+        2 * K,
+        K * Q,
+        4 * B + 3 * H,
+        B + H,
+        -K,
+        6 * B + 4 * H + Q,
+        sympy.floor(K / 2),
+        sympy.Symbol("x"),
+    ):
+        assert digits(axis) is None, axis
+    tensor = torch.rand(5, 8, 7)
+    found = Read("t00", (Q, 4 * B + H, K), "added").of_pairs(tensor)
+    assert torch.equal(found, tensor.unflatten(1, (2, 4)).permute(1, 2, 0, 3))
+
+
 @pytest.mark.parametrize("hand", [False, True])
 def test_the_benchmark_checks_what_it_times(hand: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     options = Namespace(rounds=1, heads=(2, 1), by_hand=hand, flex=False)
@@ -315,6 +336,13 @@ TAKEN: dict[str, Callable[..., Any]] = {
     "two that hide": lambda q, k, v: attended(
         q, k, v, lambda x: x.masked_fill(~near(LENGTH, 40) & drawn(2), -math.inf).masked_fill(some(0.2), -math.inf)
     ),
+    "batch and heads in one axis": lambda q, k, v: attended(
+        q, k, v, lambda x: (x.flatten(0, 1) + torch.rand(8, LENGTH, LENGTH)).unflatten(0, (2, 4))
+    ),
+    "transposed, in one axis": lambda q, k, v: attended(
+        q, k, v, lambda x: (x.flatten(0, 1) + torch.rand(LENGTH, 8, LENGTH).transpose(0, 1)).unflatten(0, (2, 4))
+    ),
+    "made from the queries": lambda q, k, v: attended(q, k, v, lambda x: x + q @ torch.rand(16, LENGTH)),
     "numbers of two kinds": lambda q, k, v: attended(q, k, v, lambda x: x + lowest(drawn(0.5)) + lowest(drawn(0.3, 8))),
     "written in place": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, blocks(q.shape[2]), enable_gqa=True),
     "written by hand": lambda q, k, v: by_hand(q, k, v, near(LENGTH, 30) & (torch.rand(LENGTH, LENGTH) < 2)),
