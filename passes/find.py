@@ -94,7 +94,7 @@ def add_missing_shapes(gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
     Raises:
         ValueError: there are no inputs to take them from.
     """
-    if has_shapes(gm):
+    if has_shapes(gm) or all(node.op == "output" for node in gm.graph.nodes):
         return
     if not inputs:
         raise ValueError(

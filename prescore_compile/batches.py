@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from types import MethodType
 from typing import Any
 
 import torch
@@ -49,8 +51,9 @@ def calls_of(batches: object) -> list[Call]:
     Raises:
         OptionError: they are something else, or none.
     """
-    if isinstance(batches, torch.Tensor):
-        raise OptionError("batches", "a tensor", "a list of batches, as in [tensor]")
+    for kind, name in ((torch.Tensor, "tensor"), (Mapping, "dict")):
+        if isinstance(batches, kind):
+            raise OptionError("batches", f"a {name}", f"a list of batches, as in [{name}]")
     if not isinstance(batches, Iterable):
         raise OptionError("batches", batches, "a list of batches")
     calls = [_call(batch) for batch in batches]
@@ -75,6 +78,8 @@ def check_model(model: object) -> None:
     """Raise ``OptionError`` where it cannot be called, or it, or a module inside it, is in training mode."""
     if not callable(model):
         raise OptionError("model", model, "a module or a function")
+    while isinstance(model, (functools.partial, MethodType)):
+        model = model.func if isinstance(model, functools.partial) else model.__self__
     for name, module in model.named_modules() if isinstance(model, nn.Module) else ():
         if module.training:
             which = f"{type(module).__name__} {name!r}" if name else type(module).__name__

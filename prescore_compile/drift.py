@@ -21,6 +21,7 @@ Measure = Callable[[Any, Any], Any]
 
 ROUNDING, NOISE = 1e-5, 1e-3
 """Drift from one run of the exact model to the next: more is told, and more than that is an error."""
+MEASURES = "'kl', 'cosine' or a function of two outputs (exact first)"
 GIVES = "a function that gives a number, 0 for equal outputs and more for others"
 
 
@@ -50,7 +51,7 @@ def resolve(measure: object, output: Any) -> str | Measure:
     if callable(measure):
         return measure
     if measure not in ("kl", "cosine"):
-        raise OptionError("measure", measure, "'kl', 'cosine' or a function of two outputs (exact first)")
+        raise OptionError("measure", measure, MEASURES)
     tensor = compared(output)
     if tensor.shape[-1] < 2:
         allowed = f"a function of two outputs (exact first): the output is {list(tensor.shape)}, with one feature"
@@ -97,6 +98,30 @@ def _number(found: Any) -> float:
         return float(found)
     except (TypeError, ValueError, RuntimeError):  # None; a word; a tensor of several numbers
         raise OptionError("measure", found, GIVES) from None
+
+
+def difference(exact: torch.Tensor, other: torch.Tensor) -> tuple[float, float, float]:
+    """The relative L2 error of ``other``, its largest difference, and the largest value of ``exact``.
+
+    What is the same in both, infinite or no number too, does not differ; what is finite in one alone, infinitely.
+    """
+    if exact.shape != other.shape:
+        return math.inf, math.inf, math.nan
+    apart, whole, most, largest = 0.0, 0.0, 0.0, 0.0
+    for a, b in zip(_pieces(exact), _pieces(other), strict=True):
+        one, two = a.double(), b.double()
+        same = (one == two) | (one.isnan() & two.isnan())
+        gap = torch.where(same, 0.0, (one - two).abs()).nan_to_num(math.inf, math.inf)
+        finite = torch.where(one.isfinite(), one, 0.0)
+        apart, whole = apart + gap.square().sum().item(), whole + finite.square().sum().item()
+        most, largest = max(most, gap.max().item()), max(largest, finite.abs().max().item())
+    return math.sqrt(apart) / math.sqrt(whole) if whole else (math.inf if apart else 0.0), most, largest
+
+
+def _pieces(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """Some rows at a time: logits of many tokens are large."""
+    rows = tensor.reshape(-1, tensor.shape[-1]) if tensor.dim() > 1 else tensor.reshape(1, -1)
+    return [piece for piece in rows.split(ROWS) if piece.numel()]
 
 
 def check_repeats(reference: Reference, output: Any, tell: Tell) -> None:
@@ -146,7 +171,10 @@ def compared(output: Any) -> torch.Tensor:
             return found.detach()
     leaves = [t for t in tree_leaves(output) if isinstance(t, torch.Tensor) and t.is_floating_point() and t.dim()]
     if not leaves:
-        raise ValueError(f"the model returned {type(output).__name__} without a floating tensor to compare")
+        raise ValueError(
+            f"the model returned {type(output).__name__} without a floating tensor to compare; looked for: logits, "
+            "last_hidden_state, tensors in tuples, lists and dicts"
+        )
     return leaves[0].detach()
 
 

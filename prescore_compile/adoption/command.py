@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,8 @@ def add_to(commands: Any) -> None:
     parser = commands.add_parser(
         "trial", help=about, description=f"Say {about}. The exit code is 0 to adopt it, 1 not to."
     )
-    parser.add_argument("target", metavar="TARGET", help="file.py:function, where function() returns (model, inputs); "
-                        "the model has its weights, and the inputs are data like those it will get")  # fmt: skip
+    parser.add_argument("target", metavar="TARGET", help="file.py:function, where function() returns (model, inputs): "
+                        "the model with its weights, and one batch like those it will get")  # fmt: skip
     parser.add_argument("--drift", type=float, metavar="MEAN", help="largest drift of the output (default: 0.05 nats "
                         "a position of logits, else 0.01)")  # fmt: skip
     parser.add_argument("--faster", type=float, default=1.1, metavar="TIMES", help="how many times as fast it must be "
@@ -35,16 +36,17 @@ def add_to(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command; returns the exit code."""
-    adopt = [True]
-
-    def work() -> None:
-        adopt[0] = _run(arguments)
-
-    code = guarded(arguments.command, work)
-    return code if code or adopt[0] else DO_NOT_ADOPT
+    adopt: list[bool] = []  # nothing: there is no verdict
+    code = guarded(arguments.command, lambda: _run(arguments, adopt.append))
+    return code if code or adopt == [True] else DO_NOT_ADOPT
 
 
-def _run(arguments: argparse.Namespace) -> bool:
+def _tell(line: str) -> None:
+    with contextlib.suppress(OSError):  # who reads it may be gone, which ends no trial
+        print(line, file=sys.stderr, flush=True)
+
+
+def _run(arguments: argparse.Namespace, decide: Callable[[bool], None]) -> None:
     from ..batches import Call
     from ..inspection.target import TargetError, TargetFailed, load, told
     from .trial import trial
@@ -67,12 +69,13 @@ def _run(arguments: argparse.Namespace) -> bool:
                 measure=arguments.measure,
                 rounds=arguments.rounds,
                 every_stage=arguments.all,
+                progress=_tell,
             )
     except (TargetError, TargetFailed, ValueError, OSError):
         raise
     except (Exception, SystemExit) as error:
         raise TargetFailed(f"{arguments.target}: the model raised {told(error)}") from error
-    say(str(found))
+    decide(found.adopt)  # before anything is written, which may fail
     if arguments.json is not None:
         arguments.json.write_text(found.to_json() + "\n")
-    return found.adopt
+    say(str(found))

@@ -89,7 +89,7 @@ class Verdict:
 
 
 def _wrapped(text: str) -> list[str]:
-    return [part for line in text.split("\n") for part in textwrap.wrap(line, 96) or [""]]
+    return [part for line in text.split("\n") for part in textwrap.wrap(line, 80) or [""]]
 
 
 def _finite(value: Any) -> Any:
