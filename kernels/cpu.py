@@ -59,8 +59,9 @@ def clusters(
     batch, heads, k_len, dim = key.shape
     count = chunk_count(k_len, plan.chunk) * (plan.chunk // plan.cluster)
     order = torch.empty(batch, heads, count * plan.cluster, dtype=torch.int32)
-    mean, spread = torch.empty(batch, heads, count, dim), torch.empty(batch, heads, count, dim)
-    bias = torch.empty(batch, heads, count)
+    # Whatever the default dtype is: the kernel writes float32.
+    mean, spread = (torch.empty(batch, heads, count, dim, dtype=torch.float32) for _ in range(2))
+    bias = torch.empty(batch, heads, count, dtype=torch.float32)
     if order.numel():
         geometry = _geometry(plan, key.shape, key.shape, value.shape[3], k_len, True, 0, 1.0)
         views, alive = zip(*(_view(t) for t in (key, value)), strict=True)
@@ -104,7 +105,7 @@ def mass(site: Operands, summary: Summary, plan: Plan, softcap: float = 0.0) -> 
     """Compiled ``reference.mass``; ``softcap``: of the logits, 0.0: none."""
     batch, heads, q_len, _ = site.query.shape
     k_len = site.key.shape[2]
-    found = torch.full((batch, heads, q_len), -math.inf)
+    found = torch.full((batch, heads, q_len), -math.inf, dtype=torch.float32)
     if not found.numel() or k_len == 0:
         return found
     geometry = _geometry(

@@ -234,4 +234,4 @@ def value(expr: Any, at: Mapping[str, Any], tensors: Mapping[str, torch.Tensor])
 
 
 def _tensor(part: Any, at: Mapping[str, Any]) -> torch.Tensor:
-    return torch.as_tensor(part, device=at["q"].device)
+    return torch.as_tensor(part, device=at["q"].device, dtype=torch.float32 if isinstance(part, float) else None)

@@ -93,7 +93,7 @@ def or_mean(out: torch.Tensor, site: Operands, seen: Seen) -> torch.Tensor:
     at = none.flatten(0, 1).any(0).nonzero().flatten()
     mask = seen.mask.expand(-1, -1, out.shape[2], -1)[:, :, at]
     if not mask.is_floating_point():
-        mask = torch.zeros(mask.shape).masked_fill(mask == 0, HIDDEN)
+        mask = torch.zeros(mask.shape, dtype=torch.float32).masked_fill(mask == 0, HIDDEN)
     few = _by_sdpa(site._replace(query=site.query[:, :, at]), mask)
     out[:, :, at] = torch.where(none[:, :, at, None], few, out[:, :, at])
     return out

@@ -97,7 +97,8 @@ def mask_of(reads: list[Read], tensors: Mapping[str, torch.Tensor]) -> torch.Ten
         return parts[0][1]
     allowed = [part for read, part in parts if read.says != "added" and not read.finite]
     numbers = [part for read, part in parts if read.says == "added"]
-    numbers += [torch.zeros(1).masked_fill(part == 0, read.hides) for read, part in parts if read.finite]
+    zero = torch.zeros(1, dtype=torch.float32)
+    numbers += [zero.masked_fill(part == 0, read.hides) for read, part in parts if read.finite]
     some = _all(allowed) if allowed else None
     if not numbers:
         assert some is not None

@@ -205,7 +205,7 @@ def clusters(
     order = order.view(batch, heads, places)
     order = order.where(member.gather(2, order), -1)
     shape = (batch, heads, places // plan.cluster)
-    bias = torch.zeros(shape, device=key.device).masked_fill(size.view(shape) == 0, NEG_INF)
+    bias = torch.zeros(shape, device=key.device, dtype=torch.float32).masked_fill(size.view(shape) == 0, NEG_INF)
     # 0 * x is NaN for a key or value that is not finite, and 0 for any other.
     taint = (key.float() * 0).sum(3) + (value.float() * 0).sum(3)
     bias = bias + _take(taint.unsqueeze(3), order.int()).view(*shape, plan.cluster).sum(3)

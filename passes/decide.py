@@ -15,7 +15,7 @@ from ..kernels.logits import NOTHING, Logits, parse
 from ..kernels.plan import WHOLE, OptionError, Plan
 from ..kernels.triton import device
 from . import cost
-from .compat import at_least, forward_mode, gradient_wanted, hint, known_equal, symbolic, value_of
+from .compat import at_least, forward_mode, gradient_wanted, guard_equal, hint, known_equal, symbolic, value_of
 from .config import Config
 from .defaults import WIDEST_BAND_ON_A_GPU
 from .keys import K, Q
@@ -113,9 +113,9 @@ def _read(site: Site, mask: Mask, config: Config, reason: str) -> Mask | None:
 
 def _recognized(attention: Attention | None, mask: Mask, config: Config) -> dict[str, Plan]:
     """``Decision.recognized``: the plans that such sites have where their mask is known."""
-    if attention is None or not known_equal(attention.size(attention.q), attention.size(attention.k)):
+    if attention is None or config.site_plans is not None:  # a plan file was measured for sites whose mask was known
         return {}
-    if config.site_plans is not None:  # a plan file was measured for sites whose mask was known
+    if not guard_equal(attention.size(attention.q), attention.size(attention.k)):
         return {}
     found: dict[str, Plan] = {}
     for name, causal in (("causal", True), ("every key", False)):

@@ -19,6 +19,9 @@ from .site import Add, Attention, Fill, Site
 
 NUMBERS = (torch.float32, torch.bfloat16, torch.float16)
 
+MOST = 99
+"""Tensors that names of two digits keep in order."""
+
 ABSORBS = -1e30
 """Beside less, no logit shows, nor what is added to it."""
 
@@ -35,7 +38,9 @@ def as_it_comes(site: Site, mask: Mask) -> Mask | None:
         return None
     nodes, logits = found
     reads = reads_of(logits)
-    if reads is None or not all(_there(site, node) and not _of_the_logits(node, a) for node in nodes):
+    if reads is None or len(logits.tensors) != len(nodes) or len(nodes) > MOST:
+        return None
+    if not all(_there(site, node) and not _of_the_logits(node, a) for node in nodes):
         return None
     by_name = dict(zip(logits.tensors, nodes, strict=True))
     fits = all(

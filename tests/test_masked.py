@@ -417,6 +417,25 @@ def test_a_bias_that_is_trained_is_left() -> None:
         assert explain(Block(), *given, bias, config=SHORT).sites[0].exact == "mask"
 
 
+def test_a_gradient_that_is_asked_for_later_is_an_error() -> None:
+    given, bias = inputs(), torch.rand(1, 4, LENGTH, LENGTH)
+    with torch.no_grad():
+        new, _ = rewrite(torch.export.export(Block(), (*given, bias)).module(), Config.exact())
+    new(given[0].requires_grad_(), *given[1:], bias).sum().backward()
+    with pytest.raises(NotImplementedError, match="got a gradient that is asked for in what is read"):
+        new(*given, bias.requires_grad_())
+
+
+def test_a_tensor_that_cancels_out_is_left() -> None:
+    bias, mask = torch.rand(LENGTH, LENGTH), drawn(0.5)
+
+    def cancels(q: Any, k: Any, v: Any) -> Any:
+        return attended(q, k, v, lambda x: (x + bias - bias).masked_fill(mask, -math.inf))
+
+    (site,) = explain(cancels, *inputs(), config=SHORT).sites
+    assert site.decision == "keep" and site.reason.startswith("opaque_mask"), site.reason
+
+
 def test_gradients_short_masks_few_queries_and_other_devices_are_left() -> None:
     mask = near(LENGTH, 30)[None, None]
     assert explain(Block(), *inputs(grad=True), mask, config=SHORT).sites[0].reason.startswith("opaque_mask")

@@ -156,6 +156,24 @@ def test_queries_without_a_key(number: float) -> None:
     torch.testing.assert_close(run(site, hides, [mask])[none], by_sdpa(site, as_numbers(mask))[none])
 
 
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+def test_the_default_dtype_has_no_say(default: torch.dtype) -> None:
+    """The compiled kernels write float32, whatever torch makes where nothing is said."""
+    site, mask = operands(N, causal=False), causal(valid(N - 9, N - 99))
+    hides = "softcap 0.0; add Piecewise((0, Ne(t00(b, 0, q, k), 0)), (-3.4028234663852886e+38, True)); where True"
+    plans = [
+        {"causal": plan} for plan in (*PLANS.values(), Plan(routes=9, share=0.01), Plan(chunk=64, keep=8, routes=2))
+    ]
+    want = [run(site, hides, [mask], plan) for plan in plans]
+    usual = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(default)
+        found = [run(site, hides, [mask], plan) for plan in plans]
+    finally:
+        torch.set_default_dtype(usual)
+    assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
+
+
 def test_sinks_and_softcaps_go_with_it() -> None:
     site = operands(N, causal=False)._replace(sink_logit=torch.randn(2, 4, N))
     out = run(site, "softcap 5.0; add 0; where Ne(t00(0, 0, q, k), 0)", [causal(valid(N))])
@@ -233,6 +251,23 @@ def test_dynamic_lengths() -> None:
         want = torch.compile(Causal(), backend="prescore", options=QUICK | {"inner": "eager"}, dynamic=False)(x)
         torch.testing.assert_close(compiled(x), want, atol=1e-6, rtol=1e-6)
     assert graphs == 1
+
+
+@torch.no_grad()
+def test_lengths_of_several_inputs() -> None:
+    """Dynamo has a symbol for each, and a guard that they are equal."""
+    options = QUICK | {"inner": "eager"}
+
+    def block(q: Any, k: Any, v: Any, mask: Any) -> Any:
+        return F.scaled_dot_product_attention(q, k, v, mask)
+
+    compiled = torch.compile(block, backend="prescore", options=options)
+    for length in (300, 333, 400):
+        q, k, v = (torch.randn(2, 4, length, 16) for _ in range(3))
+        mask = torch.ones(length, length).tril().bool()[None, None]
+        known = torch.compile(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True),
+                              backend="prescore", options=options, dynamic=False)  # fmt: skip
+        torch.testing.assert_close(compiled(q, k, v, mask), known(q, k, v), atol=1e-6, rtol=1e-6)
 
 
 def site_of(config: Config) -> Any:

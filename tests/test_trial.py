@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +16,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from prescore_compile import Config, OptionError, Verdict, trial
-from prescore_compile.adoption import verdict
+from prescore_compile.adoption import command, verdict
 from prescore_compile.cli import main
+from prescore_compile.drift import difference
 from prescore_compile.kernels import cpu, library
 from prescore_compile.tokens import next_tokens
 
@@ -49,7 +53,7 @@ def ids(length: int = 128, batch: int = 1) -> torch.Tensor:
 
 def tried(model: Any = None, batches: Any = None, **more: Any) -> Verdict:
     options = QUICK | more.pop("options", {})
-    return trial(model or Model(), batches or [ids()], **LENIENT | {"options": options} | more)
+    return trial(Model() if model is None else model, batches or [ids()], **LENIENT | {"options": options} | more)
 
 
 def test_a_model_that_passes() -> None:
@@ -58,12 +62,12 @@ def test_a_model_that_passes() -> None:
     assert found.adopt and found.failed is None and [stage.name for stage in found.stages] == list(verdict.STAGES)
     sites, same, quality, speed = found.stages
     assert sites.evidence["rewritten"] == [1] and sites.found == "1 sites: 1 rewritten, 0 kept exact"
-    assert same.evidence["drift"] < 1e-6 and same.evidence["largest_difference"] < 1e-5
+    assert same.evidence["error"] < 1e-6 and same.evidence["largest_difference"] < 1e-5
     assert 1e-4 < quality.evidence["drift"] < 9 and quality.evidence["measure"] == "kl"
-    assert speed.evidence["faster"] == pytest.approx(speed.evidence["ratios"][0])
+    assert speed.evidence["faster"] == pytest.approx(speed.evidence["ratios"][0]) and speed.evidence["held"] == 1
     assert [len(times) for times in speed.evidence["seconds"].values()] == [1, 1]
     assert str(found).startswith("adopt\n") and "Config(chunk=16" in str(found)
-    assert any(line.startswith("[3/4] quality: ") for line in lines) and "  round 1/1: usual" in "\n".join(lines)
+    assert any(line.startswith("[3/4] quality: ") for line in lines) and "  round 1/1: inner" in "\n".join(lines)
 
 
 def test_the_evidence_is_what_was_measured() -> None:
@@ -120,9 +124,77 @@ def test_no_site() -> None:
 
 def test_a_rewriting_that_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     usual = cpu.attend
-    monkeypatch.setattr(cpu, "attend", lambda *given, **more: usual(*given, **more) + 0.5)
+    monkeypatch.setattr(cpu, "attend", lambda *given, **more: usual(*given, **more) * 1.1)
     found = failed("same")
-    assert found.stages[1].evidence["largest_difference"] > 0.1 and "not run" in str(found)
+    assert found.stages[1].evidence["error"] > 1e-3 and "not run" in str(found)
+    monkeypatch.setattr(cpu, "attend", lambda *given, **more: usual(*given, **more) * 0)
+    torch.manual_seed(0)
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 2, 64, batch_first=True), 2).eval().bfloat16()
+    failed("same", model=encoder, batches=[torch.randn(1, 128, 32, dtype=torch.bfloat16)])
+
+
+def test_the_batch_with_most_sites_is_tried() -> None:
+    model = Model()
+
+    def at_length(x: torch.Tensor) -> Any:
+        return model(x) if x.shape[1] > 100 else {"logits": model.head(model.embed(x))}
+
+    same = tried(at_length, [ids(50), ids(128)]).stages[1]
+    assert same.evidence["batch"] == 1 and same.found.startswith("batch 2: ")
+
+
+def test_outputs_of_other_kinds() -> None:
+    """With a measure of one's own, whatever a model returns is compared."""
+    model = Model()
+    own: dict[str, Any] = dict(
+        drift=2.0, measure=lambda exact, other: float((exact.nan_to_num() != other.nan_to_num()).float().mean())
+    )
+    for last in (lambda x: x.argmax(-1), lambda x: x.mean(), lambda x: x.sum((1, 2)),
+                 lambda x: torch.cat([x, x[:, :1] * math.nan], 1)):  # fmt: skip
+        found = tried(lambda x, last=last: last(model(x)["logits"]), **own)
+        assert found.adopt, str(found)
+
+
+def test_a_buffer_that_is_returned_is_compared_as_it_was() -> None:
+    class Writes(Model):
+        def forward(self, input_ids: torch.Tensor, attention_mask: Any = None) -> Any:
+            if not hasattr(self, "kept"):
+                self.kept = torch.zeros(1, 128, WORDS)
+            return self.kept.copy_(super().forward(input_ids)["logits"] + self.noise * torch.rand(1, 128, WORDS))
+
+    with pytest.raises(ValueError, match="differs from run to run"):
+        tried(Writes(noise=1.0), measure="kl")
+    usual, patch = cpu.attend, pytest.MonkeyPatch()
+    with patch.context() as wrong:
+        wrong.setattr(cpu, "attend", lambda *given, **more: usual(*given, **more) * 1.1)
+        assert failed("same", model=Writes(), measure="kl").stages[1].evidence["largest_difference"] > 1e-3
+
+
+def test_a_compiled_model_is_compared_with_what_it_is_uncompiled() -> None:
+    compiled: Any = torch.compile(Model(), backend="prescore", options=QUICK)
+    want = tried().stages[2].evidence["drift"]
+    assert tried(compiled).stages[2].evidence["drift"] == pytest.approx(want)
+
+
+def test_a_perplexity_beyond_all_numbers() -> None:
+    model = Model()
+    model.head.weight.data *= 1e5
+    found = tried(lambda input_ids: model(input_ids), drift=1e9).stages[2]
+    assert found.evidence["exact_perplexity"] == math.inf and "perplexity inf -> inf" in found.found
+    assert "(" not in found.found.partition("perplexity")[2]
+
+
+def test_difference() -> None:
+    a = torch.tensor([[1.0, -math.inf, math.nan], [3.0, 0.0, 4.0]])
+    assert difference(a, a) == (0.0, 0.0, 4.0)
+    b = a.clone()
+    b[1, 1] = 2.6
+    error, most, largest = difference(a, b)
+    assert (error, most, largest) == pytest.approx((2.6 / math.sqrt(26), 2.6, 4.0))
+    b[0, 1] = 7.0
+    assert difference(a, b)[0] == math.inf == difference(a, a[:1])[0]
+    many = torch.randn(1000, 7)
+    assert difference(many, many * 1.01)[0] == pytest.approx(0.01, rel=1e-3)
 
 
 def test_a_drift_that_is_too_large() -> None:
@@ -145,6 +217,8 @@ def test_a_model_that_does_not_repeat_itself() -> None:
     ({"faster": math.nan}, "'faster': got nan"), ({"drift": None, "measure": lambda a, b: 0.0}, "beside a measure"),
     ({"measure": "x"}, "'kl', 'cosine'"), ({"measure": lambda a, b: math.nan}, "no number for the exact"),
     ({"options": {"chunk": 100}}, "'chunk': got 100"),
+    ({"batches": {"input_ids": ids()}}, r"as in \[dict\]"),
+    ({"model": functools.partial(Model().train())}, "in training mode"),
     ({"batches": 3}, "'batches': got 3"), ({"model": 3}, "'model': got 3"), ({"progress": 3}, "'progress': got 3"),
     ({"model": Model().train()}, "in training mode"),
 ])  # fmt: skip
@@ -184,6 +258,12 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     code, text, told = said("make", "--drift", "9", "--faster", "0", "--json", str(out))
     assert code == 0 and text.startswith("adopt\n") and "[4/4] speed" in told
     assert json.loads(out.read_text())["adopt"] is True
+    with pytest.MonkeyPatch.context() as patch:  # whoever reads it is gone
+        patch.setattr(command, "say", lambda text: (_ for _ in ()).throw(BrokenPipeError()))
+        patch.setattr(os, "dup2", lambda *_: None)
+        patch.setattr(sys.stdout, "fileno", lambda: 1, raising=False)
+        assert said("make", "--drift", "0", "--faster", "0", "--json", str(out))[0] == 1
+        assert not json.loads(out.read_text())["adopt"]
     code, text, _ = said("make", "--drift", "0", "--faster", "0", "--json", str(out))
     assert code == 1 and text.startswith("do not adopt: quality failed") and not json.loads(out.read_text())["adopt"]
     assert said("make", "--drift", "0", "--faster", "0", "--all")[1].count("not run") == 0

@@ -145,6 +145,10 @@ def like_output(query, key, value, *args):  # type: ignore[no-untyped-def]
 
 def _attend_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     *operands, ctx.plan, ctx.causal, ctx.scale, ctx.logits, tensors, sink_logit = inputs
+    if any(t.requires_grad for t in tensors):  # a graph that was rewritten where no gradients were asked for
+        raise NotImplementedError(
+            "prescore::attend: got a gradient that is asked for in what is read as a mask or bias; allowed: none"
+        )
     operands.append(sink_logit)
     ctx.has, ctx.tensors = [t is not None for t in operands], len(tensors)
     ctx.mark_non_differentiable(output[1])

@@ -18,8 +18,10 @@ Read = tuple[torch.Tensor, torch.Tensor]
 
 
 class Reading:
-    """Sums over batches. Only of models whose logits are of their own next tokens: some rewritten site is causal, or may
-    turn out to be, and the tokens of the batch are those that the logits are about."""
+    """Sums over batches, of models whose logits are about the batch's own next tokens.
+
+    Such a model has a rewritten site that is causal, or may turn out to be.
+    """
 
     def __init__(self, model: Any, reports: Sequence[Report]) -> None:
         rewritten = [site for report in reports for site in report.rewritten]

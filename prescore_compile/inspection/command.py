@@ -13,6 +13,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch.utils._pytree import tree_leaves
+
 from ..kernels.plan import OptionError
 from ..passes import Config
 from ..passes.compat import quiet_fakes
@@ -142,13 +145,20 @@ def _target(arguments: argparse.Namespace) -> tuple[Any, Config]:
     return load(arguments.target, seq_len or 4096), config
 
 
+def _trained(target: Any) -> bool:
+    """Whether gradients are asked for: of a model in training mode, or in its inputs; else it is inference."""
+    tensors = (leaf for leaf in tree_leaves((target.args, dict(target.kwargs))) if isinstance(leaf, torch.Tensor))
+    return bool(getattr(target.model, "training", False)) or any(tensor.requires_grad for tensor in tensors)
+
+
 def _inspect(arguments: argparse.Namespace, target: Any, config: Config) -> Any:
     from ..backend import stages
     from .inspection import Inspection
     from .target import TargetFailed, told
 
     try:
-        log = stages(target.model, target.args, target.kwargs, config, arguments.dynamic or None, arguments.device)
+        with torch.set_grad_enabled(_trained(target)):
+            log = stages(target.model, target.args, target.kwargs, config, arguments.dynamic or None, arguments.device)
     except OptionError:
         raise
     except (Exception, SystemExit) as error:
