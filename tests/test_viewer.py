@@ -116,7 +116,7 @@ def test_thirty_layers(browser: Any, folder: Path, scheme: str) -> None:
     assert page.locator("#body tr").count() == 30
     page.get_by_role("button", name="unsupported_mask 10").click()
     assert page.locator("#body tr").count() == 10 and page.locator("#body .math").first.inner_text().startswith(
-        "k ≤ q ∧"
+        "k ≤ 8 ∨"
     )
     shot(page, f"decisions-{scheme}")
     page.get_by_role("button", name="module", exact=True).click()
