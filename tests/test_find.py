@@ -261,7 +261,6 @@ KEPT: dict[str, tuple[Callable[..., Any], str]] = {
         lambda q, k, v: torch.cat([q @ k.mT, k[:, :, :1, :1].expand(B, H, 1, N)], 2).softmax(-1)[:, :, :-1] @ v,
         "extra_logits",
     ),
-    "two products": (lambda q, k, v: (q @ k.mT + (q @ k.mT).relu()).softmax(-1) @ v, "opaque_mask"),
     "values of another head order": (lambda q, k, v: weights(q, k) @ v.transpose(0, 1)[:, :2].repeat(1, 2, 1, 1)[:2],
                                      ""),
     "dropout": (lambda q, k, v: F.dropout(weights(q, k), 0.0, training=True) @ v, ""),

@@ -343,6 +343,7 @@ TAKEN: dict[str, Callable[..., Any]] = {
         q, k, v, lambda x: (x.flatten(0, 1) + torch.rand(LENGTH, 8, LENGTH).transpose(0, 1)).unflatten(0, (2, 4))
     ),
     "made from the queries": lambda q, k, v: attended(q, k, v, lambda x: x + q @ torch.rand(16, LENGTH)),
+    "two products": lambda q, k, v: attended(q, k, v, lambda x: x + q @ v.repeat_interleave(2, 1).mT),
     "numbers of two kinds": lambda q, k, v: attended(q, k, v, lambda x: x + lowest(drawn(0.5)) + lowest(drawn(0.3, 8))),
     "written in place": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, blocks(q.shape[2]), enable_gqa=True),
     "written by hand": lambda q, k, v: by_hand(q, k, v, near(LENGTH, 30) & (torch.rand(LENGTH, LENGTH) < 2)),
