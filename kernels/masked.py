@@ -29,6 +29,11 @@ LOWEST_HALF = -6e4
 """The same for float16, which ends at -65504."""
 
 
+def lowest_of(dtype: torch.dtype) -> float:
+    """``LOWEST`` of logits of this dtype."""
+    return LOWEST_HALF if dtype == torch.float16 else LOWEST
+
+
 class Seen(NamedTuple):
     """What a mask holds.
 
@@ -48,9 +53,10 @@ def see(reads: list[Read], tensors: Mapping[str, torch.Tensor], dtype: torch.dty
     """Look at the tensors that are read; ``dtype``: of the logits that numbers are added to."""
     mask = mask_of(reads, tensors)
     if not mask.is_floating_point():
+        allowed: torch.Tensor | None = mask
         none = mask.amax(3) == 0 if any(read.finite for read in reads) else None
-        return Seen(mask, mask, none if none is not None and none.any() else None)
-    allowed, none = cpu.as_allowed(mask, LOWEST_HALF if dtype == torch.float16 else LOWEST) or (None, None)
+    else:
+        allowed, none = cpu.as_allowed(mask, lowest_of(dtype)) or (None, None)
     return Seen(mask, allowed, none if none is not None and none.any() else None)
 
 

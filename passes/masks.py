@@ -8,12 +8,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import sympy
-import torch
 from sympy.core.function import AppliedUndef
 from torch import fx
 
 from ..kernels.logits import NOTHING, Logits, settled
-from ..kernels.masked import LOWEST, LOWEST_HALF
+from ..kernels.masked import lowest_of
 from .compat import guard_equal, symbolic, value_of
 from .elements import Elements, NotClosedForm
 from .extent import TOO_LARGE
@@ -21,7 +20,10 @@ from .indices import divide, ranges
 from .keys import B, H, K, Keys, Q, only_of_keys
 from .maths import plain
 from .memory import Memory
-from .site import Add, Attention, Site, Term, Times
+from .site import Add, Attention, Fill, Site, Term, Times
+
+ABSORBS = -1e30
+"""Beside less, no float32 logit shows, nor what is added to it."""
 
 
 @dataclass(frozen=True)
@@ -222,8 +224,7 @@ def _meaning(attention: Attention, elements: Elements) -> _Meaning:
         _Opaque: one that has no closed form.
     """
     found = _Meaning()
-    half = value_of(attention.query.node).dtype == torch.float16
-    lowest = LOWEST_HALF if half else LOWEST
+    lowest = lowest_of(value_of(attention.query.node).dtype)
     for term in attention.terms:
         try:
             found = _after(found, term, elements, lowest)
@@ -249,12 +250,22 @@ def _after(before: _Meaning, term: Term, elements: Elements, lowest: float) -> _
         return _both(before, _split(sympy.piecewise_fold(added * factor) if factor != 1 else added, lowest))
     condition = elements.at(term.condition, term.index)
     filled = condition if term.where else sympy.Not(condition)
-    value = sympy.sympify(elements.at(term.value, term.value_index))
-    if not value.is_number or not (value == -sympy.oo or value <= lowest):
-        raise _Opaque(f"logits replaced by {plain(value)}")
+    value = hidden_with(term, elements, lowest)
     finite = frozenset({value} if value.is_finite else ())
     # What replaces the logits is the same for all; what was forbidden before must not be another number.
     return _both(before, _Meaning(sympy.Not(filled), finite=finite))
+
+
+def hidden_with(term: Fill, elements: Elements, lowest: float) -> Any:
+    """The number that a fill hides with.
+
+    Raises:
+        NotClosedForm: it is no number, or none that leaves no weight.
+    """
+    value = sympy.sympify(elements.at(term.value, term.value_index))
+    if not value.is_number or not (value == -sympy.oo or value <= lowest):
+        raise NotClosedForm(f"logits replaced by {plain(value)}")
+    return value
 
 
 def _both(a: _Meaning, b: _Meaning) -> _Meaning:
@@ -270,8 +281,7 @@ def _split(added: Any, lowest: float) -> _Meaning:
     """What is added to logits, as the places where it forbids a key and a bias elsewhere."""
     if added.is_number:
         if added == -sympy.oo or added <= lowest:
-            # Beside anything lower, float32 logits do not show.
-            return _Meaning(sympy.false, finite=frozenset({added} - {-sympy.oo}), uniform=bool(added < -1e30))
+            return _Meaning(sympy.false, finite=frozenset({added} - {-sympy.oo}), uniform=bool(added < ABSORBS))
         return _Meaning(bias=sympy.Integer(0) if added.is_zero else added)
     if isinstance(added, sympy.Add):
         numbers = [part for part in added.args if part.is_number]

@@ -10,20 +10,17 @@ import torch
 from torch import fx
 
 from ..kernels.logits import Logits, settled
-from ..kernels.masked import LOWEST, LOWEST_HALF
+from ..kernels.masked import lowest_of
 from ..kernels.reads import HIDDEN, digits, hides, reads_of
 from .compat import gradient_wanted, guard_equal, value_of
 from .elements import Elements, NotClosedForm
-from .masks import Mask, named
+from .masks import ABSORBS, Mask, hidden_with, named
 from .site import Add, Attention, Fill, Site
 
 NUMBERS = (torch.float32, torch.bfloat16, torch.float16)
 
 MOST = 99
 """Tensors that names of two digits keep in order."""
-
-ABSORBS = -1e30
-"""Beside less, no logit shows, nor what is added to it."""
 
 
 def as_it_comes(site: Site, mask: Mask) -> Mask | None:
@@ -97,11 +94,10 @@ def _tensors(a: Attention, site: Site) -> tuple[tuple[fx.Node, ...], Logits] | N
 def _number(term: Fill, a: Attention, site: Site) -> float | None:
     """What a fill hides with; None: it is no such number."""
     try:
-        value = sympy.sympify(Elements(site.memory, a.sizes).at(term.value, term.value_index))
+        lowest = lowest_of(value_of(a.query.node).dtype)
+        return float(hidden_with(term, Elements(site.memory, a.sizes), lowest))
     except NotClosedForm:
         return None
-    lowest = LOWEST_HALF if value_of(a.query.node).dtype == torch.float16 else LOWEST
-    return float(value) if value.is_number and (value == -sympy.oo or value <= lowest) else None
 
 
 def _there(site: Site, node: fx.Node) -> bool:
