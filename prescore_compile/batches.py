@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from .kernels.plan import OptionError
 
@@ -43,6 +43,11 @@ class Call:
             return copy.deepcopy(own)
         except Exception:  # of locks, or of tensors that were computed with gradients
             return own
+
+
+def tensors_in(values: Any) -> list[torch.Tensor]:
+    """The tensors in what a model is given or returns, in tuples, lists, dicts and what else torch looks into."""
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)]
 
 
 def calls_of(batches: object) -> list[Call]:

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
-from .batches import Tell
+from .batches import Tell, tensors_in
 from .kernels.plan import OptionError
 
 ROWS = 256
@@ -169,7 +169,7 @@ def compared(output: Any) -> torch.Tensor:
         found = _member(output, name)
         if found is not None:
             return found.detach()
-    leaves = [t for t in tree_leaves(output) if isinstance(t, torch.Tensor) and t.is_floating_point() and t.dim()]
+    leaves = [tensor for tensor in tensors_in(output) if tensor.is_floating_point() and tensor.dim()]
     if not leaves:
         raise ValueError(
             f"the model returned {type(output).__name__} without a floating tensor to compare; looked for: logits, "

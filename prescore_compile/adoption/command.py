@@ -9,7 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..inspection.command import guarded, may_be_written, option, say
+from ..batches import Call
+from ..inspection.command import guarded, on_weights, say
 
 DO_NOT_ADOPT = 1
 
@@ -47,34 +48,23 @@ def _tell(line: str) -> None:
 
 
 def _run(arguments: argparse.Namespace, decide: Callable[[bool], None]) -> None:
-    from ..batches import Call
-    from ..inspection.target import TargetError, TargetFailed, load, told
     from .trial import trial
+    from .verdict import Verdict
 
-    if arguments.json is not None and not may_be_written(arguments.json):
-        raise TargetError(f"--json: got {str(arguments.json)!r}; allowed: a file in a folder that exists")
-    try:
-        with contextlib.redirect_stdout(sys.stderr):
-            options = dict(option(text) for text in arguments.options)
-            if Path(arguments.target).is_dir():
-                raise TargetError(f"TARGET: got the folder {arguments.target!r}, which has no weights; allowed: "
-                                  "file.py:function")  # fmt: skip
-            target = load(arguments.target, 1)
-            found = trial(
-                target.model,
-                [Call(tuple(target.args), target.kwargs)],
-                drift=arguments.drift,
-                faster=arguments.faster,
-                options=options,
-                measure=arguments.measure,
-                rounds=arguments.rounds,
-                every_stage=arguments.all,
-                progress=_tell,
-            )
-    except (TargetError, TargetFailed, ValueError, OSError):
-        raise
-    except (Exception, SystemExit) as error:
-        raise TargetFailed(f"{arguments.target}: the model raised {told(error)}") from error
+    def work(model: Callable[..., Any], batches: list[Call], options: dict[str, Any]) -> Verdict:
+        return trial(
+            model,
+            batches,
+            drift=arguments.drift,
+            faster=arguments.faster,
+            options=options,
+            measure=arguments.measure,
+            rounds=arguments.rounds,
+            every_stage=arguments.all,
+            progress=_tell,
+        )
+
+    found = on_weights(arguments, "json", work)
     decide(found.adopt)  # before anything is written, which may fail
     if arguments.json is not None:
         arguments.json.write_text(found.to_json() + "\n")

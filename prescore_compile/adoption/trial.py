@@ -10,10 +10,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_leaves
 
 from ..backend import fresh, stages
-from ..batches import Call, Tell, calls_of, check_model, teller, told
+from ..batches import Call, Tell, calls_of, check_model, teller, tensors_in, told
 from ..drift import MEASURES, Drift, Measure, Reference, check_repeats, compared, counted, difference, resolve
 from ..kernels.plan import OptionError
 from ..passes import REASONS, Config, Report
@@ -84,7 +83,9 @@ def trial(
             found = run.staged(drift, faster, rounds, every_stage)
         finally:
             torch._dynamo.reset()  # the model's own code objects may have been compiled
-    devices = sorted({leaf.device.type for call in run.calls for leaf in _tensors(call)}) or ["cpu"]
+    devices = sorted(
+        {leaf.device.type for call in run.calls for leaf in tensors_in((call.args, dict(call.kwargs)))}
+    ) or ["cpu"]
     about = {"torch": torch.__version__, "device": ", ".join(devices), "threads": torch.get_num_threads()}
     return Verdict(tuple(found), repr(run.config), about)
 
@@ -279,7 +280,7 @@ def _main(output: Any, call: Call) -> torch.Tensor:
     try:
         tensor = compared(output)
     except ValueError:
-        leaves = [leaf.detach().double().flatten() for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
+        leaves = [leaf.detach().double().flatten() for leaf in tensors_in(output)]
         if not leaves:
             raise
         return torch.cat(leaves)
@@ -296,7 +297,3 @@ def _finished() -> None:
     """Wait for the accelerator, if there is one."""
     if torch.accelerator.is_available():
         torch.accelerator.synchronize()
-
-
-def _tensors(call: Call) -> list[torch.Tensor]:
-    return [leaf for leaf in tree_leaves((call.args, dict(call.kwargs))) if isinstance(leaf, torch.Tensor)]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..inspection.command import guarded, may_be_written, option, say
+from ..batches import Call
+from ..inspection.command import guarded, on_weights, say
+from ..passes import Calibration
 
 
 def add_to(commands: Any) -> None:
@@ -36,31 +37,19 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    from ..batches import Call
-    from ..inspection.target import TargetError, TargetFailed, load, told
     from .calibrate import calibrate
 
-    if not may_be_written(arguments.out):
-        raise TargetError(f"--out: got {str(arguments.out)!r}; allowed: a file in a folder that exists")
-    try:
-        with contextlib.redirect_stdout(sys.stderr):
-            options = dict(option(text) for text in arguments.options)
-            if Path(arguments.target).is_dir():
-                raise TargetError(f"TARGET: got the folder {arguments.target!r}, which has no weights; allowed: "
-                                  "file.py:function")  # fmt: skip
-            target = load(arguments.target, 1)
-            found = calibrate(
-                target.model,
-                [Call(tuple(target.args), target.kwargs)],
-                budget=arguments.budget,
-                drift=arguments.drift,
-                options=options,
-                measure=arguments.measure,
-                measured=arguments.measured,
-            )
-    except (TargetError, TargetFailed, ValueError, OSError):
-        raise
-    except (Exception, SystemExit) as error:
-        raise TargetFailed(f"{arguments.target}: the model raised {told(error)}") from error
+    def work(model: Callable[..., Any], batches: list[Call], options: dict[str, Any]) -> Calibration:
+        return calibrate(
+            model,
+            batches,
+            budget=arguments.budget,
+            drift=arguments.drift,
+            options=options,
+            measure=arguments.measure,
+            measured=arguments.measured,
+        )
+
+    found = on_weights(arguments, "out", work)
     say(str(found))  # first: a file that cannot be written does not lose it
     found.save(arguments.out)

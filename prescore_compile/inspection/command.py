@@ -11,16 +11,17 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch.utils._pytree import tree_leaves
 
+from ..batches import Call, tensors_in
 from ..kernels.plan import OptionError
 from ..passes import Config
 from ..passes.compat import quiet_fakes
 from ..passes.sources import DEVICES
 
+Found = TypeVar("Found")
 DONE, WRONG_USAGE, TARGET_FAILED = 0, 2, 3
 LONGEST = 2**31
 """Tokens that no model is asked about: torch counts what is as large as length times length."""
@@ -96,6 +97,32 @@ def may_be_written(path: Path) -> bool:
     return not path.is_dir() and path.absolute().parent.is_dir()
 
 
+def on_weights(
+    arguments: argparse.Namespace, out: str, work: Callable[[Callable[..., Any], list[Call], dict[str, Any]], Found]
+) -> Found:
+    """What ``work`` finds about TARGET's model: it gets the model, its batch and the options of ``--set``.
+
+    ``out``: the option that names a file to write, which is asked about first.
+    """
+    from .target import TargetError, TargetFailed, load, told
+
+    file = getattr(arguments, out)
+    if file is not None and not may_be_written(file):
+        raise TargetError(f"--{out}: got {str(file)!r}; allowed: a file in a folder that exists")
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            options = dict(option(text) for text in arguments.options)
+            if Path(arguments.target).is_dir():
+                raise TargetError(f"TARGET: got the folder {arguments.target!r}, which has no weights; allowed: "
+                                  "file.py:function")  # fmt: skip
+            target = load(arguments.target, 1)
+            return work(target.model, [Call(tuple(target.args), target.kwargs)], options)
+    except (TargetError, TargetFailed, ValueError, OSError):
+        raise
+    except (Exception, SystemExit) as error:
+        raise TargetFailed(f"{arguments.target}: the model raised {told(error)}") from error
+
+
 def say(text: str, page: bool = False) -> None:
     """Print to standard output, if there is one: what its encoding lacks as escapes, but a ``page`` says UTF-8."""
     if sys.stdout is None:  # closed by the shell: `>&-`
@@ -147,7 +174,7 @@ def _target(arguments: argparse.Namespace) -> tuple[Any, Config]:
 
 def _trained(target: Any) -> bool:
     """Whether gradients are asked for: of a model in training mode, or in its inputs; else it is inference."""
-    tensors = (leaf for leaf in tree_leaves((target.args, dict(target.kwargs))) if isinstance(leaf, torch.Tensor))
+    tensors = tensors_in((target.args, dict(target.kwargs)))
     return bool(getattr(target.model, "training", False)) or any(tensor.requires_grad for tensor in tensors)
 
 
