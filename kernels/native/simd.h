@@ -52,6 +52,8 @@ inline void store_narrow(uint16_t* p, vec x) {
 inline vec load_narrow(const uint16_t* p) {
 #if defined(__AVX512F__)
   return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
+#elif defined(__AVX2__)
+  return (vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);
 #else
   ivec x;
   for (int i = 0; i < L; ++i) x[i] = (int32_t)((uint32_t)p[i] << 16);

@@ -2,6 +2,8 @@
 
 #pragma once
 
+#include <dlfcn.h>
+
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
@@ -74,6 +76,14 @@ inline void write(const View& v, int64_t b, int64_t h, int64_t n, int64_t dim, c
   }
 }
 
+// How OpenMP runs a function by a team: torch's own threads, which wait for more work awake for a while, so that others
+// would have no core to run on. Null: torch has none here.
+typedef void (*Team)(void (*)(void*), void*, unsigned, unsigned);
+inline Team team() {
+  static const Team found = reinterpret_cast<Team>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+  return found;
+}
+
 // The tasks [first, last), each by whichever thread is free; a thread has one scratch for all its tasks.
 template <typename Work>
 void parallel(int64_t first, int64_t last, int64_t threads, Work& work) {
@@ -82,6 +92,9 @@ void parallel(int64_t first, int64_t last, int64_t threads, Work& work) {
     auto scratch = work.scratch();
     for (int64_t task; (task = next.fetch_add(1)) < last;) work.run(task, scratch);
   };
+  if (threads < 2 || last - first < 2) return loop();
+  // As many as ever, though tasks may be fewer: a team that shrinks ends its threads.
+  if (team()) return team()([](void* run) { (*static_cast<decltype(loop)*>(run))(); }, &loop, (unsigned)threads, 0);
   std::vector<std::thread> pool;
   try {
     for (int64_t t = 1; t < std::min(threads, last - first); ++t) pool.emplace_back(loop);
