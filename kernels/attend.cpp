@@ -13,6 +13,7 @@
 #include "native/allowed.h"
 #include "native/blocks.h"
 #include "native/cluster.h"
+#include "native/few.h"
 #include "native/route.h"
 #include "native/simd.h"
 #include "native/site.h"
@@ -395,6 +396,12 @@ void prescore_attend(const Geometry* g, const View* query, const View* key, cons
   const prescore::Sources from{*key,     *value,     valid,    order,      routes, row_index,
                                *row_key, *row_value, row_bias, sink_logit, band,   allowed ? *allowed : Allowed{}};
   prescore::attend(*g, from, *query, *out, nullptr, nullptr);
+}
+
+// Few queries over every key that a mask in memory allows.
+void prescore_few(const Geometry* g, const View* query, const View* key, const View* value, const View* out,
+                  const Allowed* allowed, const View* added, const View* sink_logit) {
+  prescore::Few{*g, *query, *key, *value, *out, allowed ? *allowed : Allowed{}, added, sink_logit}.run_all();
 }
 
 // Both, without routes in memory.

@@ -148,6 +148,29 @@ def attend(
     return _attended(site, summary, routes, plan, tile, softcap, band, allowed)
 
 
+def attend_few(
+    site: Operands, allowed: torch.Tensor | None, added: torch.Tensor | None, softcap: float = 0.0
+) -> torch.Tensor:
+    """Compiled ``few.reference``, laid out as ``attend``'s result: keys and values are read where they lie, once."""
+    (batch, heads, q_len, _), value_dim, k_len = site.query.shape, site.value.shape[3], site.key.shape[2]
+    dtype = site.query.dtype if site.query.dtype == torch.bfloat16 else torch.float32
+    out = torch.empty(batch, q_len, heads, value_dim, dtype=dtype).transpose(1, 2)
+    if out.numel():
+        sizes = (site.query.shape, site.key.shape, value_dim, k_len)
+        geometry = _geometry(WHOLE, *sizes, False, 0, site.scale, softcap=softcap)
+        views, alive = zip(*(_view(t) for t in (site.query, site.key, site.value, out)), strict=True)
+        sink, sink_alive = _sink(site)
+        mask, mask_alive = _allowed(allowed, (batch, heads, q_len, k_len))
+        numbers, numbers_alive = None, None
+        if added is not None:
+            view, numbers_alive = _view(added.expand(batch, heads, q_len, k_len))
+            numbers = ctypes.byref(view)
+        run = library.needed().prescore_few
+        run(ctypes.byref(geometry), *(ctypes.byref(view) for view in views), mask, numbers, sink)
+        del alive, sink_alive, mask_alive, numbers_alive
+    return out.to(site.query.dtype)
+
+
 def as_allowed(mask: torch.Tensor, lowest: float) -> tuple[torch.Tensor, torch.Tensor] | None:
     """What a mask of numbers ``[B or 1, H or 1, Nq or 1, Nk]`` allows, and which queries have no key, as bools.
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import sympy
@@ -54,6 +55,7 @@ class Read(NamedTuple):
         return found.logical_not() if self.says == "hidden" else found
 
 
+@functools.cache
 def digits(axis: Any) -> list[tuple[Any, int]] | None:
     """The coordinates that are merged in an axis, major first, with how many values each takes (-1: those left).
 
@@ -92,21 +94,34 @@ def reads_of(logits: Logits) -> list[Read] | None:
 
 def mask_of(reads: list[Read], tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """One mask ``[B or 1, H or 1, Nq or 1, Nk or 1]`` of bools (attended), as far as they say it, or numbers."""
+    if len(reads) == 1:
+        return reads[0].of_pairs(tensors[reads[0].name])
+    allowed, added = parts_of(reads, tensors)
+    if added is None:
+        assert allowed is not None
+        return allowed
+    return added if allowed is None else torch.where(allowed, added, -torch.inf)
+
+
+def parts_of(
+    reads: Sequence[Read], tensors: Mapping[str, torch.Tensor]
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Which pairs are attended, bools, and what is added to their logits, float32; None: all, and nothing.
+
+    ``[B or 1, H or 1, Nq or 1, Nk or 1]``.
+    """
     parts = [(read, read.of_pairs(tensors[read.name])) for read in reads]
-    if len(parts) == 1:
-        return parts[0][1]
     allowed = [part for read, part in parts if read.says != "added" and not read.finite]
     numbers = [part for read, part in parts if read.says == "added"]
-    zero = torch.zeros(1, dtype=torch.float32)
-    numbers += [zero.masked_fill(part == 0, read.hides) for read, part in parts if read.finite]
-    some = _all(allowed) if allowed else None
-    if not numbers:
-        assert some is not None
-        return some
-    total = numbers[0].float()
-    for more in numbers[1:]:
+    numbers += [torch.where(part != 0, 0.0, read.hides) for read, part in parts if read.finite]
+    return _all(allowed) if allowed else None, _sum(numbers) if numbers else None
+
+
+def _sum(parts: list[torch.Tensor]) -> torch.Tensor:
+    total = parts[0].float()
+    for more in parts[1:]:
         total = total + more
-    return total if some is None else torch.where(some, total, -torch.inf)
+    return total
 
 
 def _all(parts: list[torch.Tensor]) -> torch.Tensor:

@@ -44,6 +44,9 @@ ALONE_GAIN = 1.4
 """The least that is expected of it: what is measured differs from machine to machine, and from mask to mask."""
 ALONE_FROM = 1024
 """Keys; below, what a call of an operator costs weighs as much as what it computes."""
+# Keys from which on few queries read them once faster than SDPA does, which copies them for each query head that shares
+# them, or widens them; where it does neither, only what a mask hides is gained. Measured by `python -m bench.few`.
+FEW_FROM, FEW_FROM_MASKED = 512, 4096
 LONGEST = 2**24
 # Of the routes that a plan with a share may take, those that it takes on average: of 64 at a share of 0.0012 and 8192
 # tokens of text, by `python -m bench.quality`. Content decides, so this is an expectation.
@@ -321,6 +324,13 @@ def alone_from(shape: Shape, trained: bool) -> int | None:
     if shape.band:
         found.append(math.ceil(shape.band / min(in_cache, attended) * (2 if trained else 1)))
     return max(ALONE_FROM, min(found)) if found else None
+
+
+def few_from(shape: Shape, masked: bool) -> int | None:
+    """The fewest keys from which ``kernels.few`` is faster than SDPA; None: never. ``masked``: some are hidden."""
+    if shape.heads * shape.queries > shape.kv_heads or shape.narrow:
+        return FEW_FROM
+    return FEW_FROM_MASKED if masked else None
 
 
 def at(expr: sympy.Expr, length: int) -> float:

@@ -10,7 +10,7 @@ import torch
 from sympy.core.function import AppliedUndef
 from torch import fx
 
-from ..kernels import banded, cpu, library
+from ..kernels import banded, cpu, few, library
 from ..kernels.logits import NOTHING, Logits, parse
 from ..kernels.plan import WHOLE, OptionError, Plan
 from ..kernels.triton import device
@@ -77,6 +77,9 @@ def decide(site: Site, config: Config, key: str = "", known: Lifted | None = Non
         exact = "band" if band and not reason else ""
         if _without_gain(reason) and _alone(site.attention, mask, band):
             return Decision(site, mask, reason, WHOLE, band, "alone")
+    continued = _few(site, mask, reason)
+    if continued is not None:
+        return Decision(site, continued, reason if _without_gain(reason) else "", WHOLE, exact="few")
     read = _read(site, mask, config, reason)
     if read is not None:
         plans = _recognized(site.attention, read, config)
@@ -98,6 +101,23 @@ def _alone(attention: Attention, mask: Mask, band: float) -> bool:
     same = known_equal(q_len, k_len)
     least = cost.alone_from(shape_of(attention, mask.causal, band), attention.trained)
     return least is not None and at_least(k_len, least) and (same or at_least(q_len, cpu.TILE))
+
+
+def _few(site: Site, mask: Mask, reason: str) -> Mask | None:
+    """The mask as it comes, where so few queries, which nothing is approximated for, attend so many keys that reading
+    those is what takes the time: ``kernels.few`` reads them once."""
+    a = site.attention
+    if a is None or not (_without_gain(reason) or reason in (mask.reason, mask.needs)):
+        return None
+    q_len, dtype = a.size(a.q), value_of(a.query.node).dtype
+    inputs = [*(factor.operand for factor in a.factors), *([a.sink_logit] if a.sink_logit else [])]
+    trained = a.trained or any(gradient_wanted(operand.node) for operand in inputs)
+    if trained or a.is_causal or a.device.type != "cpu" or not isinstance(q_len, int) or q_len > few.MOST:
+        return None
+    least = cost.few_from(shape_of(a, False), bool(a.terms))
+    if least is None or dtype == torch.float16 or not at_least(a.size(a.k), least):
+        return None
+    return as_it_comes(site, mask, few=True) if a.terms else Mask(mask.text)
 
 
 def _read(site: Site, mask: Mask, config: Config, reason: str) -> Mask | None:

@@ -45,7 +45,7 @@ def describe(decision: Decision, kind: str, key: str = "") -> SiteReport:
         sizes = {name: str(a.size(*coordinates)) for name, coordinates in named.items()}
         shape, length = shape_of(a, decision.mask.causal, decision.band), hint(a.size(a.k))
         costs = dict(_costs(shape, plan if length else None, length))
-        if decision.exact == "alone":
+        if decision.exact in ("alone", "few"):
             costs["gain"] = None  # of what is not in the cost model
         if decision.exact == "mask" or decision.recognized:
             costs |= dict(prescored_cost=None, density=None, gain=None)  # only the run time knows what it hides

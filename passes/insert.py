@@ -10,6 +10,8 @@ import torch
 from torch import fx
 
 from ..kernels import ops as _registers_the_operators  # noqa: F401
+from ..kernels.logits import Logits
+from ..kernels.reads import parts_of, reads_of
 from .compat import add_value, made_from, same_place, value_of
 from .decide import Decision, logits_of
 from .emit import Sizes, canonical, laid_out_as, original
@@ -77,11 +79,16 @@ def _stages(
     assert plan is not None and a is not None
     query, key, value, valid = operands
     settings, prescore = plan.text, torch.ops.prescore
-    more = (logits_of(a, decision.mask).text, list(decision.mask.loads))
+    logits = logits_of(a, decision.mask)
+    more = (logits.text, list(decision.mask.loads))
 
     def call(name: str, target: Any, *args: Any) -> fx.Node:
         return graph.create_node("call_function", target, args, name=f"prescore_{name}")
 
+    if decision.exact == "few":
+        one, of_sink = prescore.attend_few.default, sink[0] if sink else None
+        mask = _parts(logits, decision.mask.loads)
+        return call("attend_few", one, query, key, value, *mask, a.scale, logits.softcap, of_sink)
     if decision.recognized:
         known = decision.recognized
         plans = [known[name].text if name in known else "" for name in RECOGNIZED]
@@ -102,6 +109,13 @@ def _stages(
         routes = call("route", prescore.route.default, query, *clusters, settings, causal, k_len, a.scale, *more, *near)
     site_of = (*operands, clusters[0], routes, *rows)
     return call("attend", prescore.attend.default, *site_of, settings, causal, a.scale, *more, *sink)
+
+
+def _parts(logits: Logits, loads: Sequence[fx.Node]) -> list[fx.Node | None]:
+    """``parts_of`` a mask, in the graph."""
+    tensors: Any = {name: fx.Proxy(node) for name, node in zip(logits.tensors, loads, strict=True)}
+    parts = parts_of(reads_of(logits.uncapped) or [], tensors)
+    return [part.node if isinstance(part, fx.Proxy) else None for part in parts]
 
 
 def _one(coordinate: Any) -> Coordinates:

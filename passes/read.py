@@ -23,14 +23,16 @@ MOST = 99
 """Tensors that names of two digits keep in order."""
 
 
-def as_it_comes(site: Site, mask: Mask) -> Mask | None:
+def as_it_comes(site: Site, mask: Mask, few: bool = False) -> Mask | None:
     """``mask`` as what tensors ``[B or 1, H or 1, Nq or 1, Nk or 1]``, in any order of axes, say of each pair, or add.
 
     None: something else is done to the logits, or a tensor is no such one, or it is made from the logits, which are
     in memory then, or it is not the same any more when the site is computed.
+
+    ``few``: for ``kernels.few``, which has numbers beside a softcap and a learned sink, too.
     """
     a = site.attention
-    found = _tensors(a, site) if a is not None else None
+    found = _tensors(a, site, few) if a is not None else None
     if a is None or found is None:
         return None
     nodes, logits = found
@@ -60,7 +62,7 @@ def _fits(size: Any, axis: Any, a: Attention) -> bool:
     return guard_equal(size, whole)
 
 
-def _tensors(a: Attention, site: Site) -> tuple[tuple[fx.Node, ...], Logits] | None:
+def _tensors(a: Attention, site: Site, few: bool) -> tuple[tuple[fx.Node, ...], Logits] | None:
     """The nodes that are read, in the order of their names, and all that the logits go through."""
     nodes: dict[fx.Node, str] = {}
 
@@ -86,7 +88,7 @@ def _tensors(a: Attention, site: Site) -> tuple[tuple[fx.Node, ...], Logits] | N
             bias += factor * read(term.what, term.index)
         else:
             return None
-    if bias != 0 and (a.sink_logit is not None or a.softcap):
+    if bias != 0 and not few and (a.sink_logit is not None or a.softcap):
         return None
     return tuple(nodes), settled(Logits(allowed, bias))
 

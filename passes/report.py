@@ -14,6 +14,8 @@ from ..kernels.plan import Plan
 EXACT = {
     "band": "every key that the mask allows is attended, and what lies outside of its band is skipped",
     "alone": "every key that the mask allows is attended, in one kernel: SDPA takes no learned sink and no softcap",
+    "few": "every key that the mask allows is attended: queries are few, and keys and values are read once, where they "
+    "lie, for all the query heads that share them",
     "mask": "every key that the mask allows is attended: it is read as it comes, and keys that it hides from all of a "
     "tile of queries are skipped",
 }
@@ -35,7 +37,7 @@ class SiteReport:
         source: ``file:line`` of the call in the user's code. code: that line.
         kind: "sdpa", "hand-written", "flex_attention", or the composite call that it is in.
         decision: "rewrite" or "keep". reason: a code of docs/reasons.md, perhaps followed by
-            ``: detail``; "" where rewritten, but for why nothing is approximated where ``exact`` is "alone".
+            ``: detail``; "" where rewritten, but for why nothing is approximated where ``exact`` is "alone" or "few".
         plan: the settings it runs with; None where kept.
         mask: what the site's mask means, in plain maths over b, h, q, k; then its softcap and learned sink, if any.
         shape: batch, heads, kv_heads, q_len, k_len, head_dim as ints or symbols.

@@ -1,4 +1,4 @@
-"""The operators that the graph pass inserts: score, summarize, mass, route, attend; attend_recognized.
+"""The operators that the graph pass inserts: score, summarize, mass, route, attend; attend_recognized; attend_few.
 
 Registered with ``torch.library`` under ``prescore::``, with fake implementations (shapes only) and
 gradients, so that Inductor, AOTAutograd and ``torch.export`` see them. A plan travels as
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from .attending import attend, attend_backward, attend_backward_eager, attend_eager, attend_forward
 from .composed import prescored
+from .continuing import attend_few
 from .fused import route_attend
 from .recognizing import attend_recognized
 from .routing import mass, mass_eager, route, route_eager, routes_of
@@ -23,6 +24,7 @@ __all__ = [
     "attend_backward",
     "attend_backward_eager",
     "attend_eager",
+    "attend_few",
     "attend_forward",
     "attend_recognized",
     "mass",
