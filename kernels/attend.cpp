@@ -432,9 +432,9 @@ void prescore_share(const Geometry* g, const Allowed* allowed, double* share) {
   *share = visible.share();
 }
 
-// Of a mask in memory with as many queries as keys, whether it is causality (or all keys) and the last query's keys.
-void prescore_recognize(const Geometry* g, const Allowed* allowed, int64_t* same) {
-  prescore::Recognized recognized{*g, *allowed, g->causal != 0};
+// Whether a mask in memory is causality (or all keys) and the last query's keys; `used`: keys up to its own.
+void prescore_recognize(const Geometry* g, const Allowed* allowed, int64_t used, int64_t* same) {
+  prescore::Recognized recognized{*g, *allowed, g->causal != 0, used};
   *same = recognized.find();
 }
 

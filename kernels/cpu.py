@@ -206,15 +206,16 @@ def share(allowed: torch.Tensor, query: torch.Size, key: torch.Size, tile: int =
     return found.value
 
 
-def recognized(allowed: torch.Tensor, causal: bool, query: torch.Size, key: torch.Size) -> bool:
-    """Whether a mask lets each query attend what its batch's last query may, ``causal``: of the keys up to its own.
+def recognized(allowed: torch.Tensor, causal: bool, query: torch.Size, key: torch.Size, used: int) -> bool:
+    """Whether a mask lets each query attend what its batch's last query may, ``causal``: of the keys up to its own, of
+    which the last query's is the last of ``used`` keys, which are at least as many as queries.
 
-    ``allowed``: as for ``attend``, of a ``[B, H, N, D]`` query and a ``[B, Hkv, N, D]`` key.
+    ``allowed``: as for ``attend``, of a ``[B, H, Nq, D]`` query and a ``[B, Hkv, Nk, D]`` key.
     """
     geometry = _geometry(WHOLE, query, key, 0, key[2], causal, 0, 1.0)
     mask, alive = _allowed(allowed, (*query[:3], key[2]))
     same = ctypes.c_int64()
-    library.needed().prescore_recognize(ctypes.byref(geometry), mask, ctypes.byref(same))
+    library.needed().prescore_recognize(ctypes.byref(geometry), mask, ctypes.c_int64(used), ctypes.byref(same))
     del alive
     return bool(same.value)
 

@@ -76,19 +76,26 @@ def attend(
 
 
 def recognized(site: Operands, seen: Seen) -> Operands | None:
-    """``site``, of N keys and as many queries, with the causality and the valid keys that are all that its mask says.
+    """``site`` with the causality and the valid keys that are all that its mask says.
 
-    None: it says something else. ``valid`` is None where every key is valid.
+    None: it says something else. ``valid`` is None where every key is valid. Where keys are more than queries, as in a
+    cache that is not full, those after the last that is attended are left out, and the last query's own is the last.
     """
     if seen.allowed is None:
         return None
-    batch, heads, length, _ = site.query.shape
-    whole = seen.allowed.expand(batch, seen.allowed.shape[1], length, length)
+    (batch, _, queries, _), keys = site.query.shape, site.key.shape[2]
+    whole = seen.allowed.expand(batch, seen.allowed.shape[1], queries, keys)
     first, last = whole[:, 0, 0], whole[:, 0, -1]
-    causal = not torch.equal(first, last)
-    if not cpu.recognized(seen.allowed, causal, site.query.shape, site.key.shape):
+    causal, used = not torch.equal(first, last), keys
+    if queries != keys:
+        attended = last.any(0).nonzero()
+        used = max(int(attended[-1]) + 1 if len(attended) else 0, queries)
+        if queries > keys or not causal:
+            return None
+    if not cpu.recognized(seen.allowed, causal, site.query.shape, site.key.shape, used):
         return None
-    return site._replace(causal=causal, valid=None if last.all() else last)
+    key, value, valid = site.key[:, :, :used], site.value[:, :, :used], last[:, :used]
+    return site._replace(key=key, value=value, causal=causal, valid=None if valid.all() else valid)
 
 
 def or_mean(out: torch.Tensor, site: Operands, seen: Seen) -> torch.Tensor:

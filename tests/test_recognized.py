@@ -17,6 +17,7 @@ from prescore_compile.kernels import cpu, library, masked, ops
 from prescore_compile.kernels.logits import parse
 from prescore_compile.kernels.plan import Plan
 from prescore_compile.kernels.reads import reads_of
+from prescore_compile.kernels.reference import Operands
 
 pytestmark = pytest.mark.skipif(not library.available(), reason="no C++ compiler")
 N = 333
@@ -174,6 +175,59 @@ def test_the_default_dtype_has_no_say(default: torch.dtype) -> None:
     assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
 
 
+def cached(used: int, length: int, queries: int, keys: torch.Tensor | None = None) -> torch.Tensor:
+    """The last of ``used`` tokens, in a cache for ``length``; ``keys``: which are valid, of each batch."""
+    places = torch.arange(length)
+    mask = (places <= torch.arange(used - queries, used)[:, None])[None, None]
+    return mask if keys is None else mask & F.pad(keys, (0, length - used))[:, None, None]
+
+
+@pytest.mark.parametrize("used", [N, N + 150, N + 200])
+def test_a_cache_that_is_not_full(used: int) -> None:
+    """What is behind the last query's key may be anything."""
+    length = N + 200
+    whole = operands(length, causal=False)
+    keys = torch.arange(used) >= torch.tensor([0, 40])[:, None]
+    for mask, valid_keys in ((cached(used, length, N), None), (cached(used, length, N, keys), keys)):
+        site = whole._replace(query=whole.query[:, :, :N])
+        known = masked.recognized(site, seen(mask))
+        assert known is not None and known.causal and known.key.shape[2] == used
+        short = (t[:, :, :used] for t in whole[1:3])
+        want = ops.prescored(Operands(site.query, *short, valid_keys, True, site.scale), PLANS["causal"])
+        axes = ", ".join(name if size > 1 else "0" for name, size in zip("bhqk", mask.shape, strict=True))
+        dirty = [t.clone() for t in whole[1:3]]
+        for t in dirty:
+            t[:, :, used:] = math.nan
+        found = ALLOWED.format(f"t00({axes})")
+        assert torch.equal(run(Operands(site.query, *dirty, None, False, site.scale), found, [mask]), want)
+
+
+OTHER_CACHES: dict[str, Callable[[], torch.Tensor]] = {
+    "a later key": lambda: flipped(cached(N + 50, N + 99, N), 0, 0, 10, N + 60),
+    "a key less": lambda: flipped(cached(N + 50, N + 99, N), 0, 0, 100, 7),
+    "not by its end": lambda: cached(N + 50, N + 99, N) & (torch.arange(N + 99) < N + 40),
+    "fewer keys than queries": lambda: torch.arange(N + 99) <= torch.arange(-40, N - 40)[:, None].expand(1, 1, -1, -1),
+    "no key": lambda: torch.zeros(1, 1, N, N + 99, dtype=torch.bool),
+    "all keys": lambda: torch.ones(1, 1, N, N + 99, dtype=torch.bool),
+    "as many keys": lambda: (torch.arange(N + 99) < N).expand(1, 1, N, -1),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_CACHES)
+def test_what_is_no_cache(name: str) -> None:
+    whole, mask = operands(N + 99, causal=False), OTHER_CACHES[name]()
+    site = whole._replace(query=whole.query[:, :, :N])
+    assert masked.recognized(site, seen(mask)) is None
+    out = run(site, ALLOWED.format("t00(0, 0, q, k)"), [mask])
+    torch.testing.assert_close(out, by_sdpa(site, mask), atol=1e-5, rtol=1e-5)
+
+
+def test_fewer_keys_than_queries() -> None:
+    whole, mask = operands(N, causal=False), torch.ones(1, 1, N, N - 9, dtype=torch.bool).tril()
+    site = whole._replace(key=whole.key[:, :, : N - 9], value=whole.value[:, :, : N - 9])
+    assert masked.recognized(site, seen(mask)) is None
+
+
 def test_sinks_and_softcaps_go_with_it() -> None:
     site = operands(N, causal=False)._replace(sink_logit=torch.randn(2, 4, N))
     out = run(site, "softcap 5.0; add 0; where Ne(t00(0, 0, q, k), 0)", [causal(valid(N))])
@@ -251,6 +305,29 @@ def test_dynamic_lengths() -> None:
         want = torch.compile(Causal(), backend="prescore", options=QUICK | {"inner": "eager"}, dynamic=False)(x)
         torch.testing.assert_close(compiled(x), want, atol=1e-6, rtol=1e-6)
     assert graphs == 1
+
+
+class Cached(Kept):
+    """Its keys and values go into a cache with room for more, and its mask says how far."""
+
+    def forward(self, x: torch.Tensor, cache: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        q, k, v = (t.unflatten(2, (4, 16)).transpose(1, 2) for t in self.split(x).split(64, 2))
+        cache = torch.cat([torch.stack([k, v]), cache[:, :, :, x.shape[1] :]], 3)
+        return F.scaled_dot_product_attention(q, cache[0], cache[1], mask).transpose(1, 2).flatten(2)
+
+
+@torch.no_grad()
+def test_a_cache_through_the_compiler() -> None:
+    model, x = Cached().eval(), torch.randn(1, LENGTH, 64)
+    cache, mask = torch.randn(2, 1, 4, LENGTH + 120, 16), cached(LENGTH, LENGTH + 120, LENGTH)
+    (site,) = explain(model, x, cache, mask, config=Config(**QUICK)).sites
+    assert [*site.recognized] == ["causal"] and site.shape["k_len"] == str(LENGTH + 120)
+    compiled = torch.compile(model, backend="prescore", options=QUICK | {"inner": "aot_eager"})
+    want = torch.compile(Causal().eval(), backend="prescore", options=QUICK | {"inner": "aot_eager"})(x)
+    torch.testing.assert_close(compiled(x, cache, mask), want, atol=1e-6, rtol=1e-6)
+    assert (want - model(x, cache, mask)).abs().max() > 0.01
+    other = torch.ones_like(mask)
+    torch.testing.assert_close(compiled(x, cache, other), model(x, cache, other), atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()

@@ -84,11 +84,13 @@ struct AsBytes {
   }
 };
 
-// Whether each query may attend just the keys that the last one of its batch may: all of them, or those up to its own.
+// Whether each query may attend just the keys that the last one of its batch may: all of them, or those up to its own,
+// where the last query's is number `used`.
 struct Recognized {
   const Geometry& g;
   const Allowed& allowed;
   bool causal;
+  int64_t used;
   std::atomic<bool> same{true};
 
   struct Nothing {};
@@ -103,7 +105,7 @@ struct Recognized {
     const int64_t heads = allowed.head ? g.heads : 1, queries = allowed.query ? g.q_len : 1;
     const int64_t q = task % queries, h = task / queries % heads, b = task / queries / heads;
     const uint8_t *own = row(b, h, q), *last = row(b, 0, g.q_len - 1);
-    const int64_t end = causal ? q + 1 : g.k_len;
+    const int64_t end = causal ? q + 1 + used - g.q_len : g.k_len;
     uint64_t differ = 0;
     int64_t k = 0;
     for (; k + 8 <= end; k += 8) differ |= ones(eight(own + k)) ^ ones(eight(last + k));

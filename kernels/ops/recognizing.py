@@ -32,16 +32,18 @@ def attend_recognized(
     causal_plan: str,
     two_sided_plan: str,
 ) -> Tensor:
-    """Attention of as many queries as keys under a mask that only the run time knows; on a CPU, without gradients.
+    """Attention of at most as many queries as keys under a mask that only the run time knows; on a CPU, without
+    gradients.
 
-    Where it says no more than causality and which keys are valid, ``causal_plan``; where it says only the latter,
-    ``two_sided_plan``; where it says something else, and where that plan is "", every key that it allows.
+    Where it says no more than causality and which keys are valid, ``causal_plan``; where it says only the latter, of as
+    many queries as keys, ``two_sided_plan``; where it says something else, and where that plan is "", every key that it
+    allows. Keys beyond the last query's own, as in a cache that is not full, are left out.
 
     Args:
         tensors: read as ``logits`` says, in the order of their names. sink_logit: as for ``mass``.
 
     Returns:
-        ``[B, H, N, Dv]``, laid out ``[B, N, H, Dv]`` in memory.
+        ``[B, H, Nq, Dv]``, laid out ``[B, Nq, H, Dv]`` in memory.
     """
     given = parse(logits)
     site = Operands(query, key, value, None, False, scale, sink_logit)

@@ -1,0 +1,149 @@
+"""Steps that continue a sequence: one query over a cache of keys, compiled by Inductor and by prescore, in turn.
+
+    python -m bench.few              # some minutes; a table and bench/results/few-cpu.json
+    python -m bench.few --model      # steps of SmolLM2-135M over caches of text, and few-model-cpu.json
+
+Both attend every key; each result is checked before it is timed: its error against float64 may be twice Inductor's.
+``grouped`` is SDPA with enable_gqa, as transformers calls it where there is no mask; ``repeated`` what it does where
+there is one (a batch that is padded, a static cache): keys and values repeated for each query head that shares them.
+``half full`` has a static cache twice as long as what is in it. GB/s: keys and values once, in that time.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from bench.bands import finish
+from prescore_compile import smollm
+from prescore_compile.timing import interleaved
+
+RESULTS = Path(__file__).parent / "results"
+DIM = 64
+
+
+def repeated(t: Any, group: int) -> Any:
+    """As ``repeat_kv`` of transformers."""
+    batch, heads, length, dim = t.shape
+    return t[:, :, None].expand(batch, heads, group, length, dim).reshape(batch, heads * group, length, dim)
+
+
+def grouped(q: Any, k: Any, v: Any, mask: Any) -> Any:
+    return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+
+
+def masked(q: Any, k: Any, v: Any, mask: Any) -> Any:
+    group = q.shape[1] // k.shape[1]
+    return F.scaled_dot_product_attention(q, repeated(k, group), repeated(v, group), mask)
+
+
+def by_hand(q: Any, k: Any, v: Any, mask: Any) -> Any:
+    """``eager_attention_forward`` of transformers."""
+    group = q.shape[1] // k.shape[1]
+    logits = q @ repeated(k, group).transpose(2, 3) * DIM**-0.5 + torch.where(mask, 0.0, torch.finfo(q.dtype).min)
+    return torch.softmax(logits, -1, dtype=torch.float32).to(q.dtype) @ repeated(v, group)
+
+
+WAYS: dict[str, Callable[..., Any]] = {
+    "grouped": grouped, "repeated, padded": masked, "repeated, half full": masked, "by hand, padded": by_hand,
+}  # fmt: skip
+
+
+def row(way: str, length: int, heads: tuple[int, int], dtype: torch.dtype, rounds: int) -> dict[str, Any]:
+    make = torch.Generator().manual_seed(0)
+    shapes = [(1, heads[0], 1, DIM), (1, heads[1], length, DIM), (1, heads[1], length, DIM)]
+    q, k, v = (torch.randn(shape, generator=make).to(dtype) for shape in shapes)
+    places = torch.arange(length).expand(1, 1, 1, length)
+    mask = places < length // 2 if way.endswith("full") else places >= 7
+    run, ways = WAYS[way], {}
+    torch._dynamo.reset()
+    for backend in ("inductor", "prescore"):
+        compiled = torch.compile(run, backend=backend, dynamic=False)
+        ways[backend] = lambda compiled=compiled: compiled(q, k, v, mask)
+    want = run(q.double(), k.double(), v.double(), mask)
+    errors = {name: float((work() - want).norm() / want.norm()) for name, work in ways.items()}
+    found = {"n": length, "way": way, "heads": f"{heads[0]}/{heads[1]}", "dtype": str(dtype).split(".")[1]}
+    if errors["prescore"] > 2 * errors["inductor"]:
+        return found | {"failed": errors}
+    times = interleaved(ways, rounds)
+    read = k.nbytes + v.nbytes
+    return found | {
+        "inductor_ms": 1e3 * times["inductor"], "prescore_ms": 1e3 * times["prescore"],
+        "faster": times["inductor"] / times["prescore"], "gb_s": read / times["prescore"] / 1e9,
+        "error": errors["prescore"],
+    }  # fmt: skip
+
+
+def of_model(kind: str, length: int, dtype: torch.dtype, rounds: int) -> dict[str, Any]:
+    """Steps of SmolLM2 behind ``length`` tokens; ``kind``: of cache; ``padded``: two sequences, one of them short."""
+    from transformers import DynamicCache, StaticCache
+
+    model, tokenizer = smollm.load(dtype)
+    ids = smollm.token_ids(tokenizer, smollm.topics(), length)
+    pad = torch.ones_like(ids)
+    if kind == "padded":
+        ids, pad = ids.repeat(2, 1), pad.repeat(2, 1)
+        pad[1, :100] = 0
+    room = length + rounds + 8
+    names, logits, past = ("inductor", "prescore"), {}, {}
+    torch._dynamo.reset()
+    runs = {name: torch.compile(model, backend=name, dynamic=kind != "static") for name in names}
+    for name in names:
+        past[name] = StaticCache(config=model.config, max_cache_len=room) if kind == "static" else DynamicCache()
+    first = torch.compile(model, backend="prescore", dynamic=False)
+    token = first(ids, attention_mask=pad, past_key_values=past["prescore"]).logits[:, -1:].argmax(2)
+    first(ids, attention_mask=pad, past_key_values=past["inductor"])
+    done = dict.fromkeys(names, 0)
+
+    def step(name: str) -> None:
+        done[name] += 1
+        given = {} if kind == "dynamic" else {"attention_mask": F.pad(pad, (0, done[name]), value=1)}
+        logits[name] = runs[name](token, past_key_values=past[name], **given).logits
+
+    worst = 0.0
+    for _ in range(3):  # compiles, the second time for lengths that change
+        for name in names:
+            step(name)
+        worst = max(worst, float((logits["prescore"] - logits["inductor"]).norm() / logits["inductor"].norm()))
+    found = {"n": length, "way": kind, "batch": len(ids), "dtype": str(dtype).split(".")[1]}
+    if worst > (1e-3 if dtype == torch.float32 else 5e-2):
+        return found | {"failed": worst}
+    times = interleaved({name: lambda name=name: step(name) for name in names}, rounds)
+    return found | {
+        "inductor_ms": 1e3 * times["inductor"], "prescore_ms": 1e3 * times["prescore"],
+        "faster": times["inductor"] / times["prescore"], "difference": worst,
+    }  # fmt: skip
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", action="store_true")
+    parser.add_argument("--lengths", type=int, nargs="+")
+    parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    options.backward = False
+    options.out = options.out or RESULTS / ("few-model-cpu.json" if options.model else "few-cpu.json")
+    rows = []
+    if options.model:
+        for kind, length, dtype in product(("dynamic", "padded", "static"), options.lengths or [4096], options.dtypes):
+            rows.append(of_model(kind, length, getattr(torch, dtype), options.rounds))
+            print(rows[-1], flush=True)
+    else:
+        every = product(options.dtypes, WAYS, [(9, 3), (32, 8), (8, 8)], options.lengths or [512, 1024, 4096, 32768])
+        for dtype, way, heads, length in every:
+            rows.append(row(way, length, heads, getattr(torch, dtype), options.rounds))
+            print(rows[-1], flush=True)
+    finish(rows, options)
+
+
+if __name__ == "__main__":
+    main()
