@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import sys
@@ -93,7 +94,8 @@ def check_model(model: object) -> None:
 
 def told(line: str) -> None:
     """The default ``progress``: a line to standard error."""
-    print(line, file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # who reads it may be gone, which ends no work
+        print(line, file=sys.stderr, flush=True)
 
 
 def teller(progress: object) -> Tell:

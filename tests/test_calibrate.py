@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
+import os
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from prescore_compile import Calibration, Config, OptionError, Plan, calibrate, explain
-from prescore_compile.calibration import allocate
+from prescore_compile.calibration import allocate, command
 from prescore_compile.calibration.allocate import Option
 from prescore_compile.calibration.candidates import ladder
 from prescore_compile.cli import main
@@ -259,6 +262,19 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert main(["calibrate", target, "--budget", "2", "--out", str(out)]) == 2
     assert "up to 1" in capsys.readouterr().err
     assert main(["calibrate", str(tmp_path), "--budget", "1", "--out", str(out)]) == 2
+    out.unlink()
+    with pytest.MonkeyPatch.context() as patch:  # whoever reads what is told is gone
+        patch.setattr(command, "say", lambda text: (_ for _ in ()).throw(BrokenPipeError()))
+        patch.setattr(sys, "stderr", Gone())
+        patch.setattr(os, "dup2", lambda *_: None)
+        patch.setattr(sys.stdout, "fileno", lambda: 1, raising=False)
+        main(["calibrate", target, "--budget", "1", "--out", str(out), *options])
+    assert load(out).sites[0].key.site == "layers.0#0"
+
+
+class Gone(io.StringIO):
+    def write(self, text: str) -> int:
+        raise BrokenPipeError
 
 
 class Writes(Model):

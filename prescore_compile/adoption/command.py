@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -42,11 +40,6 @@ def run(arguments: argparse.Namespace) -> int:
     return code if code or adopt == [True] else DO_NOT_ADOPT
 
 
-def _tell(line: str) -> None:
-    with contextlib.suppress(OSError):  # who reads it may be gone, which ends no trial
-        print(line, file=sys.stderr, flush=True)
-
-
 def _run(arguments: argparse.Namespace, decide: Callable[[bool], None]) -> None:
     from .trial import trial
     from .verdict import Verdict
@@ -61,7 +54,6 @@ def _run(arguments: argparse.Namespace, decide: Callable[[bool], None]) -> None:
             measure=arguments.measure,
             rounds=arguments.rounds,
             every_stage=arguments.all,
-            progress=_tell,
         )
 
     found = on_weights(arguments, "json", work)

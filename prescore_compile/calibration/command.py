@@ -51,5 +51,7 @@ def _run(arguments: argparse.Namespace) -> None:
         )
 
     found = on_weights(arguments, "out", work)
-    say(str(found))  # first: a file that cannot be written does not lose it
-    found.save(arguments.out)
+    try:
+        found.save(arguments.out)
+    finally:  # a file that cannot be written does not lose it, nor who reads this and is gone the file
+        say(str(found))
