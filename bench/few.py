@@ -46,7 +46,7 @@ def masked(q: Any, k: Any, v: Any, mask: Any) -> Any:
 def by_hand(q: Any, k: Any, v: Any, mask: Any) -> Any:
     """``eager_attention_forward`` of transformers."""
     group = q.shape[1] // k.shape[1]
-    logits = q @ repeated(k, group).transpose(2, 3) * DIM**-0.5 + torch.where(mask, 0.0, torch.finfo(q.dtype).min)
+    logits = q @ repeated(k, group).transpose(2, 3) * DIM**-0.5 + torch.where(mask, 0.0, -1e9)
     return torch.softmax(logits, -1, dtype=torch.float32).to(q.dtype) @ repeated(v, group)
 
 

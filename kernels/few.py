@@ -6,8 +6,8 @@ import torch
 
 from .reference import Operands
 
-MOST = 16
-"""Queries. Beyond, a key costs more to multiply than to read, and tiles of queries are faster."""
+MOST = 8
+"""Queries. Beyond, a key costs more to multiply than to read, and products of matrices are faster."""
 
 
 def reference(

@@ -183,7 +183,10 @@ class Prover:
         kv_heads, batch = tuple(shared[-1:]), tuple(shared[:-1])
         if len(shared) == 1 and shared[0] in self.first:
             batch, kv_heads = kv_heads, ()
-        return Roles(batch, (*kv_heads, *alone[:-1]), kv_heads, alone[-1] if alone else None)
+        # With one query there is no such axis, and what is left are heads.
+        one = self.index[-1] == k and len(self.index) > 1 and sympy.sympify(self.index[-2]).is_number
+        group, last = (alone, []) if one else (alone[:-1], alone[-1:])
+        return Roles(batch, (*kv_heads, *group), kv_heads, last[0] if last else None)
 
 
 def _has(index: Index, coordinate: Any) -> bool:

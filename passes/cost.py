@@ -44,9 +44,10 @@ ALONE_GAIN = 1.4
 """The least that is expected of it: what is measured differs from machine to machine, and from mask to mask."""
 ALONE_FROM = 1024
 """Keys; below, what a call of an operator costs weighs as much as what it computes."""
-# Keys from which on few queries read them once faster than SDPA does, which copies them for each query head that shares
-# them, or widens them; where it does neither, only what a mask hides is gained. Measured by `python -m bench.few`.
-FEW_FROM, FEW_FROM_MASKED = 512, 4096
+# Numbers in keys and values (of all KV heads) from which few queries that share them read them faster than SDPA does,
+# with one query and for each more; and of one query in 16 bits, which SDPA widens. A call costs 0.1 ms. Keys from which
+# a mask is worth it, where SDPA, too, reads each once. Measured by `python -m bench.few`.
+FEW_NUMBERS, FEW_NUMBERS_MORE, FEW_NARROW, FEW_MASKED = 3 << 18, 1 << 18, 3 << 16, 8192
 LONGEST = 2**24
 # Of the routes that a plan with a share may take, those that it takes on average: of 64 at a share of 0.0012 and 8192
 # tokens of text, by `python -m bench.quality`. Content decides, so this is an expectation.
@@ -327,10 +328,15 @@ def alone_from(shape: Shape, trained: bool) -> int | None:
 
 
 def few_from(shape: Shape, masked: bool) -> int | None:
-    """The fewest keys from which ``kernels.few`` is faster than SDPA; None: never. ``masked``: some are hidden."""
-    if shape.heads * shape.queries > shape.kv_heads or shape.narrow:
-        return FEW_FROM
-    return FEW_FROM_MASKED if masked else None
+    """The fewest keys from which ``kernels.few`` is faster than SDPA; None: never. ``masked``: a mask may hide some."""
+    more = shape.queries - 1
+    if shape.narrow and not more:
+        numbers = FEW_NARROW
+    elif shape.heads > shape.kv_heads:
+        numbers = FEW_NUMBERS + more * FEW_NUMBERS_MORE
+    else:
+        return FEW_MASKED if masked and not shape.narrow and shape.queries <= 4 else None
+    return math.ceil(numbers / (shape.batch * shape.kv_heads * (shape.head_dim + shape.value_dim)))
 
 
 def at(expr: sympy.Expr, length: int) -> float:

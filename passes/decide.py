@@ -107,7 +107,7 @@ def _few(site: Site, mask: Mask, reason: str) -> Mask | None:
     """The mask as it comes, where so few queries, which nothing is approximated for, attend so many keys that reading
     those is what takes the time: ``kernels.few`` reads them once."""
     a = site.attention
-    if a is None or not (_without_gain(reason) or reason in (mask.reason, mask.needs)):
+    if a is None or not reason or not (_without_gain(reason) or reason in (mask.reason, mask.needs)):
         return None
     q_len, dtype = a.size(a.q), value_of(a.query.node).dtype
     inputs = [*(factor.operand for factor in a.factors), *([a.sink_logit] if a.sink_logit else [])]
