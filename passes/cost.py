@@ -327,13 +327,16 @@ def alone_from(shape: Shape, trained: bool) -> int | None:
     return max(ALONE_FROM, min(found)) if found else None
 
 
-def few_from(shape: Shape, masked: bool) -> int | None:
-    """The fewest keys from which ``kernels.few`` is faster than SDPA; None: never. ``masked``: a mask may hide some."""
+def few_from(shape: Shape, masked: bool, by_hand: bool) -> int | None:
+    """The fewest keys from which ``kernels.few`` is faster than what is there; None: never.
+
+    ``masked``: a mask may hide some. ``by_hand``: it is written out, which Inductor widens nothing for.
+    """
     more = shape.queries - 1
-    if shape.narrow and not more:
+    if shape.narrow and not more and not by_hand:
         numbers = FEW_NARROW
     elif shape.heads > shape.kv_heads:
-        numbers = FEW_NUMBERS + more * FEW_NUMBERS_MORE
+        numbers = (FEW_NUMBERS + more * FEW_NUMBERS_MORE) * (2 if shape.narrow and by_hand else 1)
     else:
         return FEW_MASKED if masked and not shape.narrow and shape.queries <= 4 else None
     return math.ceil(numbers / (shape.batch * shape.kv_heads * (shape.head_dim + shape.value_dim)))

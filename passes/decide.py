@@ -114,7 +114,7 @@ def _few(site: Site, mask: Mask, reason: str) -> Mask | None:
     trained = a.trained or any(gradient_wanted(operand.node) for operand in inputs)
     if trained or a.is_causal or a.device.type != "cpu" or not isinstance(q_len, int) or q_len > few.MOST:
         return None
-    least = cost.few_from(shape_of(a, False), bool(a.terms))
+    least = cost.few_from(shape_of(a, False), bool(a.terms), site.kind != "sdpa")
     if least is None or dtype == torch.float16 or not at_least(a.size(a.k), least):
         return None
     return as_it_comes(site, mask, few=True) if a.terms else Mask(mask.text)

@@ -298,13 +298,18 @@ def test_where_it_is_not_used() -> None:
 def test_where_it_is_faster() -> None:
     """As measured: SDPA's time, of the numbers in keys and values, passes that of a call."""
 
-    def least(heads: int, kv_heads: int, queries: int, narrow: bool = False, masked: bool = False) -> int | None:
-        return cost.few_from(cost.Shape(1, heads, kv_heads, 64, 64, False, queries=queries, narrow=narrow), masked)
+    def least(
+        heads: int, kv_heads: int, queries: int, narrow: bool = False, masked: bool = False, by_hand: bool = False
+    ) -> int | None:
+        shape = cost.Shape(1, heads, kv_heads, 64, 64, False, queries=queries, narrow=narrow)
+        return cost.few_from(shape, masked, by_hand)
 
     assert least(9, 3, 1) == 2048 and least(32, 8, 1) == 768 and least(71, 1, 1) == 6144
     assert least(9, 3, 1, narrow=True) == 512 and least(8, 8, 1, narrow=True) == 192
     assert least(9, 3, 4) == least(9, 3, 4, narrow=True) == 4096
     assert least(8, 8, 1) is None and least(8, 8, 1, masked=True) == 8192
+    assert least(9, 3, 1, narrow=True, by_hand=True) == 4096 and least(8, 8, 1, narrow=True, by_hand=True) is None
+    assert least(9, 3, 1, by_hand=True) == 2048
     assert least(8, 8, 5, masked=True) is None and least(8, 8, 2, narrow=True, masked=True) is None
 
 
