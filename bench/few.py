@@ -127,6 +127,7 @@ def main() -> None:
     parser.add_argument("--model", action="store_true")
     parser.add_argument("--lengths", type=int, nargs="+")
     parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
@@ -138,7 +139,9 @@ def main() -> None:
             rows.append(of_model(kind, length, getattr(torch, dtype), options.rounds))
             print(rows[-1], flush=True)
     else:
-        every = product(options.dtypes, WAYS, [(9, 3), (32, 8), (8, 8)], options.lengths or [512, 1024, 4096, 32768])
+        every = product(
+            options.dtypes, options.ways, [(9, 3), (32, 8), (8, 8)], options.lengths or [512, 1024, 4096, 32768]
+        )
         for dtype, way, heads, length in every:
             rows.append(row(way, length, heads, getattr(torch, dtype), options.rounds))
             print(rows[-1], flush=True)
