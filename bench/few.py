@@ -103,7 +103,7 @@ def of_model(kind: str, length: int, dtype: torch.dtype, rounds: int) -> dict[st
 
     def step(name: str) -> None:
         done[name] += 1
-        given = {} if kind == "dynamic" else {"attention_mask": F.pad(pad, (0, done[name]), value=1)}
+        given = {"attention_mask": F.pad(pad, (0, done[name]), value=1)} if kind == "padded" else {}
         logits[name] = runs[name](token, past_key_values=past[name], **given).logits
 
     worst = 0.0
