@@ -101,6 +101,12 @@ def test_numbers_softcaps_and_sinks(dtype: torch.dtype) -> None:
     check(expanded, allowed)
 
 
+@pytest.mark.parametrize("cap", [0.1, 1.0, 50.0, 1e4, 1e6])
+def test_softcaps_of_any_size(cap: float) -> None:
+    """Far below the cap nothing of the logits is lost; far beyond it they are the cap."""
+    check(drawn((2, 6, 2, N, 16, 16)), None, None, cap)
+
+
 def test_queries_without_a_key() -> None:
     """What hides decides: nothing is left of -inf; a finite number leaves the mean."""
     site, allowed = drawn((2, 6, 2, N, 16, 16)), torch.ones(2, 1, 2, N, dtype=torch.bool)

@@ -36,6 +36,15 @@ def test_attend_meets_the_reference(name: str, dtype: torch.dtype, softcap: floa
     assert (got - cpu.attend(site, summary, routes, plan)).abs().max() > 1e-2
 
 
+@pytest.mark.parametrize("softcap", [1e4, 1e6])
+def test_logits_far_below_the_cap(softcap: float) -> None:
+    """Nothing of them is lost, as it is where tanh is a difference of numbers near 1."""
+    site, routes = operands(N), torch.empty(2, 4, N, 0, dtype=torch.int32)
+    plain = cpu.attend(site, summary_of(site, WHOLE), routes, WHOLE)
+    got = cpu.attend(site, summary_of(site, WHOLE), routes, WHOLE, softcap=softcap)
+    torch.testing.assert_close(got, plain, atol=5e-6, rtol=1e-5)
+
+
 @pytest.mark.parametrize("name", [name for name in ROUTED if name in CAPPED])
 def test_routing_and_attending_as_one(name: str) -> None:
     plan, logits = PLANS[name], Logits(softcap=1.0)

@@ -107,19 +107,13 @@ struct Few {
         for (int i = 0; i < L; ++i) sum[i] += x * load(line[i] + d);
       }
       vec logit = sums_of(sum);
-      if (g.softcap > 0) logit = capped(logit);
+      if (g.softcap > 0) logit = tanh_vec(logit / (float)g.softcap) * (float)g.softcap;
       if (added) logit += load(added + j);
       logit = choose(seen >> j, logit, splat(NEG_INF));
       store(s.logit + j, logit);
       most = std::max(most, max_lane(logit));
     }
     return most;
-  }
-
-  // c * tanh(x / c)
-  vec capped(vec x) const {
-    const vec power = x * (float)(2 / g.softcap * LOG2_E);
-    return (1.0f - 2.0f / (exp2_vec(power > 60.0f ? splat(60.0f) : power) + 1.0f)) * (float)g.softcap;
   }
 
   static float weight_of(float lower, float most) { return std::exp2((lower - most) * (float)LOG2_E); }

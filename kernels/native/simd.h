@@ -163,6 +163,19 @@ inline vec exp2_rough(vec x) {
 #endif
 }
 
+// To 2e-7 of itself, from Cephes' tanhf: near 0 by a polynomial, as the other form is a difference there. A NaN stays.
+inline vec tanh_vec(vec x) {
+  const vec z = x * x;
+  vec p = splat(-5.70498872745e-3f);
+  p = p * z + 2.06390887954e-2f;
+  p = p * z - 5.37397155531e-2f;
+  p = p * z + 1.33314422036e-1f;
+  p = p * z - 3.33332819422e-1f;
+  const vec near = p * z * x + x, power = x * (float)(2 * LOG2_E);
+  const vec far = 1.0f - 2.0f / (exp2_vec(power > 60.0f ? splat(60.0f) : power) + 1.0f);
+  return z < 0.390625f ? near : far;
+}
+
 // Products of N rows with the columns of key [dim][V * L], held in registers.
 template <int N, int V>
 inline void products(const float* const* row, int64_t dim, const float* key, vec (&sum)[N][V]) {

@@ -32,14 +32,11 @@ struct Block {
 
 // c * tanh(x / c), of logits in powers of two; c 0: none.
 struct Softcap {
-  float most, rate;
+  float most;
 
-  explicit Softcap(double c) : most((float)(c * LOG2_E)), rate(c > 0 ? (float)(2 / c) : 0.0f) {}
+  explicit Softcap(double c) : most((float)(c * LOG2_E)) {}
 
-  vec operator()(vec x) const {
-    const vec power = x * rate > 60.0f ? splat(60.0f) : x * rate;  // a NaN stays
-    return (1.0f - 2.0f / (exp2_vec(power) + 1.0f)) * most;
-  }
+  vec operator()(vec x) const { return tanh_vec(x / most) * most; }
 };
 
 // The rows of a tile. `width`: the value's features rounded up to 16; `rate`: what makes a product of query and key a
