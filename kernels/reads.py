@@ -39,6 +39,8 @@ class Read(NamedTuple):
 
     def of_pairs(self, tensor: torch.Tensor) -> torch.Tensor:
         """Where a pair is attended, or what is added: ``[B or 1, H or 1, Nq or 1, Nk or 1]``."""
+        if len(self.axes) == 4 and all(axis in (0, at) for axis, at in zip(self.axes, (B, H, Q, K), strict=True)):
+            return self._said(tensor)
         merged = [digits(axis) for axis in self.axes]
         assert None not in merged
         left = [at for some in merged for at, _ in some or ()]
@@ -50,9 +52,12 @@ class Read(NamedTuple):
         for axis, at in enumerate((B, H, Q, K)):
             if at not in left:
                 found = found.unsqueeze(axis)
+        return self._said(found)
+
+    def _said(self, tensor: torch.Tensor) -> torch.Tensor:
         if self.says == "added":
-            return found if self.factor == 1 else found.float() * self.factor
-        return found.logical_not() if self.says == "hidden" else found
+            return tensor if self.factor == 1 else tensor.float() * self.factor
+        return tensor.logical_not() if self.says == "hidden" else tensor
 
 
 @functools.cache
@@ -125,7 +130,9 @@ def _sum(parts: list[torch.Tensor]) -> torch.Tensor:
 
 
 def _all(parts: list[torch.Tensor]) -> torch.Tensor:
-    found = parts[0] != 0
+    if len(parts) == 1:
+        return parts[0]
+    found = parts[0] != 0  # bytes of bools that are neither 0 nor 1 have no bit in common
     for part in parts[1:]:
         found = found & (part != 0)
     return found
