@@ -20,7 +20,7 @@ inline vec sums_of(const vec (&x)[L]) {
   const __m256 low = _mm256_hadd_ps(two(0), two(2)), high = _mm256_hadd_ps(two(4), two(6));
   return (vec)_mm256_permute2f128_ps(low, high, 0x20) + (vec)_mm256_permute2f128_ps(low, high, 0x31);
 #else
-  vec sums;
+  vec sums = {};
   for (int i = 0; i < L; ++i) sums[i] = sum_lanes(x[i]);
   return sums;
 #endif
