@@ -153,8 +153,7 @@ def attend_few(
 ) -> torch.Tensor:
     """Compiled ``few.reference``, laid out as ``attend``'s result: keys and values are read where they lie, once."""
     (batch, heads, q_len, _), value_dim, k_len = site.query.shape, site.value.shape[3], site.key.shape[2]
-    dtype = site.query.dtype if site.query.dtype == torch.bfloat16 else torch.float32
-    out = torch.empty(batch, q_len, heads, value_dim, dtype=dtype).transpose(1, 2)
+    out = _result(site)
     if out.numel():
         sizes = (site.query.shape, site.key.shape, value_dim, k_len)
         geometry = _geometry(WHOLE, *sizes, False, 0, site.scale, softcap=softcap)
@@ -240,8 +239,7 @@ def _attended(
 ) -> torch.Tensor:
     batch, heads, q_len, dim = site.query.shape
     value_dim, k_len = site.value.shape[3], site.key.shape[2]
-    dtype = site.query.dtype if site.query.dtype == torch.bfloat16 else torch.float32
-    out = torch.empty(batch, q_len, heads, value_dim, dtype=dtype).transpose(1, 2)
+    out = _result(site)
     if not out.numel():
         return out.to(site.query.dtype)
     if k_len == 0:
@@ -279,6 +277,13 @@ def _attended(
     )
     del alive, rows_alive, chosen_alive, sink_alive
     return out.to(site.query.dtype)
+
+
+def _result(site: Operands) -> torch.Tensor:
+    """Room for ``[B, H, Nq, Dv]``, laid out ``[B, Nq, H, Dv]``, in a dtype that the kernels write."""
+    batch, heads, q_len, _ = site.query.shape
+    dtype = torch.bfloat16 if site.query.dtype == torch.bfloat16 else torch.float32
+    return torch.empty(batch, q_len, heads, site.value.shape[3], dtype=dtype).transpose(1, 2)
 
 
 def _geometry(

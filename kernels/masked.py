@@ -88,10 +88,10 @@ def recognized(site: Operands, seen: Seen) -> Operands | None:
     first, last = whole[:, 0, 0], whole[:, 0, -1]
     causal, used = not torch.equal(first, last), keys
     if queries != keys:
-        attended = last.any(0).nonzero()
-        used = max(int(attended[-1]) + 1 if len(attended) else 0, queries)
         if queries > keys or not causal:
             return None
+        attended = last.any(0).nonzero()
+        used = max(int(attended[-1]) + 1 if len(attended) else 0, queries)
     if not cpu.recognized(seen.allowed, causal, site.query.shape, site.key.shape, used):
         return None
     key, value, valid = site.key[:, :, :used], site.value[:, :, :used], last[:, :used]

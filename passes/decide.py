@@ -135,16 +135,14 @@ def _recognized(attention: Attention | None, mask: Mask, config: Config) -> dict
     """``Decision.recognized``: the plans that such sites have where their mask is known."""
     if attention is None or config.site_plans is not None:  # a plan file was measured for sites whose mask was known
         return {}
-    kinds = [("causal", True), ("every key", False)]
     same = guard_equal(attention.size(attention.q), attention.size(attention.k))
     if not same:  # a cache, which may not be full: how many keys are in it only the run time knows
         if attention.k is None or hint(attention.size(attention.k)) < hint(attention.size(attention.q)):
             return {}
         attention = replace(attention, sizes={**attention.sizes, attention.k: attention.size(attention.q)})
-        del kinds[1]
     found: dict[str, Plan] = {}
-    for name, causal in kinds:
-        known = Mask(mask.text, causal=causal)
+    for name in ("causal", "every key") if same else ("causal",):
+        known = Mask(mask.text, causal=name == "causal")
         try:
             plan, reason = _planned(attention, known, config, "")
         except OptionError:  # settings that leave such sites nothing: this one may be none of them

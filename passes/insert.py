@@ -85,14 +85,14 @@ def _stages(
     def call(name: str, target: Any, *args: Any) -> fx.Node:
         return graph.create_node("call_function", target, args, name=f"prescore_{name}")
 
+    of_sink = sink[0] if sink else None
     if decision.exact == "few":
-        one, of_sink = prescore.attend_few.default, sink[0] if sink else None
-        mask = _parts(logits, decision.mask.loads)
+        one, mask = prescore.attend_few.default, _parts(logits, decision.mask.loads)
         return call("attend_few", one, query, key, value, *mask, a.scale, logits.softcap, of_sink)
     if decision.recognized:
         known = decision.recognized
         plans = [known[name].text if name in known else "" for name in RECOGNIZED]
-        one, of_sink = prescore.attend_recognized.default, sink[0] if sink else None
+        one = prescore.attend_recognized.default
         return call("attend_recognized", one, query, key, value, a.scale, *more, of_sink, *plans)
     scores = routes = None
     if plan.keep:

@@ -68,14 +68,6 @@ struct Few {
     return {copy.data(), step};
   }
 
-  // What is read next: the processor looks ahead no further than a page.
-  static void fetch(const View& from, int64_t b, int64_t kv, int64_t base, int64_t features) {
-    const int64_t bytes = from.bfloat16 ? 2 : 4;
-    const char* at = (const char*)from.data + offset(from, b, kv, base) * bytes;
-    for (int64_t j = 0; j < BLOCK; ++j)
-      for (int64_t byte = 0; byte < features * bytes; byte += 64) __builtin_prefetch(at + j * from.position * bytes + byte);
-  }
-
   // Which of a block's keys each row may attend; whether there are any.
   bool see(Scratch& s, int64_t b, int64_t kv, int64_t base, int64_t count) const {
     const uint32_t every = count < BLOCK ? (1u << count) - 1 : ~0u;

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -42,12 +40,4 @@ def attend_few(
 
 
 attend_few.register_fake(like_output)
-
-
-def _backward(ctx: Any, grad: Tensor) -> Any:
-    raise NotImplementedError(
-        "prescore::attend_few: got a backward; allowed: none, as the graph was compiled without gradients"
-    )
-
-
-attend_few.register_autograd(_backward, setup_context=dispatch.no_setup)
+attend_few.register_autograd(dispatch.no_gradient("attend_few"), setup_context=dispatch.no_setup)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -31,7 +32,18 @@ def constant_backward(ctx: Any, grad: Tensor | None) -> Any:
 
 
 def no_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    """Of ``no_second_derivative``, for which nothing is kept."""
+    """Of a backward that raises, for which nothing is kept."""
+
+
+def no_gradient(name: str) -> Callable[..., Any]:
+    """The backward of the operator ``prescore::name``, which has none."""
+
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        raise NotImplementedError(
+            f"prescore::{name}: got a backward; allowed: none, as the graph was compiled without gradients"
+        )
+
+    return backward
 
 
 def no_second_derivative(ctx: Any, *grads: Tensor | None) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,12 +60,4 @@ def attend_recognized(
 
 
 attend_recognized.register_fake(like_output)
-
-
-def _backward(ctx: Any, grad: Tensor) -> Any:
-    raise NotImplementedError(
-        "prescore::attend_recognized: got a backward; allowed: none, as the graph was compiled without gradients"
-    )
-
-
-attend_recognized.register_autograd(_backward, setup_context=dispatch.no_setup)
+attend_recognized.register_autograd(dispatch.no_gradient("attend_recognized"), setup_context=dispatch.no_setup)
