@@ -89,7 +89,7 @@ def test_what_a_plan_does_not_use_is_not_in_its_source() -> None:
         "valid": lambda spec: spec.valid and (spec.causal or spec.settings.window != 0),
         "position": lambda spec: spec.causal,
         "Window": lambda spec: spec.causal or spec.settings.window != 0,
-        "tl.exp2(logits * (": lambda spec: bool(spec.softcap),
+        "capped": lambda spec: bool(spec.softcap),
         "mask_": lambda spec: bool(spec.lifted.loads),
         "sink_logit": lambda spec: spec.sink_logit,
         "split = ": lambda spec: spec.splits > 1,

@@ -216,12 +216,22 @@ query_tile = tl.load(
 
 SCORE = """
 logits = tl.dot(query_tile, key_tile$precision) * (scale * LOG2E)  #? not softcap
-logits = tl.dot(query_tile, key_tile$precision) * scale  #? softcap
-capped = 1.0 - 2.0 / (tl.exp2(logits * (2.0 * LOG2E / $softcap)) + 1.0)  #? softcap
-logits = capped * ($softcap * LOG2E)  #? softcap
+$cap  #? softcap
 k = $index[None, :]  #? lifted and not bounded
 k = tl.minimum(tl.maximum($index, 0), k_len - 1)[None, :]  #? bounded
 logits += tl.cast($bias, tl.float32) * LOG2E  #? bias
+"""
+
+# tanh of a logit's share of the softcap, from Cephes' tanhf: near 0 by a polynomial, where the other form would
+# be a difference of two numbers near 1 and lose the logit.
+CAP = """
+ratio = tl.dot(query_tile, key_tile$precision) * (scale / $softcap)
+square = ratio * ratio
+near = -5.37397155531e-2 + square * (2.06390887954e-2 - square * 5.70498872745e-3)
+near = -3.33332819422e-1 + square * (1.33314422036e-1 + square * near)
+far = 1.0 - 2.0 / (tl.exp2(ratio * (2.0 * LOG2E)) + 1.0)
+capped = tl.where(square < 0.390625, ratio + ratio * square * near, far)
+logits = capped * ($softcap * LOG2E)
 """
 
 MASK = """
@@ -376,7 +386,8 @@ def operands(spec: Spec) -> str:
 
 def score(spec: Spec, index: str) -> str:
     """``logits`` of a step; ``index`` names the vector of the keys' positions."""
-    return fill(SCORE, names(spec) | {"index": index})
+    known = names(spec) | {"index": index}
+    return fill(SCORE, known | {"cap": fill(CAP, known) if spec.softcap else ""})
 
 
 def mask(spec: Spec, pairs: str, choose: str = "", allowed: bool = True) -> str:

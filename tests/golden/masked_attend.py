@@ -73,8 +73,12 @@ def attend(
         value_at = value_head + at.to(tl.int64)[:, None] * value_n + value_feature[None, :]
         key_tile = tl.load(key_at, mask=seen[None, :], other=0.0)
         value_tile = tl.load(value_at, mask=seen[:, None], other=0.0)
-        logits = tl.dot(query_tile, key_tile) * scale
-        capped = 1.0 - 2.0 / (tl.exp2(logits * (2.0 * LOG2E / 30.0)) + 1.0)
+        ratio = tl.dot(query_tile, key_tile) * (scale / 30.0)
+        square = ratio * ratio
+        near = -5.37397155531e-2 + square * (2.06390887954e-2 - square * 5.70498872745e-3)
+        near = -3.33332819422e-1 + square * (1.33314422036e-1 + square * near)
+        far = 1.0 - 2.0 / (tl.exp2(ratio * (2.0 * LOG2E)) + 1.0)
+        capped = tl.where(square < 0.390625, ratio + ratio * square * near, far)
         logits = capped * (30.0 * LOG2E)
         k = tl.minimum(tl.maximum(at, 0), k_len - 1)[None, :]
         logits += tl.cast(-tl.abs(k - q)/8, tl.float32) * LOG2E
@@ -101,8 +105,12 @@ def attend(
         value_at = value_head + at.to(tl.int64)[:, None] * value_n + value_feature[None, :]
         key_tile = tl.load(key_at, mask=seen[None, :], other=0.0)
         value_tile = tl.load(value_at, mask=seen[:, None], other=0.0)
-        logits = tl.dot(query_tile, key_tile) * scale
-        capped = 1.0 - 2.0 / (tl.exp2(logits * (2.0 * LOG2E / 30.0)) + 1.0)
+        ratio = tl.dot(query_tile, key_tile) * (scale / 30.0)
+        square = ratio * ratio
+        near = -5.37397155531e-2 + square * (2.06390887954e-2 - square * 5.70498872745e-3)
+        near = -3.33332819422e-1 + square * (1.33314422036e-1 + square * near)
+        far = 1.0 - 2.0 / (tl.exp2(ratio * (2.0 * LOG2E)) + 1.0)
+        capped = tl.where(square < 0.390625, ratio + ratio * square * near, far)
         logits = capped * (30.0 * LOG2E)
         k = tl.minimum(tl.maximum(at, 0), k_len - 1)[None, :]
         logits += tl.cast(-tl.abs(k - q)/8, tl.float32) * LOG2E

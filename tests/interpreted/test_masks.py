@@ -109,6 +109,7 @@ def _fast(monkeypatch: pytest.MonkeyPatch) -> None:
         ("documents", PLANS["keep and routes"], True, 0.0),
         ("alibi", PLANS["keep and routes"], True, 1.5),
         ("remainder", PLANS["streaming"], False, 0.0),
+        ("prefix", PLANS["streaming"], False, 1e6),  # the logits stay, to their last bits
     ],
 )
 def test_masks(name: str, plan: Plan, causal: bool, softcap: float) -> None:
