@@ -19,6 +19,7 @@ TILE = 128
 """Queries a tile; docs/cpu.md has the measurement."""
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""In the order of ``prescore::Format``, native/site.h."""
 
 
 class _Geometry(ctypes.Structure):
@@ -44,7 +45,7 @@ class _View(ctypes.Structure):
         ("batch", ctypes.c_int64),
         ("head", ctypes.c_int64),
         ("position", ctypes.c_int64),
-        ("bfloat16", ctypes.c_int64),
+        ("format", ctypes.c_int64),
     ]
 
 
@@ -282,7 +283,7 @@ def _attended(
 def _result(site: Operands) -> torch.Tensor:
     """Room for ``[B, H, Nq, Dv]``, laid out ``[B, Nq, H, Dv]``, in a dtype that the kernels write."""
     batch, heads, q_len, _ = site.query.shape
-    dtype = torch.bfloat16 if site.query.dtype == torch.bfloat16 else torch.float32
+    dtype = site.query.dtype if site.query.dtype in DTYPES else torch.float32
     return torch.empty(batch, q_len, heads, site.value.shape[3], dtype=dtype).transpose(1, 2)
 
 
@@ -333,10 +334,10 @@ def _narrow(*tensors: torch.Tensor) -> int:
 
 def _view(tensor: torch.Tensor) -> tuple[_View, torch.Tensor]:
     """A view of the tensor, or of a float32 copy, and the tensor that owns its memory."""
-    owner = tensor if tensor.dtype == torch.bfloat16 else tensor.float()
+    owner = tensor if tensor.dtype in DTYPES else tensor.float()
     if owner.stride(3) != 1 and owner.shape[3] > 1:
         owner = owner.contiguous()
-    return _View(owner.data_ptr(), *owner.stride()[:3], int(owner.dtype == torch.bfloat16)), owner
+    return _View(owner.data_ptr(), *owner.stride()[:3], DTYPES.index(owner.dtype)), owner
 
 
 def _sink(site: Operands) -> tuple[Any, torch.Tensor | None]:

@@ -14,6 +14,7 @@ from ..kernels import banded, cpu, few, library
 from ..kernels.logits import NOTHING, Logits, parse
 from ..kernels.plan import WHOLE, OptionError, Plan
 from ..kernels.triton import device
+from ..kernels.triton.spec import MOST_FEATURES
 from . import cost
 from .compat import at_least, forward_mode, gradient_wanted, guard_equal, hint, known_equal, symbolic, value_of
 from .config import Config
@@ -24,8 +25,6 @@ from .plans import SiteKey
 from .read import as_it_comes
 from .site import Attention, Site
 from .unattended import reach_of
-
-MAX_HEAD_DIM = 256
 
 
 @dataclass(frozen=True)
@@ -109,13 +108,13 @@ def _few(site: Site, mask: Mask, reason: str) -> Mask | None:
     a = site.attention
     if a is None or not reason or not (_without_gain(reason) or reason in (mask.reason, mask.needs)):
         return None
-    q_len, dtype = a.size(a.q), value_of(a.query.node).dtype
+    q_len = a.size(a.q)
     inputs = [*(factor.operand for factor in a.factors), *([a.sink_logit] if a.sink_logit else [])]
     trained = a.trained or any(gradient_wanted(operand.node) for operand in inputs)
     if trained or a.is_causal or a.device.type != "cpu" or not isinstance(q_len, int) or q_len > few.MOST:
         return None
     least = cost.few_from(shape_of(a, False), bool(a.terms), site.kind != "sdpa")
-    if least is None or dtype == torch.float16 or not at_least(a.size(a.k), least):
+    if least is None or not at_least(a.size(a.k), least):
         return None
     return as_it_comes(site, mask, few=True) if a.terms else Mask(mask.text)
 
@@ -256,7 +255,7 @@ def _unsupported(site: Site) -> str:
     # Heads and head dims are a model's structure: where Dynamo made them dynamic, a guard fixes them.
     heads, kv_heads = int(attention.size(*attention.heads)), int(attention.size(*attention.kv_heads))
     dims = int(attention.size(attention.d)), int(attention.size(attention.e))
-    if max(dims) > MAX_HEAD_DIM:
+    if max(dims) > MOST_FEATURES:
         return f"unsupported_head_dim: {dims[0]}, {dims[1]}"
     if heads % kv_heads:
         return f"unsupported_heads: {heads}, {kv_heads}"

@@ -61,7 +61,7 @@ struct Few {
 
   Lines lines(const View& from, int64_t b, int64_t kv, int64_t base, int64_t count, int64_t features,
               std::vector<float>& copy) const {
-    if (!from.bfloat16 && features % L == 0) return {(const float*)from.data + offset(from, b, kv, base), from.position};
+    if (from.format == FLOAT32 && features % L == 0) return {(const float*)from.data + offset(from, b, kv, base), from.position};
     const int64_t step = whole(features);
     copy.resize(BLOCK * step);  // zeros beyond the features
     for (int64_t j = 0; j < count; ++j) read(from, b, kv, base + j, features, &copy[j * step]);
@@ -166,7 +166,7 @@ struct Few {
     const float* added = nullptr;
     if (numbers) {
       View from = *numbers;
-      from.data = from.bfloat16 ? (void*)((uint16_t*)from.data + base) : (void*)((float*)from.data + base);
+      from.data = (char*)from.data + base * bytes_of(from);
       read(from, b, h, r % g.q_len, count, s.numbers.data());
       added = s.numbers.data();
     }
@@ -211,8 +211,8 @@ struct Few {
   }
 
   void run_all() {
-    const int64_t heads = g.batch * g.kv_heads, bytes = key.bfloat16 ? 2 : 4;
-    const bool little = heads * g.k_len * (g.dim + g.value_dim) * bytes < BYTES;
+    const int64_t heads = g.batch * g.kv_heads;
+    const bool little = heads * g.k_len * (g.dim + g.value_dim) * bytes_of(key) < BYTES;
     parallel(0, heads * parts, little ? 1 : g.threads, *this);
     std::vector<float> sums;
     for (int64_t bh = 0; bh < heads; ++bh)

@@ -12,6 +12,7 @@
 #include <thread>
 #include <vector>
 
+#include "half.h"
 #include "simd.h"
 
 extern "C" {
@@ -28,12 +29,16 @@ struct Geometry {
 struct View {  // a [batch, head, position, feature] tensor; features are contiguous
   void* data;
   int64_t batch, head, position;
-  int64_t bfloat16;  // 1: bfloat16, 0: float32
+  int64_t format;  // of prescore::Format
 };
 
 }  // extern "C"
 
 namespace prescore {
+
+enum Format : int64_t { FLOAT32, BFLOAT16, FLOAT16 };
+
+inline int64_t bytes_of(const View& v) { return v.format == FLOAT32 ? 4 : 2; }
 
 inline float widen(uint16_t x) {
   const uint32_t bits = (uint32_t)x << 16;
@@ -53,27 +58,33 @@ inline int64_t offset(const View& v, int64_t b, int64_t h, int64_t n) {
   return b * v.batch + h * v.head + n * v.position;
 }
 
+// Whole vectors, then what is left.
+template <typename Vectors, typename Single>
+inline void each(int64_t count, Vectors vectors, Single single) {
+  int64_t d = 0;
+  for (; d + L <= count; d += L) vectors(d);
+  for (; d < count; ++d) single(d);
+}
+
 // One position's features as float32.
 inline void read(const View& v, int64_t b, int64_t h, int64_t n, int64_t dim, float* to) {
-  if (v.bfloat16) {
-    const uint16_t* from = (const uint16_t*)v.data + offset(v, b, h, n);
-    int64_t d = 0;
-    for (; d + L <= dim; d += L) store(to + d, load_narrow(from + d));
-    for (; d < dim; ++d) to[d] = widen(from[d]);
-  } else {
+  const uint16_t* from = (const uint16_t*)v.data + offset(v, b, h, n);
+  if (v.format == BFLOAT16)
+    each(dim, [&](int64_t d) { store(to + d, load_narrow(from + d)); }, [&](int64_t d) { to[d] = widen(from[d]); });
+  else if (v.format == FLOAT16)
+    each(dim, [&](int64_t d) { store(to + d, load_half(from + d)); }, [&](int64_t d) { to[d] = widen_half(from[d]); });
+  else
     std::memcpy(to, (const float*)v.data + offset(v, b, h, n), dim * sizeof(float));
-  }
 }
 
 inline void write(const View& v, int64_t b, int64_t h, int64_t n, int64_t dim, const float* from) {
-  if (v.bfloat16) {
-    uint16_t* to = (uint16_t*)v.data + offset(v, b, h, n);
-    int64_t d = 0;
-    for (; d + L <= dim; d += L) store_narrow(to + d, load(from + d));
-    for (; d < dim; ++d) to[d] = narrow(from[d]);
-  } else {
+  uint16_t* to = (uint16_t*)v.data + offset(v, b, h, n);
+  if (v.format == BFLOAT16)
+    each(dim, [&](int64_t d) { store_narrow(to + d, load(from + d)); }, [&](int64_t d) { to[d] = narrow(from[d]); });
+  else if (v.format == FLOAT16)
+    each(dim, [&](int64_t d) { store_half(to + d, load(from + d)); }, [&](int64_t d) { to[d] = narrow_half(from[d]); });
+  else
     std::memcpy((float*)v.data + offset(v, b, h, n), from, dim * sizeof(float));
-  }
 }
 
 // How OpenMP runs a function by a team: torch's own threads, which wait for more work awake for a while, so that others
