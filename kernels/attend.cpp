@@ -213,7 +213,7 @@ struct Attend {
           const int64_t n = base + i * W + j;
           return n < stop && (!from.valid || from.valid[b * g.k_len + n]) ? n : -1;
         };
-        Number *key = &s.key[i * key_size], *value = &s.value[i * W * width];
+        Number *key = &s.key[i * key_size], *value = s.value.data() + i * W * width;  // no values: of a mass
         const Packed p = pack(at, from.key, from.value, b, kv, s.packing, key, value);
         blocks[i] = {key, value, nullptr, p.finite, &s.masks[i * rows]};
         any |= lanes[i] = p.lanes;
@@ -351,8 +351,8 @@ struct Attend {
       packed_to = std::min(packed_from + at_once, heads);
       if (router) router->pack(packed_from, packed_to);
       if (g.routes) {
-        PackClusters clusters{*this};
-        parallel(packed_from * chunks, packed_to * chunks, g.threads, clusters);
+        PackClusters packing{*this};
+        parallel(packed_from * chunks, packed_to * chunks, g.threads, packing);
       }
       parallel(packed_from * (int64_t)tiles.size(), packed_to * (int64_t)tiles.size(), g.threads, *this);
     }

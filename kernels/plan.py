@@ -180,9 +180,14 @@ class Plan:
         return 2 * self.spread**2
 
     @property
+    def without_routes(self) -> Plan:
+        """Nothing but window, sinks and what is selected."""
+        return replace(self, routes=0, share=0.0, group_routes=False, residual=False, coarse=0)
+
+    @property
     def near(self) -> Plan:
         """Nothing but window and sinks."""
-        return replace(self, routes=0, share=0.0, group_routes=False, residual=False, coarse=0, keep=0, centroids=0)
+        return replace(self.without_routes, keep=0, centroids=0)
 
     @property
     def only_window(self) -> bool:

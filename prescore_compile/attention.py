@@ -27,9 +27,10 @@ def attention(
 
     Args:
         query: ``[B, H, Nq, D]``, float32, bfloat16 or float16, on a CPU or a GPU that there are
-            kernels for (docs/triton.md); any other float dtype or device runs the reference.
-            key: ``[B, Hkv, Nk, D]``. value: ``[B, Hkv, Nk, Dv]``. ``H`` may be a multiple of
-            ``Hkv`` with ``enable_gqa=True``.
+            kernels for (docs/triton.md); any other float dtype or device, and on a GPU more than 256 features, run the
+            reference.
+        key: ``[B, Hkv, Nk, D]``. value: ``[B, Hkv, Nk, Dv]``. ``H`` may be a multiple of ``Hkv`` with
+            ``enable_gqa=True``.
         attn_mask: None, or a bool key padding mask ``[B or 1, 1, 1, Nk]`` (False: padding); with
             ``is_causal=True`` both hold, unlike in torch, which refuses the pair.
         dropout_p: only 0. scale: default ``D ** -0.5``.

@@ -15,6 +15,8 @@ triton = pytest.importorskip("triton")
 from bench import aot  # noqa: E402
 from bench.aot import Variant  # noqa: E402
 from prescore_compile.kernels.plan import Plan  # noqa: E402
+from prescore_compile.kernels.triton import sources  # noqa: E402
+from prescore_compile.kernels.triton.spec import DTYPES  # noqa: E402
 
 FAST = [
     ("default 64", "sm_90", "route"),
@@ -123,3 +125,19 @@ def test_a_product_that_is_not_on_tensor_cores_is_told() -> None:
         (problem,) = aot.broken("default 64", "sm_90", {"attend": good | {name: value}})
         assert told in problem
     assert not re.search(aot.PRODUCTS["sm_80"], "fma.rn.f32") and re.search(aot.PRODUCTS["gfx942"], " v_mfma_f32_16x16")
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, variant in aot.VARIANTS.items() if not variant.scores and variant.queries > 1]
+)
+def test_what_is_launched_is_listed(name: str) -> None:
+    """``prescore kernels`` prints what runs; of few queries, programs that share a tile's keys are not listed."""
+    variant = aot.VARIANTS[name]
+    plan, logits = variant.plan, variant.logits
+    listed = sources(
+        plan, dim=variant.dim, value_dim=variant.value_dim, group=variant.group, dtype=DTYPES[variant.dtype],
+        causal=variant.causal, valid=variant.padded, lifted=logits.lifted, softcap=logits.softcap, reach=logits.reach,
+        sink_logit=variant.sunk,
+    )  # fmt: skip
+    for launch in aot.launches(variant, "sm_90"):
+        assert any(launch.kernel.src in text for text in listed.values()), launch.name

@@ -7,10 +7,13 @@ from typing import Any
 import pytest
 import torch
 from conftest import PLANS, ROUTED, operands
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from prescore_compile.kernels import library, ops
+from prescore_compile.kernels.ops import dispatch
 from prescore_compile.kernels.plan import Plan
 from prescore_compile.kernels.reference import Operands
+from prescore_compile.kernels.triton.spec import MOST_FEATURES
 
 
 @pytest.mark.parametrize("name", PLANS)
@@ -39,6 +42,22 @@ def test_opcheck(name: str) -> None:
     torch.library.opcheck(ops.attend, (q, k, v, valid, parts[0], routes, *more, "", []))
     if plan.routes:
         torch.library.opcheck(ops.route_attend, (q, k, v, valid, *parts[:4], *more, None, 0.0))
+
+
+@pytest.mark.parametrize("plan", [*PLANS.values(), Plan(keep=80, routes=64, share=0.01, group_routes=True, coarse=8)])
+def test_rows_are_those_of_the_summary(plan: Plan) -> None:
+    q, k, v, valid, causal, scale = operands(300, padded=True)[:6]
+    scores = ops.score(q, k, valid, plan.text, causal, scale) if plan.keep else None
+    found = ops.rows(k, v, valid, None, scores, plan.text)
+    for got, want in zip(found, ops.summarize(k, v, valid, scores, plan.text)[4:], strict=True):
+        assert torch.equal(got, want)
+
+
+def test_more_features_than_kernels_are_written_for_run_the_reference() -> None:
+    with FakeTensorMode():
+        many, few = (torch.empty(1, 1, 1, size, device="cuda") for size in (MOST_FEATURES + 1, MOST_FEATURES))
+        assert dispatch.generated(few) and dispatch.generated(few, few)
+        assert not dispatch.generated(many) and not dispatch.generated(few, many)
 
 
 @pytest.mark.parametrize("compiled", [False, True])

@@ -133,7 +133,7 @@ def test_backward_on_a_gpu(name: str) -> None:
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_autograd_and_dynamic_lengths(dynamic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CPU, as autograd asks for the device itself: one graph for all lengths."""
-    monkeypatch.setattr(ops.dispatch, "generated", lambda query: True)
+    monkeypatch.setattr(ops.dispatch, "generated", lambda *given: True)
     plan = PLANS["keep and routes"]
     tensors = arguments(plan)
     for tensor in (*tensors[:3], *tensors[8:10]):
@@ -147,7 +147,7 @@ def test_autograd_and_dynamic_lengths(dynamic: bool, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("name", ["together", "residual", "centroids"])
 def test_every_size_a_symbol(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of all stages, forward and backward; a kernel is specialised to plain integers."""
-    monkeypatch.setattr(ops.dispatch, "generated", lambda query: True)
+    monkeypatch.setattr(ops.dispatch, "generated", lambda *given: True)
     plan = PLANS[name]
     site = operands(200, dtype=torch.bfloat16)
 

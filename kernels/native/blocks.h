@@ -83,7 +83,7 @@ struct Wide {
   // Not inlined: its many forms would be compiled wherever it is called.
   __attribute__((noinline)) static void attend(Rows& rows, const int32_t* listed, int64_t count,
                                                const Block<float>* blocks, int64_t number) {
-    for (int64_t b = 0; b < number; ++b) by_groups<GROUP>(count, AttendBlock{rows, listed, blocks[b]});
+    for (int64_t b = 0; b < number; ++b) by_groups<LOGIT_ROWS>(count, AttendBlock{rows, listed, blocks[b]});
   }
 };
 

@@ -20,7 +20,7 @@ struct Cluster {
 
   struct Scratch {
     std::vector<float> point, centred, mean, direction, next, along, value;
-    std::vector<int32_t> at, moved;
+    std::vector<int32_t> at;
   };
   Scratch scratch() const {
     Scratch s;
@@ -30,7 +30,6 @@ struct Cluster {
     s.along.resize(g.chunk);
     s.value.resize((g.value_dim + L - 1) / L * L);
     s.at.resize(g.chunk);
-    s.moved.resize(g.chunk);
     return s;
   }
 

@@ -19,7 +19,7 @@ struct Route {
   Level of_clusters, of_chunks;  // the second only on two levels
 
   static constexpr int V = 2, BLOCK = V * L;          // representatives scored at once
-  static constexpr int GROUP = L == 4 ? 6 : L == 8 ? 6 : 12;  // rows scored at once: the registers there are
+  static constexpr int GROUP = L == 16 ? 12 : 6;      // rows scored at once: the registers there are
   static constexpr int64_t ROWS = 48;                 // rows whose ranks stay in cache until they are chosen from
   static constexpr int64_t NARROW_ROWS = 64;          // the same by tiles, which take 32
   static constexpr int64_t STEP = 4;                  // blocks that stay in cache while the rows pass over them

@@ -45,7 +45,8 @@ inline void store_narrow(uint16_t* p, vec x) {
   _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh((__m512)x));
 #else
   const ivec as_bits = (ivec)x, rounded = (as_bits + 0x7fff + ((as_bits >> 16) & 1)) >> 16;
-  for (int i = 0; i < L; ++i) p[i] = (uint16_t)rounded[i];
+  const ivec kept = x == x ? rounded : isplat(0x7fc0);
+  for (int i = 0; i < L; ++i) p[i] = (uint16_t)kept[i];
 #endif
 }
 

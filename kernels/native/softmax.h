@@ -13,8 +13,8 @@ namespace prescore {
 constexpr int W = 16, V = W / L;  // keys a block, and vectors that hold one feature of them
 constexpr uint16_t ALL = 0xffff;
 // Rows at once, as the registers allow: of logits, and of sums of values, of COLUMNS vectors each.
-constexpr int GROUP = L == 16 ? 12 : L == 8 ? 6 : 4;
-constexpr int PART = L == 16 ? 6 : GROUP;
+constexpr int LOGIT_ROWS = L == 16 ? 12 : L == 8 ? 6 : 4;
+constexpr int VALUE_ROWS = L == 16 ? 6 : LOGIT_ROWS;
 constexpr int COLUMNS = L == 8 ? 2 : 4;
 // A running maximum is raised only when a logit (in powers of two) passes it by this much.
 constexpr float SLACK = 11.0f;
@@ -134,7 +134,7 @@ struct AttendBlock {
       store(&rows.total[at[i] * L], total);
     }
     if (PLAIN || b.finite) {
-      constexpr int HALF = N > PART ? N / 2 : N;
+      constexpr int HALF = N > VALUE_ROWS ? N / 2 : N;
       weigh_all<HALF>(at, weight);
       if constexpr (HALF < N) weigh_all<N - HALF>(at + HALF, weight + HALF);
     } else {

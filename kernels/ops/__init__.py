@@ -2,7 +2,7 @@
 
 Registered with ``torch.library`` under ``prescore::``, with fake implementations (shapes only) and
 gradients, so that Inductor, AOTAutograd and ``torch.export`` see them. A plan travels as
-its text. On a CPU the last three are lowered to one, route_attend. On a GPU the generated Triton kernels
+its text. On a CPU mass, route and attend are lowered to one, route_attend. On a GPU the generated Triton kernels
 run: an operator made of them is a ``triton_op``, which a compiler takes apart into their launches, so that
 Inductor and CUDA graphs have them. On a CPU the compiled kernels run where they can; anything else runs the
 reference.

@@ -79,7 +79,7 @@ def attend_forward(
     The sums are ``[B, H, Nq]`` float32, +inf for a query without keys; where no generated kernel runs, ``[0]``.
     """
     rows = (row_index, row_owner, row_key, row_value, row_bias)
-    if not dispatch.generated(query):
+    if not dispatch.generated(query, value):
         more = (plan, causal, scale, logits, tensors, sink_logit)
         out = attend_eager(query, key, value, valid, order, routes, *rows, *more)
         return out, query.new_empty(0, dtype=torch.float32)
@@ -95,7 +95,7 @@ def attend_forward(
 @attend_forward.register_fake
 def _(query, key, value, valid, order, routes, index, owner, row_key, row_value, row_bias, plan, *rest):  # type: ignore[no-untyped-def]
     batch, heads, length, _ = query.shape
-    sums = (batch, heads, length) if dispatch.generated(query) else (0,)
+    sums = (batch, heads, length) if dispatch.generated(query, value) else (0,)
     return like_output(query, key, value), query.new_empty(sums, dtype=torch.float32)
 
 
@@ -196,7 +196,7 @@ def attend_backward(
     ``out`` and ``sums`` are what ``attend_forward`` returned.
     """
     rows = (row_index, row_owner, row_key, row_value, row_bias)
-    if not dispatch.generated(query):
+    if not dispatch.generated(query, value):
         more = (plan, causal, scale, logits, tensors, sink_logit)
         return attend_backward_eager(grad, query, key, value, valid, order, routes, *rows, *more)
     from ..triton import attend_backward as generated

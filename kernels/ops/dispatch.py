@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import cpu, library
 from ..triton import device
+from ..triton.spec import MOST_FEATURES
 
 MAY_WAIT = (torch.Tag.cudagraph_unsafe,)
 """Of operators that wait for the device with some plans, as a user's scorer may: Inductor leaves them out of graphs."""
@@ -58,6 +59,10 @@ def compiled(query: Tensor) -> bool:
     return query.device.type == "cpu" and query.dtype in cpu.DTYPES and library.available()
 
 
-def generated(query: Tensor) -> bool:
-    """Whether the generated kernels run: on a GPU that they are written for."""
-    return query.dtype in cpu.DTYPES and not device.why_not(query.device)
+def generated(query: Tensor, value: Tensor | None = None) -> bool:
+    """Whether the generated kernels run: on a GPU, and of as many features as they are written for.
+
+    ``value``: where it is read, as its features may be others.
+    """
+    features = max(query.shape[-1], 0 if value is None else value.shape[-1])
+    return query.dtype in cpu.DTYPES and features <= MOST_FEATURES and not device.why_not(query.device)

@@ -71,7 +71,7 @@ def _route_attend_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     routes = routes_of(site, summary, plan, logits)
     operands: tuple[Any, ...] = (*site[:4], summary.order, routes, *summary[4:], *ctx.settings, logits, [], sink_logit)
     out, sums = query.new_empty(0), query.new_empty(0, dtype=torch.float32)
-    if dispatch.generated(query):  # a graph that was lowered for a CPU and moved
+    if dispatch.generated(query, value):  # a graph that was lowered for a CPU and moved
         out, sums = attend_forward(*operands)
     d_query, d_key, d_value, d_row_key, d_row_value, d_sink = attend_backward(grad, out, sums, *operands)
     more = (*[None] * 4, d_sink if ctx.sunk else None, None)

@@ -62,8 +62,7 @@ def rows(
 
     ``place``: the best keys of each chunk, whose scores are then ``scores``; None: those are of all keys.
     """
-    settings = Plan.parse(plan)
-    settings = Plan(**settings.settings() | {"routes": 0})
+    settings = Plan.parse(plan).without_routes
     best = None if place is None or scores is None else (place, scores)
     with dispatch.as_they_are(key):
         return tuple(summaries.summarize(key, value, valid, scores, settings, best=best)[4:])  # type: ignore[return-value]

@@ -6,8 +6,9 @@
 | ``render``, ``maths`` | templates filled to source text; lifted masks as Triton expressions |
 | ``cache`` | source text to a kernel that can be launched |
 | ``scores`` | score, and the selection of a chunk's keys |
-| ``clusters``, ``rows``, ``route`` | summarize and route |
-| ``loops``, ``union``, ``attend``, ``attend_backward`` | attend |
+| ``clusters``, ``projection``, ``rows``, ``segments``, ``rows_backward`` | summarize |
+| ``mass``, ``route``, ``route_scores``, ``network`` | mass and route |
+| ``loops``, ``union``, ``residual``, ``attend``, ``attend_backward`` | attend |
 | ``device`` | where they run |
 | ``listing`` | the sources as text |
 
@@ -25,7 +26,8 @@ def sources(plan: Any, *, site: str = "", reach: Any = None, **shape: Any) -> di
     Args:
         plan: a ``Plan``. site: the module path, named in the sources' heads.
         shape: ``dim``, and where they are not as said there what ``listing.spec`` takes: ``value_dim``, ``group``,
-            ``dtype`` ("bfloat16"), ``target`` ("cuda" or "hip"), ``causal``, ``valid``, ``lifted``, ``softcap``.
+            ``dtype`` ("bfloat16"), ``target`` ("cuda" or "hip"), ``causal``, ``valid``, ``lifted``, ``softcap``,
+            ``sink_logit``, ``splits``.
         reach: of the mask that ``lifted`` is, what routing looks at (``kernels.logits.Logits``).
 
     Raises:

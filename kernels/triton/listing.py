@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
-
-import torch
+from typing import Any
 
 from ..plan import Plan
-from . import loops, options, residual, rows, segments
+from . import loops, options, residual, route, rows, segments
 from .attend import attend_source, merge_source
 from .attend_backward import backward_spec, d_query_source, residual_source, routes_source, rows_source, window_source
 from .clusters import ClusterSpec, cluster_source, fits
 from .mass import FEATURES
-from .route import route_source
-from .route import spec_of as route_spec
 from .rows_backward import rows_backward_source
 from .scores import kernel as scores
 from .scores import select
-from .spec import DTYPES, NOTHING, Lifted, Spec, SummarySpec
+from .spec import NOTHING, Lifted, Spec, SummarySpec
 from .union import arrange_source, mark_source, on_chip, union_source
 
 
@@ -60,11 +57,7 @@ def forward_sources(forward: Spec) -> dict[str, str]:
     """Sources of attend's forward by the name of the kernel, in the order of their launches."""
     found: dict[str, str] = {}
     if forward.routes:
-        found |= {
-            "mark": mark_source(forward, on_chip(forward)),
-            "union": union_source(forward),
-            "arrange": arrange_source(forward),
-        }
+        found |= union_sources(forward)
     if loops.residual(forward):
         found["centroids"] = residual.centroids_source(forward)
     found["attend"] = attend_source(forward)
@@ -100,7 +93,7 @@ def all_sources(forward: Spec, site: str, reach: Lifted | None = None) -> dict[s
     plan = forward.settings
     found: dict[str, str] = {}
     if plan.keep and scores.fits(plan, forward.dim, forward.dtype):
-        found["score"] = scores.score_source(score_spec(forward))
+        found["score"] = scores.score_source(scores.spec_of(plan, valid=forward.valid, **_shape(forward)))
     if plan.routes and fits(plan, forward.dim, forward.value_dim):
         clusters = ClusterSpec(
             dim=forward.dim, value_dim=forward.value_dim, plan=forward.plan, valid=forward.valid,
@@ -120,12 +113,30 @@ def all_sources(forward: Spec, site: str, reach: Lifted | None = None) -> dict[s
     if plan.needs_mass:
         found["mass"] = attend_source(mass_spec(forward))
     if plan.routes and plan.window is not None:
-        looked_at = replace(route_spec_of(forward), lifted=reach or NOTHING)
-        found["route"] = route_source(looked_at, plan.chunk // plan.cluster, False)
+        found |= route_sources(forward, reach or NOTHING)
     found |= forward_sources(forward) | backward_sources(backward_spec(forward))
     if site:
         found = {name: text.replace("\n", f"\n# module: {site}\n", 1) for name, text in found.items()}
     return found
+
+
+def route_sources(forward: Spec, reach: Lifted) -> dict[str, str]:
+    """Sources of route, in the order of their launches; on two levels, chunks come first."""
+    plan, per_chunk = forward.settings, forward.settings.chunk // forward.settings.cluster
+    clusters = replace(route.spec_of(plan, **_shape(forward)), lifted=reach)
+    if not plan.coarse:
+        return {"route": route.route_source(clusters, per_chunk, False)}
+    chunks = replace(route.spec_of(plan.first_level, **_shape(forward)), lifted=reach)
+    return {
+        "route_chunks": route.route_source(chunks, 1, False, bool(chunks.together)),
+        **{f"{name}_chunks": text for name, text in union_sources(route.tiled(chunks)).items()},
+        "route": route.route_source(clusters, per_chunk, True),
+    }
+
+
+def union_sources(spec: Spec) -> dict[str, str]:
+    """Sources of the lists of all tiles, in the order of their launches."""
+    return {"mark": mark_source(spec, on_chip(spec)), "union": union_source(spec), "arrange": arrange_source(spec)}
 
 
 def mass_spec(forward: Spec) -> Spec:
@@ -136,22 +147,6 @@ def mass_spec(forward: Spec) -> Spec:
     return replace(forward, plan=near, value_dim=features, routes=False, splits=1, tile=tile)
 
 
-def score_spec(forward: Spec) -> scores.ScoreSpec:
-    """The spec of the score kernel of the same site."""
-    reads = forward.settings.method in scores.READ_QUERIES
-    return scores.ScoreSpec(
-        plan=forward.plan,
-        dtype=forward.dtype,
-        target=forward.target,
-        dim=forward.dim,
-        group=forward.group if reads else 0,
-        causal=forward.causal if reads else True,
-        valid=forward.valid,
-    )
-
-
-def route_spec_of(forward: Spec) -> Spec:
-    """The spec of the route kernel beside an attend kernel."""
-    dtype = {name: kind for kind, name in DTYPES.items()}[forward.dtype]
-    query = torch.empty(1, forward.group, 1, forward.dim, dtype=dtype, device="meta")
-    return route_spec(query, 1, forward.settings, forward.causal, forward.target)
+def _shape(forward: Spec) -> dict[str, Any]:
+    """What a site's other kernels share with attend's."""
+    return {name: getattr(forward, name) for name in ("dim", "group", "dtype", "causal", "target")}

@@ -231,20 +231,19 @@ own_routes = first_routes
 """
 
 
-def spec_of(query: torch.Tensor, heads: int, plan: Plan, causal: bool, target: str) -> Spec:
-    """What the kernel for these queries ``[B, H, Nq, D]`` depends on."""
-    dim = int(query.shape[3])
+def spec_of(plan: Plan, *, dim: int, group: int, dtype: str, causal: bool, target: str) -> Spec:
+    """What the kernel of one level depends on, but for the mask; see ``Spec``."""
     # What two stages of representatives need of the shared memory: 64 KiB on AMD's GPUs, 163 and 227 on NVIDIA's.
     narrow = dim * columns(plan) > (128 if target == "hip" else 256) * COLUMNS
     # What would spill with 64 rows on NVIDIA's: factors of three TF32 passes, or of more than 128 features.
-    crowded = target == "cuda" and (query.dtype == torch.float32 or dim > 128)
+    crowded = target == "cuda" and (dtype == "float32" or dim > 128)
     return Spec(
         plan=plan.text,
-        dtype=DTYPES[query.dtype],
+        dtype=dtype,
         target=target,
         dim=dim,
         value_dim=dim,
-        group=int(query.shape[1]) // int(heads),
+        group=group,
         causal=causal,
         valid=False,
         routes=True,
@@ -344,10 +343,16 @@ def route(
         return _walk(query, summary, plan, causal, k_len, scale, plan.chunk // plan.cluster, {}, *more)
     heads, per_chunk = summary.mean.shape[1], plan.chunk // plan.cluster
     first = plan.first_level
-    spec = spec_of(query, heads, first, causal, target())
+    spec = _spec_of(query, heads, first, causal)
     found = _walk(query, coarse(summary, plan), first, causal, k_len, scale, 1, {}, *more, compact=bool(spec.together))
     lists = union(tiled(spec), found, query.shape[2], k_len, heads, summary.mean.shape[2] // per_chunk)
     return _walk(query, summary, plan, causal, k_len, scale, per_chunk, lists, *more)
+
+
+def _spec_of(query: torch.Tensor, kv_heads: int, plan: Plan, causal: bool) -> Spec:
+    """``spec_of``, of queries ``[B, H, Nq, D]``."""
+    group, dtype = int(query.shape[1]) // int(kv_heads), DTYPES[query.dtype]
+    return spec_of(plan, dim=int(query.shape[3]), group=group, dtype=dtype, causal=causal, target=target())
 
 
 def target() -> str:
@@ -380,7 +385,7 @@ def _walk(
     routes = query.new_empty((batch, kv_heads if compact else heads, q_len, count), dtype=torch.int32)
     if plan.window is None:  # the window holds every key
         return routes.fill_(-1)
-    spec = replace(spec_of(query, kv_heads, plan, causal, target()), lifted=lifted)
+    spec = replace(_spec_of(query, kv_heads, plan, causal), lifted=lifted)
     tiles = tiled(spec).tiles(q_len, k_len)
     if query.stride(3) != 1:
         query = query.contiguous()

@@ -15,6 +15,7 @@ TARGETS = ("cuda", "hip")
 DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
 
 MOST_FEATURES = 256
+"""Of a head, that kernels take."""
 
 
 @dataclass(frozen=True)

@@ -282,7 +282,7 @@ def test_empty() -> None:
 
 def test_the_operators(monkeypatch: pytest.MonkeyPatch) -> None:
     """Schema, fake tensors and autograd, with the kernels that a GPU would run."""
-    monkeypatch.setattr(ops.dispatch, "generated", lambda query: True)
+    monkeypatch.setattr(ops.dispatch, "generated", lambda *given: True)
     site = operands(80, batch=1)
     summary, routes = parts(site, SOME)
     for tensor in (*site[:3], summary.row_key, summary.row_value):
@@ -293,7 +293,7 @@ def test_the_operators(monkeypatch: pytest.MonkeyPatch) -> None:
     out = ops.attend(*args)
     leaves = (*site[:3], summary.row_key, summary.row_value)
     got = torch.autograd.grad(out.square().sum(), leaves)
-    monkeypatch.setattr(ops.dispatch, "generated", lambda query: False)
+    monkeypatch.setattr(ops.dispatch, "generated", lambda *given: False)
     want = torch.autograd.grad(ops.attend(*args).square().sum(), leaves)
     for g, w in zip(got, want, strict=True):
         torch.testing.assert_close(g, w, atol=1e-5, rtol=1e-4)

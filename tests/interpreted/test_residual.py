@@ -163,7 +163,7 @@ def test_padding_may_hold_anything() -> None:
 
 def test_the_operators(monkeypatch: pytest.MonkeyPatch) -> None:
     """Schema, fake tensors and autograd, with the kernels that a GPU would run."""
-    monkeypatch.setattr(ops.dispatch, "generated", lambda query: True)
+    monkeypatch.setattr(ops.dispatch, "generated", lambda *given: True)
     site = operands(80, batch=1, causal=False)
     summary, routes = parts(site, BOTH)
     leaves = (*site[:3], summary.row_key, summary.row_value)
@@ -173,7 +173,7 @@ def test_the_operators(monkeypatch: pytest.MonkeyPatch) -> None:
     tests: Any = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(ops.attend_forward, args, test_utils=tests)
     got = torch.autograd.grad(ops.attend(*args).square().sum(), leaves)
-    monkeypatch.setattr(ops.dispatch, "generated", lambda query: False)
+    monkeypatch.setattr(ops.dispatch, "generated", lambda *given: False)
     want = torch.autograd.grad(ops.attend(*args).square().sum(), leaves)
     for g, w in zip(got, want, strict=True):
         torch.testing.assert_close(g, w, atol=1e-5, rtol=1e-4)

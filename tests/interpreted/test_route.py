@@ -322,8 +322,8 @@ def test_low_precision_is_the_references_of_representatives_in_bfloat16(
 
 
 def test_what_is_not_used_is_not_in_the_source() -> None:
-    site = operands(8)
-    text = {c: route_source(spec_of(site.query, 2, Plan(window=0), c, "cuda"), 8, False) for c in (False, True)}
+    shape: dict[str, Any] = dict(dim=16, group=2, dtype="float32", target="cuda")
+    text = {c: route_source(spec_of(Plan(window=0), causal=c, **shape), 8, False) for c in (False, True)}
     assert not any("listed" in t or "tried" in t or "bar" in t for t in text.values())
     assert "outside" not in text[True] and "position" not in text[False]
     assert EVERYTHING["routes"].routes > 64

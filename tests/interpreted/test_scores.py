@@ -331,7 +331,7 @@ def test_the_operators_launch_them(settings: dict[str, int], monkeypatch: pytest
     arguments = (site.query, site.key, site.valid, plan.text, site.causal, site.scale)
     expected = ops.score_eager(*arguments)
     copied = ops.summarize_eager(site.key, site.value, site.valid, expected, plan.text)[4:]
-    monkeypatch.setattr(ops.dispatch, "generated", lambda query: True)
+    monkeypatch.setattr(ops.dispatch, "generated", lambda *given: True)
     scores = ops.score(*arguments)
     read = site.valid[:, None].expand_as(scores)
     torch.testing.assert_close(scores[read], expected[read], atol=1e-5, rtol=1e-4)

@@ -153,7 +153,7 @@ def test_the_operator_and_its_gradient_launch_them(monkeypatch: pytest.MonkeyPat
     site, valid, scores = site_of(), padding("left"), torch.rand(2, 1, LENGTH)
     grads = []
     for generated in (False, True):
-        monkeypatch.setattr(ops.dispatch, "generated", lambda query, generated=generated: generated)
+        monkeypatch.setattr(ops.dispatch, "generated", lambda *given, generated=generated: generated)
         leaves = [site.key.clone().requires_grad_(), site.value.clone().requires_grad_()]
         found = ops.summarize(*leaves, valid, scores, PLAN.text)
         torch.manual_seed(1)

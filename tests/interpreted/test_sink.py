@@ -93,7 +93,7 @@ def test_one_that_is_not_finite_or_hardly(logit: float) -> None:
 
 def test_the_operators(monkeypatch: pytest.MonkeyPatch) -> None:
     """Schema, fake tensors and gradients, with the kernels that a GPU would run."""
-    monkeypatch.setattr(ops.dispatch, "generated", lambda query: True)
+    monkeypatch.setattr(ops.dispatch, "generated", lambda *given: True)
     plan, site = PLANS["together"], sunk(False, batch=1)
     summary = [part.detach() for part in summary_of(site, plan)]
     sink = site.sink_logit.contiguous()
@@ -105,7 +105,7 @@ def test_the_operators(monkeypatch: pytest.MonkeyPatch) -> None:
     tests: Any = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(ops.attend_forward, args, test_utils=tests)
     got = torch.autograd.grad(ops.attend(*args).square().sum(), leaves)
-    monkeypatch.setattr(ops.dispatch, "generated", lambda query: False)
+    monkeypatch.setattr(ops.dispatch, "generated", lambda *given: False)
     want = torch.autograd.grad(ops.attend(*args).square().sum(), leaves)
     for g, w in zip(got, want, strict=True):
         torch.testing.assert_close(g, w, atol=1e-5, rtol=1e-4)

@@ -153,19 +153,17 @@ def score_source(spec: ScoreSpec) -> str:
     return source("score", about, products.before(*functions) + fill(template, parts))
 
 
-def spec_of(
-    query: torch.Tensor, key: torch.Tensor, valid: torch.Tensor | None, plan: Plan, causal: bool, target: str
-) -> ScoreSpec:
-    """What the kernel for these keys depends on."""
+def spec_of(plan: Plan, *, dim: int, group: int, dtype: str, causal: bool, valid: bool, target: str) -> ScoreSpec:
+    """What the kernel depends on: on queries, and causality, where the method reads them."""
     reads = plan.method in READ_QUERIES
     return ScoreSpec(
         plan=plan.text,
-        dtype=DTYPES[key.dtype],
+        dtype=dtype,
         target=target,
-        dim=int(key.shape[3]),
-        group=int(query.shape[1]) // int(key.shape[1]) if reads else 0,
+        dim=dim,
+        group=group if reads else 0,
         causal=causal if reads else True,
-        valid=valid is not None,
+        valid=valid,
     )
 
 
@@ -177,7 +175,10 @@ def scores(
     chunks = chunk_count(k_len, plan.chunk)
     found = key.new_empty((batch, heads, k_len), dtype=torch.float32)
     query, key = (t if t.stride(3) == 1 else t.contiguous() for t in (query, key))
-    spec = spec_of(query, key, valid, plan, causal, target())
+    spec = spec_of(
+        plan, dim=int(key.shape[3]), group=int(query.shape[1]) // int(heads), dtype=DTYPES[key.dtype],
+        causal=causal, valid=valid is not None, target=target(),
+    )  # fmt: skip
     values = dict(
         query=query, key=key, member=None if valid is None else valid.contiguous(), scores=found,
         query_b=query.stride(0), query_h=query.stride(1), query_n=query.stride(2),
