@@ -23,7 +23,8 @@ from torch import Tensor
 from bench.bands import CHECKED, errors_of, finish, same_gradients, with_gradients
 from bench.operands import smooth
 from prescore_compile.kernels import ops
-from prescore_compile.kernels.logits import K, Logits, Q
+from prescore_compile.kernels.band import K, Q
+from prescore_compile.kernels.logits import Logits
 from prescore_compile.kernels.plan import WHOLE
 from prescore_compile.kernels.reference import Operands
 from prescore_compile.timing import interleaved

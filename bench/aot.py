@@ -31,7 +31,8 @@ import sympy
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from prescore_compile.kernels.logits import NOTHING, B, H, K, Logits, Q, by_chunk
+from prescore_compile.kernels.band import B, H, K, Q
+from prescore_compile.kernels.logits import NOTHING, Logits, by_chunk
 from prescore_compile.kernels.ops import summarizing
 from prescore_compile.kernels.plan import WHOLE, Plan
 from prescore_compile.kernels.reference import Operands
@@ -246,7 +247,7 @@ def _run(variant: Variant, found: list[Launch]) -> None:
     routes = query.new_empty((*query.shape[:3], 0), dtype=torch.int32)
     if plan.routes:
         if variant.queries > 1:
-            clusters.any_clusters(key, value, valid, plan)
+            clusters.clusters(key, value, valid, plan)
         known = by_chunk(logits, read, plan.chunk)
         near = None
         if plan.needs_mass:  # another source of ``attend``

@@ -27,7 +27,8 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from bench.operands import smooth
 from prescore_compile.kernels import banded, ops
-from prescore_compile.kernels.logits import K, Logits, Q
+from prescore_compile.kernels.band import K, Q
+from prescore_compile.kernels.logits import Logits
 from prescore_compile.kernels.plan import WHOLE
 from prescore_compile.kernels.reference import Operands
 from prescore_compile.passes import cost

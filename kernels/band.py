@@ -14,6 +14,9 @@ import sympy
 from sympy.core.function import AppliedUndef
 from sympy.core.relational import Relational
 
+B, H, Q, K = sympy.symbols("b h q k", integer=True, nonnegative=True)
+"""Batch, query head, query and key. One place: sympy's symbols are equal where their assumptions are, too."""
+
 
 @dataclass(frozen=True)
 class Band:

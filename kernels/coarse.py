@@ -25,15 +25,9 @@ def coarse(summary: Summary, plan: Plan) -> Summary:
     The mean and variance of all keys of its clusters, by the law of total variance; NaN where a
     cluster of it is.
     """
-    per_chunk = plan.chunk // plan.cluster
-
-    def by_chunk(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.unflatten(2, (tensor.shape[2] // size, size))
-
-    size = plan.cluster
-    count = by_chunk(summary.order >= 0).sum(3).float()
-    size = per_chunk
-    count, mean, spread, bias = (by_chunk(t) for t in (count, summary.mean, summary.spread, summary.bias))
+    size = _grouped(summary.order >= 0, plan.cluster).sum(3).float()
+    clusters = (size, summary.mean, summary.spread, summary.bias)
+    count, mean, spread, bias = (_grouped(tensor, plan.chunk // plan.cluster) for tensor in clusters)
     total = count.sum(3)
     share = (count / total.clamp(min=1).unsqueeze(3)).unsqueeze(4)
     whole = (share * mean).sum(3)
@@ -44,6 +38,11 @@ def coarse(summary: Summary, plan: Plan) -> Summary:
     taint = bias.masked_fill(bias == float("-inf"), 0).sum(3)
     bias = taint.masked_fill(total == 0, float("-inf"))
     return summary._replace(mean=whole, spread=variance * spread_factor(total, plan).unsqueeze(3), bias=bias)
+
+
+def _grouped(tensor: torch.Tensor, size: int) -> torch.Tensor:
+    """``[B, Hkv, N, ...]`` as ``[B, Hkv, N / size, size, ...]``."""
+    return tensor.unflatten(2, (tensor.shape[2] // size, size))
 
 
 def route(

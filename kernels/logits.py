@@ -22,11 +22,10 @@ import torch
 from sympy.core.function import AppliedUndef
 from sympy.printing.str import StrPrinter
 
-from .band import Band, band
+from .band import B, Band, H, K, Q, band
 from .triton.maths import factored, lifted
 from .triton.spec import Lifted
 
-B, H, Q, K = sympy.symbols("b h q k", integer=True, nonnegative=True)
 CHUNK, LOW, HIGH = sympy.symbols("c k_low k_high", integer=True, nonnegative=True)
 """Of a cluster: its chunk, and that chunk's first and last key."""
 

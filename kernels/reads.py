@@ -11,7 +11,8 @@ import sympy
 import torch
 from sympy.core.function import AppliedUndef
 
-from .logits import B, H, K, Logits, Q
+from .band import B, H, K, Q
+from .logits import Logits
 
 HIDDEN = float(torch.finfo(torch.float32).min)
 """A finite number that hides a key: no float32 logit shows beside it, and a query without keys attends all alike."""

@@ -11,6 +11,7 @@ from sympy.core.function import AppliedUndef
 from torch import fx
 
 from ..kernels import banded, cpu, few, library
+from ..kernels.band import K, Q
 from ..kernels.logits import NOTHING, Logits, parse
 from ..kernels.plan import WHOLE, OptionError, Plan
 from ..kernels.triton import device
@@ -19,9 +20,8 @@ from . import cost
 from .compat import at_least, forward_mode, gradient_wanted, guard_equal, hint, known_equal, symbolic, value_of
 from .config import Config
 from .defaults import WIDEST_BAND_ON_A_GPU
-from .keys import K, Q
 from .masks import Lifted, Mask, attends_itself, lift
-from .plans import SiteKey
+from .plans import SHAPE_FIELDS, SiteKey
 from .read import as_it_comes
 from .site import Attention, Site
 from .unattended import reach_of
@@ -170,7 +170,7 @@ def _planned(attention: Attention, mask: Mask, config: Config, key: str) -> tupl
         pairs = logits_of(attention, mask) != NOTHING
         return config.plan_for(mask.causal, attention.device.type, attention.size(attention.k), pairs), ""
     shape = shape_of(attention, mask.causal)
-    sizes = {name: getattr(shape, name) for name in ("heads", "kv_heads", "head_dim", "value_dim", "causal")}
+    sizes = {name: getattr(shape, name) for name in SHAPE_FIELDS}
     return plans.find(SiteKey(key, **sizes))
 
 

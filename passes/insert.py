@@ -12,14 +12,13 @@ from torch import fx
 from ..kernels import ops as _registers_the_operators  # noqa: F401
 from ..kernels.logits import Logits
 from ..kernels.reads import parts_of, reads_of
+from ..kernels.summary import Summary
 from .compat import add_value, made_from, same_place, value_of
 from .decide import Decision, logits_of
 from .emit import Sizes, canonical, laid_out_as, original
 from .report import RECOGNIZED
 from .site import Attention, Coordinates
 from .unattended import or_mean
-
-_SUMMARY_OUTPUTS = ("order", "mean", "spread", "bias", "row_index", "row_owner", "row_key", "row_value", "row_bias")
 
 
 def insert(graph: fx.Graph, decision: Decision, rule: str, values: dict[str, Any]) -> None:
@@ -98,7 +97,7 @@ def _stages(
     if plan.keep:
         scores = call("score", prescore.score.default, query, key, valid, settings, causal, a.scale)
     summary = call("summarize", prescore.summarize.default, key, value, valid, scores, settings)
-    found = [call(name, operator.getitem, summary, at) for at, name in enumerate(_SUMMARY_OUTPUTS)]
+    found = [call(name, operator.getitem, summary, at) for at, name in enumerate(Summary._fields)]
     clusters, rows = found[:4], found[4:]
     if plan.routes:
         k_len = graph.call_method("size", (key, 2))

@@ -12,9 +12,8 @@ import torch
 from sympy.core.function import AppliedUndef
 from torch import fx
 
+from ..kernels.band import B, K
 from .compat import known_equal, value_of
-
-B, H, Q, K = sympy.symbols("b h q k", integer=True, nonnegative=True)
 
 _FUNCTIONS: dict[Any, Any] = {
     sympy.Eq: operator.eq,

@@ -11,13 +11,14 @@ import sympy
 from sympy.core.function import AppliedUndef
 from torch import fx
 
+from ..kernels.band import B, H, K, Q
 from ..kernels.logits import NOTHING, Logits, settled
 from ..kernels.masked import lowest_of
 from .compat import guard_equal, symbolic, value_of
 from .elements import Elements, NotClosedForm
 from .extent import TOO_LARGE
 from .indices import divide, ranges
-from .keys import B, H, K, Keys, Q, only_of_keys
+from .keys import Keys, only_of_keys
 from .maths import plain
 from .memory import Memory
 from .site import Add, Attention, Fill, Site, Term, Times

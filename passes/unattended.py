@@ -10,9 +10,9 @@ import sympy
 import torch
 from torch import fx
 
-from ..kernels.band import Band
+from ..kernels.band import Band, Q
 from .compat import symbolic, value_of
-from .keys import General, Q
+from .keys import General
 from .masks import Mask
 from .site import Add, Attention
 

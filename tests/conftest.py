@@ -146,7 +146,7 @@ def check_budget(got: torch.Tensor, low: torch.Tensor, true: torch.Tensor, times
 @pytest.fixture
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory that nobody wrote is NaN, or a place that is nowhere; and sorting is left to torch (it is fast)."""
-    from prescore_compile.kernels.triton import attend_backward, options, union
+    from prescore_compile.kernels.triton import key_major, options, union
 
     def poison(make: Any) -> Any:
         def made(*args: Any, **kwargs: Any) -> torch.Tensor:
@@ -158,6 +158,6 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.Tensor, "new_empty", poison(torch.Tensor.new_empty))
     monkeypatch.setattr(torch, "empty_like", poison(torch.empty_like))
     monkeypatch.setattr(union, "SORTED_ON_CHIP", 0)
-    monkeypatch.setattr(attend_backward, "SINK_SPLITS", 2)
+    monkeypatch.setattr(key_major, "SINK_SPLITS", 2)
     for table in (options.FORWARD, options.BACKWARD):  # large tiles: few programs
         monkeypatch.setitem(table, ("cuda", True, 64), (64, 64, 4, 1))

@@ -19,8 +19,8 @@ from bench import bands
 from prescore_compile import Config, explain
 from prescore_compile.calibration import calibrate
 from prescore_compile.kernels import banded, ops, reference
-from prescore_compile.kernels.band import band
-from prescore_compile.kernels.logits import H, K, Logits, Q, value
+from prescore_compile.kernels.band import H, K, Q, band
+from prescore_compile.kernels.logits import Logits, value
 from prescore_compile.kernels.plan import WHOLE, Plan
 from prescore_compile.passes import cost, rewrite
 from prescore_compile.passes.sources import sources_of

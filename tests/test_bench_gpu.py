@@ -25,7 +25,8 @@ from bench.gpu.machine import CASE, Case, Machine, cases
 from bench.gpu.measure import OVER, Found, Task
 from bench.gpu.ways import SCORED, Ways, scored, selected
 from prescore_compile.kernels import ops
-from prescore_compile.kernels.logits import K, Logits, Q
+from prescore_compile.kernels.band import K, Q
+from prescore_compile.kernels.logits import Logits
 from prescore_compile.kernels.plan import WHOLE, Plan
 from prescore_compile.passes import cost
 from prescore_compile.passes.defaults import default_plan

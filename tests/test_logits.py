@@ -14,7 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from prescore_compile.kernels import ops
-from prescore_compile.kernels.logits import B, H, K, Logits, Q, parse, settled, value
+from prescore_compile.kernels.band import B, H, K, Q
+from prescore_compile.kernels.logits import Logits, parse, settled, value
 from prescore_compile.kernels.plan import Plan
 from prescore_compile.kernels.triton.maths import triton_text
 from prescore_compile.passes import Config, decide, rewrite

@@ -17,7 +17,8 @@ from bench import masks
 from prescore_compile import Config, explain
 from prescore_compile.calibration import calibrate
 from prescore_compile.kernels import cpu, library, masked, ops
-from prescore_compile.kernels.logits import B, H, K, Logits, Q, parse
+from prescore_compile.kernels.band import B, H, K, Q
+from prescore_compile.kernels.logits import Logits, parse
 from prescore_compile.kernels.plan import WHOLE, Plan
 from prescore_compile.kernels.reads import Read, digits
 from prescore_compile.kernels.reference import Operands

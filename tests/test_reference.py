@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import EVERYTHING, PLANS, in_double, operands, routes_of, summary_of
 
-from prescore_compile.kernels import ops, reference, routing
+from prescore_compile.kernels import coarse, ops, reference, routing
 from prescore_compile.kernels.layout import TILE, spans
 from prescore_compile.kernels.plan import Plan
 from prescore_compile.kernels.reference import Operands
@@ -183,3 +186,22 @@ def test_more_spread_finds_a_key_that_stands_out() -> None:
     for spread, want in ((0.5, 1), (2.0, 0)):
         wide = Plan(**plan.settings() | {"spread": spread})
         assert routes_of(site, summary_of(site, wide), wide)[0, 0, -1, 0] == want
+
+
+def test_two_levels_with_every_chunk_are_one() -> None:
+    plan = replace(PLANS["routes"], coarse=99)
+    site = operands(150)
+    summary = summary_of(site, plan)
+    one_level = routing.route(site.query, summary, plan, True, 150, site.scale)
+    assert torch.equal(routes_of(site, summary, plan), one_level)
+
+
+def test_a_chunks_representative_is_that_of_its_keys() -> None:
+    plan = Plan(chunk=32, window=8, sinks=3, routes=5, spread=1.5)
+    site = operands(100, padded=True, dim=16)
+    level = coarse.coarse(summary_of(site, plan), plan)
+    keys = site.key[0, 1, 64:96][site.valid[0, 64:96]]
+    torch.testing.assert_close(level.mean[0, 1, 2], keys.mean(0))
+    spread = keys.var(0, unbiased=False) * 2 * math.log(len(keys)) * plan.spread**2
+    torch.testing.assert_close(level.spread[0, 1, 2], spread, atol=1e-5, rtol=1e-4)
+    assert (level.bias[0, :, 0] == -math.inf).all() and (level.bias[0, :, 2] == 0).all()

@@ -15,7 +15,8 @@ from bench import alone
 from prescore_compile import Config, explain
 from prescore_compile.calibration import calibrate
 from prescore_compile.kernels import banded, cpu, ops, reference
-from prescore_compile.kernels.logits import K, Logits, Q
+from prescore_compile.kernels.band import K, Q
+from prescore_compile.kernels.logits import Logits
 from prescore_compile.kernels.plan import WHOLE, Plan
 from prescore_compile.kernels.reference import Operands
 from prescore_compile.passes import cost, rewrite

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from prescore_compile import Config
 from prescore_compile.kernels import banded, cpu, ops, reference
-from prescore_compile.kernels.logits import K, Logits, Q
+from prescore_compile.kernels.band import K, Q
+from prescore_compile.kernels.logits import Logits
 from prescore_compile.kernels.plan import WHOLE
 from prescore_compile.passes import rewrite
 from prescore_compile.passes.cost import ALONE_FROM

@@ -13,7 +13,8 @@ import torch
 from conftest import EVERYTHING, PLANS, ROUTED, check_budget, in_double, operands, routes_of, rows_in_double, summary_of
 
 from prescore_compile.kernels import banded, cpu, library, ops, reference
-from prescore_compile.kernels.logits import K, Logits, Q
+from prescore_compile.kernels.band import K, Q
+from prescore_compile.kernels.logits import Logits
 from prescore_compile.kernels.plan import WHOLE, Plan
 from prescore_compile.kernels.reference import Operands
 

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 
 from prescore_compile.kernels import coarse, reference, routing
 from prescore_compile.kernels import summary as summaries
-from prescore_compile.kernels.logits import K, Logits, Q
+from prescore_compile.kernels.band import K, Q
+from prescore_compile.kernels.logits import Logits
 from prescore_compile.kernels.plan import WHOLE as WHOLE_PLAN
 from prescore_compile.kernels.plan import Plan
 from prescore_compile.kernels.reference import Operands

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import cpu
 from .. import summary as summaries
+from ..layout import chunk_count
 from ..plan import Plan
 from . import dispatch
 
@@ -31,8 +32,7 @@ def summarize(
     if settings.routes and not generated.fits(settings, *sizes):
         return summarize_eager(key, value, valid, scores, plan)
     if settings.routes:
-        member = None if valid is None else generated.members(valid, settings.sinks)
-        order, mean, spread, bias = generated.clusters(key, value, member, settings)
+        order, mean, spread, bias = generated.clusters(key, value, valid, settings)
     else:
         order, mean, spread, bias = empty(key, value, plan)[:4]
     best = select.select(scores, valid, settings) if scores is not None and select.fits(settings) else None
@@ -82,7 +82,7 @@ def _(key, value, valid, scores, plan):  # type: ignore[no-untyped-def]
 def empty(key: Tensor, value: Tensor, plan: str) -> tuple[Tensor, ...]:
     settings = Plan.parse(plan)
     batch, heads, length, dim = key.shape
-    chunks = (length + settings.chunk - 1) // settings.chunk
+    chunks = chunk_count(length, settings.chunk)
     places = chunks * settings.chunk if settings.routes else 0
     clusters = chunks * (settings.chunk // settings.cluster) if settings.routes else 0
     rows = settings.sinks + chunks * settings.rows_per_segment

@@ -8,7 +8,8 @@
 | ``scores`` | score, and the selection of a chunk's keys |
 | ``clusters``, ``projection``, ``rows``, ``segments``, ``rows_backward`` | summarize |
 | ``mass``, ``route``, ``route_scores``, ``network`` | mass and route |
-| ``loops``, ``union``, ``residual``, ``attend``, ``attend_backward`` | attend |
+| ``loops``, ``union``, ``residual``, ``attend`` | attend |
+| ``attend_backward``, ``d_query``, ``key_major`` | its gradients |
 | ``device`` | where they run |
 | ``listing`` | the sources as text |
 

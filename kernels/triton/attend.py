@@ -17,7 +17,7 @@ from ..reference import Operands
 from ..summary import Summary
 from . import device as devices
 from . import loops, options, residual
-from .cache import launch, load
+from .cache import features_last, launch, load, strides
 from .render import fill, source
 from .spec import DTYPES, NOTHING, Lifted, Spec
 from .union import union
@@ -161,7 +161,7 @@ def attend_source(spec: Spec) -> str:
     own = ["out", "log_sums", *["out_s"] * (spec.splits > 1), "out_b", "out_h", "out_n"]
     own += ["sink_logit", *(f"sink_logit_{axis}" for axis in "bhn")] * spec.sink_logit
     update = fill(SOFTMAX, {"precision": loops.precision(spec)})
-    value_mask = loops._inside(spec.value_dim, "value_feature < VALUE_DIM", "[None, :]")
+    value_mask = loops.inside(spec.value_dim, "value_feature < VALUE_DIM", "[None, :]")
     parts = loops.names(spec) | dict(
         parameters=loops.parameters(spec, *own, *["sums_s"] * (spec.splits > 1)),
         constants=loops.constants(spec),
@@ -173,7 +173,7 @@ def attend_source(spec: Spec) -> str:
         routes=loops.routes(spec, update, taint=True),
         residual=residual.loop(spec, update),
         nothing="-inf" if spec.splits > 1 else "inf",
-        out_mask=loops._all("live[:, None]", value_mask),
+        out_mask=loops.all_of("live[:, None]", value_mask),
     )
     return source("attend", about(spec, "attend"), fill(ATTEND, parts))
 
@@ -217,7 +217,7 @@ def spec_of(site: Operands, plan: Plan, lifted: Lifted = NOTHING, softcap: float
         raise ValueError(f"centroids: got {plan.centroids}; allowed: 0 where a mask speaks of pairs of query and key")
     if plan.residual and (lifted != NOTHING or softcap):
         raise ValueError("residual: got True; allowed: False where a mask, a bias or a softcap speaks of pairs")
-    target, dtype = "hip" if torch.version.hip else "cuda", DTYPES[query.dtype]
+    target, dtype = devices.target(), DTYPES[query.dtype]
     dim, value_dim = int(query.shape[3]), int(value.shape[3])
     spec = Spec(
         plan=plan.text,
@@ -247,7 +247,7 @@ def operands(
     spec: Spec, site: Operands, summary: Summary, routes: torch.Tensor, more: dict[str, Any]
 ) -> tuple[dict[str, Any], Any]:
     """The values that ``loops.parameters`` names but for outputs, and the number of programs."""
-    query, key, value = (_features_last(t) for t in site[:3])
+    query, key, value = (features_last(t) for t in site[:3])
     batch, _, q_len, _ = query.shape
     kv_heads, k_len = key.shape[1], key.shape[2]
     tiles = spec.tiles(q_len, k_len)
@@ -293,13 +293,3 @@ def copies(summary: Summary, plan: Plan, k_len: Any) -> torch.Tensor:
     bit = (name & -name).unsqueeze(1).expand_as(index)
     table = index.new_zeros(*index.shape[:2], k_len + 1)
     return table.scatter_add(2, place.flatten(2), bit.flatten(2))
-
-
-def strides(name: str, tensor: torch.Tensor) -> dict[str, Any]:
-    """``name_b``, ``name_h`` and ``name_n`` of a ``[B, H, N, D]`` or ``[B, H, N]`` tensor."""
-    return {f"{name}_{axis}": tensor.stride(at) for at, axis in enumerate("bhn")}
-
-
-def _features_last(tensor: torch.Tensor) -> torch.Tensor:
-    """Kernels read features one after the other."""
-    return tensor if tensor.stride(3) == 1 else tensor.contiguous()

@@ -57,6 +57,16 @@ def launch(kernel: Any, grid: tuple[Any, ...], values: Mapping[str, Any], *, war
         wrap_triton(kernel)[grid](**given, num_warps=warps, num_stages=stages)
 
 
+def strides(name: str, tensor: torch.Tensor) -> dict[str, Any]:
+    """``name_b``, ``name_h`` and ``name_n`` of a ``[B, H, N, D]`` or ``[B, H, N]`` tensor, as launches name them."""
+    return {f"{name}_{axis}": tensor.stride(at) for at, axis in enumerate("bhn")}
+
+
+def features_last(tensor: torch.Tensor) -> torch.Tensor:
+    """Kernels read features one after the other."""
+    return tensor if tensor.stride(3) == 1 else tensor.contiguous()
+
+
 def _device_of(values: Iterable[Any]) -> AbstractContextManager[Any]:
     """The first tensor's GPU becomes the current one: Triton launches on that."""
     if not torch.cuda.is_initialized():  # also where tensors are fake, on a machine without a GPU

@@ -21,15 +21,13 @@ from typing import Any
 
 import torch
 
-from .. import summary as summaries
 from ..clusterings.pca_tree import POWER_ITERATIONS
 from ..layout import chunk_count
 from ..plan import Plan
 from . import device, projection
-from .cache import launch, load
+from .cache import features_last, launch, load, strides
 from .network import exchange, in_loop
 from .render import arguments, fill, source
-from .route import target
 from .spec import DTYPES, MOST_FEATURES, SummarySpec, power_of_two
 
 CHUNK = 256
@@ -311,9 +309,9 @@ def _levels(spec: ClusterSpec, parts: dict[str, Any]) -> tuple[str, str]:
 
 
 def clusters(
-    key: torch.Tensor, value: torch.Tensor, member: torch.Tensor | None, plan: Plan
+    key: torch.Tensor, value: torch.Tensor, valid: torch.Tensor | None, plan: Plan
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """``summary.clusters`` with members ``[B, Nk]`` bool, or None: every key but the first ``sinks``.
+    """The first four fields of ``Summary``; ``valid``: ``[B, Nk]`` bool.
 
     Where a median cut is decided by rounding, clusters may differ from the reference's.
     """
@@ -324,15 +322,14 @@ def clusters(
     mean = key.new_empty((batch, heads, count, dim), dtype=torch.float32)
     spread = torch.empty_like(mean)
     bias = key.new_empty((batch, heads, count), dtype=torch.float32)
-    key, value = (t if t.stride(3) == 1 else t.contiguous() for t in (key, value))
+    key, value = (features_last(t) for t in (key, value))
+    member = None if valid is None else members(valid, plan.sinks)
     spec = ClusterSpec(
         dim=int(dim), value_dim=int(value.shape[3]), plan=plan.text, valid=member is not None,
-        dtype=DTYPES[key.dtype], target=target(), small=device.is_small(key.device),
+        dtype=DTYPES[key.dtype], target=device.target(), small=device.is_small(key.device),
     )  # fmt: skip
-    values = dict(
+    values = strides("key", key) | strides("value", value) | dict(
         key=key, value=value, member=member, order_out=order, mean=mean, spread=spread, bias=bias,
-        key_b=key.stride(0), key_h=key.stride(1), key_n=key.stride(2),
-        value_b=value.stride(0), value_h=value.stride(1), value_n=value.stride(2),
         kv_heads=heads, k_len=k_len, chunks=chunks,
     )  # fmt: skip
     if spec.in_pieces:
@@ -345,16 +342,3 @@ def clusters(
 def members(valid: torch.Tensor, sinks: int) -> torch.Tensor:
     """The valid keys that are no sinks: ``[B, Nk]`` bool, contiguous, as kernels read it."""
     return (valid & (valid.cumsum(1) > sinks)).contiguous()
-
-
-def any_clusters(
-    key: torch.Tensor, value: torch.Tensor, valid: torch.Tensor | None, plan: Plan
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Clusters of chunks of any size: on chip where they fit."""
-    member = None if valid is None else members(valid, plan.sinks)
-    if fits(plan, key.shape[3], value.shape[3]):
-        return clusters(key, value, member, plan)
-    if member is None:
-        member = (torch.arange(key.shape[2], device=key.device) >= plan.sinks).expand(key.shape[0], -1)
-    places = summaries._chunk_mask(key, member, plan.chunk).flatten(2)
-    return summaries.clusters(key, value, places, plan)

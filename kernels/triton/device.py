@@ -38,6 +38,11 @@ def why_not(device: torch.device) -> str:
     return ""
 
 
+def target() -> str:
+    """Of ``spec.TARGETS``: what ``torch`` was built for."""
+    return "hip" if torch.version.hip else "cuda"
+
+
 def is_small(device: torch.device) -> bool:
     """Whether a program has less shared memory than ``SHARED``: 99 KiB on NVIDIA's of capability 8.6, 8.9 and 12."""
     if device.type != "cuda" or torch.version.hip is not None or not torch.cuda.is_available():

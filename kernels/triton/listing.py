@@ -8,8 +8,10 @@ from typing import Any
 from ..plan import Plan
 from . import loops, options, residual, route, rows, segments
 from .attend import attend_source, merge_source
-from .attend_backward import backward_spec, d_query_source, residual_source, routes_source, rows_source, window_source
+from .attend_backward import backward_spec
 from .clusters import ClusterSpec, cluster_source, fits
+from .d_query import d_query_source
+from .key_major import residual_source, routes_source, rows_source, window_source
 from .mass import FEATURES
 from .rows_backward import rows_backward_source
 from .scores import kernel as scores

@@ -380,7 +380,7 @@ def borders(spec: Spec) -> str:
 
 
 def operands(spec: Spec) -> str:
-    mask = _all("live[:, None]", _inside(spec.dim, "feature < DIM", "[None, :]"))
+    mask = all_of("live[:, None]", inside(spec.dim, "feature < DIM", "[None, :]"))
     return fill(OPERANDS, names(spec) | {"query_mask": mask})
 
 
@@ -431,9 +431,9 @@ def step(
     parts = dict(
         key_at=key_at,
         value_at=value_at,
-        key_mask=_load_mask(seen and f"{seen}[None, :]", _inside(spec.dim, "feature < DIM", "[:, None]")),
+        key_mask=_load_mask(seen and f"{seen}[None, :]", inside(spec.dim, "feature < DIM", "[:, None]")),
         value_mask=_load_mask(
-            seen and f"{seen}[:, None]", _inside(spec.value_dim, "value_feature < VALUE_DIM", "[None, :]")
+            seen and f"{seen}[:, None]", inside(spec.value_dim, "value_feature < VALUE_DIM", "[None, :]")
         ),
         score=score(spec, index) + bias,
         taint=TAINT if taint else "",
@@ -594,15 +594,25 @@ def _from(start: str, offset: str) -> str:
     return f"{start} + {offset}" if offset else start
 
 
-def _inside(size: int, text: str, axes: str) -> str:
+def inside(size: int, text: str, axes: str) -> str:
     """The mask of features, where a tile is wider than they are."""
     return "" if size == max(16, power_of_two(size)) else f"({text}){axes}"
 
 
-def _all(*masks: str) -> str:
+def within(spec: Spec, first: str, size: str, feature: str = "feature", axes: str = "[None, :]") -> str:
+    """The mask ``first``, and of the features those that there are: ``size``, a field of the spec, of them."""
+    return all_of(first, inside(getattr(spec, size), f"{feature} < {size.upper()}", axes))
+
+
+def axes(name: str) -> list[str]:
+    """The parameters that ``cache.strides`` gives."""
+    return [f"{name}_{axis}" for axis in "bhn"]
+
+
+def all_of(*masks: str) -> str:
     return " & ".join(mask for mask in masks if mask)
 
 
 def _load_mask(*masks: str) -> str:
-    found = _all(*masks)
+    found = all_of(*masks)
     return f", mask={found}, other=0.0" if found else ""

@@ -16,10 +16,9 @@ from sympy.core.function import AppliedUndef
 from sympy.printing.precedence import PRECEDENCE
 from sympy.printing.str import StrPrinter
 
-from ..band import band
+from ..band import K, Q, band
 from .spec import Lifted, parameter
 
-_Q, _K = sympy.symbols("q k", integer=True, nonnegative=True)
 SYMBOLS = frozenset(["b", "h", "q", "k", "c", "k_low", "k_high"])
 """The last three are a chunk and its first and last key, for ``route``."""
 
@@ -56,12 +55,12 @@ def lifted(allowed: Any = sympy.true, bias: Any = 0) -> Lifted:
 
 def _bounds(allowed: Any) -> dict[str, Any]:
     """The fields of ``Lifted`` that bound the loops."""
-    keys, queries = band(allowed, _K, _Q), band(allowed, _Q, _K)
+    keys, queries = band(allowed, K, Q), band(allowed, Q, K)
     found = {
-        "low": (keys.low, _Q, "queried"),
-        "high": (keys.high, _Q, "queried"),
-        "query_low": (queries.low, _K, "begin_key"),
-        "query_high": (queries.high, _K, "last_key"),
+        "low": (keys.low, Q, "queried"),
+        "high": (keys.high, Q, "queried"),
+        "query_low": (queries.low, K, "begin_key"),
+        "query_high": (queries.high, K, "last_key"),
     }
     texts: dict[str, Any] = {
         name: "" if end is None else triton_text(end.subs(of, sympy.Symbol(at, integer=True, nonnegative=True)))

@@ -18,8 +18,7 @@ from typing import Any
 
 import torch
 
-from .render import fill
-from .route import widened
+from .render import fill, widened
 from .spec import cdiv
 
 PIECES = {"bfloat16": 1, "float16": 2}

@@ -10,6 +10,7 @@ A template is Triton source with two additions, chosen so that it still reads as
 
 from __future__ import annotations
 
+import os
 import re
 import textwrap
 from collections.abc import Mapping
@@ -47,6 +48,11 @@ def fill(template: str, names: Mapping[str, object]) -> str:
         else:
             lines.append(_VALUE.sub(lambda found: str(names[found[1]]), line))
     return _plain("\n".join(lines))
+
+
+def widened(dtype: str) -> str:
+    """What is appended to a product's operand: Triton's interpreter would multiply the bits of a bfloat16."""
+    return ".to(tl.float32)" if dtype != "float32" and os.environ.get("TRITON_INTERPRET") == "1" else ""
 
 
 def source(name: str, about: Mapping[str, object], kernel: str) -> str:

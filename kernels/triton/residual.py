@@ -20,7 +20,7 @@ import torch
 from ..reference import Operands
 from ..summary import Summary
 from . import loops
-from .cache import launch, load
+from .cache import launch, load, strides
 from .render import arguments, fill, source
 from .spec import Spec, cdiv, power_of_two
 
@@ -256,10 +256,8 @@ def centroids(spec: Spec, site: Operands, summary: Summary) -> dict[str, Any]:
         rest_value=value.new_empty((*size, value.shape[3])),
         rest_bias=key.new_empty(size, dtype=torch.float32),
     )
-    values = dict(
+    values = strides("key", key) | strides("value", value) | dict(
         key=key, value=value, order=order,
-        key_b=key.stride(0), key_h=key.stride(1), key_n=key.stride(2),
-        value_b=value.stride(0), value_h=value.stride(1), value_n=value.stride(2),
         kv_heads=key.shape[1], places=order.shape[2],
     )  # fmt: skip
     grid = (size[0] * size[1] * cdiv(clusters, _clusters(spec)),)
@@ -274,5 +272,5 @@ def _clusters(spec: Spec) -> int:
 
 
 def _mean(what: str, tile: int, size: str) -> dict[str, Any]:
-    strides = {f"strides_{axis}": f"{what}_{axis}" for axis in "bhn"}
-    return strides | {"of": what, "to": f"rest_{what}", "all_finite": f"finite_{what}", "tile": tile, "size": size}
+    named = {f"strides_{axis}": f"{what}_{axis}" for axis in "bhn"}
+    return named | {"of": what, "to": f"rest_{what}", "all_finite": f"finite_{what}", "tile": tile, "size": size}

@@ -29,7 +29,6 @@ changes a sum; ties go to what is listed earlier.
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -40,10 +39,10 @@ from ..coarse import coarse
 from ..plan import Plan
 from ..summary import Summary
 from . import device as devices
-from .cache import launch, load
+from .cache import features_last, launch, load, strides
 from .loops import mask_parameters, mask_values, names, precision, tile, words
 from .network import exchange, falling, rank, rising
-from .render import arguments, fill, source
+from .render import arguments, fill, source, widened
 from .route_scores import LOG2E, blocks, in_parts
 from .spec import DTYPES, NOTHING, Lifted, Spec, Tile, power_of_two
 from .union import union
@@ -352,17 +351,7 @@ def route(
 def _spec_of(query: torch.Tensor, kv_heads: int, plan: Plan, causal: bool) -> Spec:
     """``spec_of``, of queries ``[B, H, Nq, D]``."""
     group, dtype = int(query.shape[1]) // int(kv_heads), DTYPES[query.dtype]
-    return spec_of(plan, dim=int(query.shape[3]), group=group, dtype=dtype, causal=causal, target=target())
-
-
-def target() -> str:
-    """Of ``spec.TARGETS``: what ``torch`` was built for."""
-    return "hip" if torch.version.hip else "cuda"
-
-
-def widened(dtype: str) -> str:
-    """What is appended to a product's operand: Triton's interpreter would multiply the bits of a bfloat16."""
-    return ".to(tl.float32)" if dtype != "float32" and os.environ.get("TRITON_INTERPRET") == "1" else ""
+    return spec_of(plan, dim=int(query.shape[3]), group=group, dtype=dtype, causal=causal, target=devices.target())
 
 
 def _walk(
@@ -387,12 +376,10 @@ def _walk(
         return routes.fill_(-1)
     spec = replace(_spec_of(query, kv_heads, plan, causal), lifted=lifted)
     tiles = tiled(spec).tiles(q_len, k_len)
-    if query.stride(3) != 1:
-        query = query.contiguous()
-    values = dict(
+    query = features_last(query)
+    values = strides("query", query) | dict(
         query=query, mean=summary.mean, spread=summary.spread, bias=summary.bias, mass=mass, routes=routes,
-        query_b=query.stride(0), query_h=query.stride(1), query_n=query.stride(2), kv_heads=kv_heads,
-        q_len=q_len, k_len=k_len, first_block=spec.first_block(q_len, k_len) if spec.aligned else 0,
+        kv_heads=kv_heads, q_len=q_len, k_len=k_len, first_block=spec.first_block(q_len, k_len) if spec.aligned else 0,
         clusters=clusters, route_count=count, tiles=tiles, scale=scale,
     )  # fmt: skip
     text = route_source(spec, per_chunk, bool(lists), compact)

@@ -13,7 +13,7 @@ import torch
 from ..layout import chunk_count
 from ..plan import Plan
 from . import segments
-from .cache import launch, load
+from .cache import features_last, launch, load, strides
 from .render import arguments, fill, source
 from .scores.select import segments_fit
 from .spec import SummarySpec, cdiv, power_of_two
@@ -120,7 +120,7 @@ def rows(
     batch, heads, k_len, dim = key.shape
     of_segments = chunk_count(k_len, plan.chunk) * plan.rows_per_segment
     shape = (batch, heads, plan.sinks + of_segments)
-    key, value = (t if t.stride(3) == 1 else t.contiguous() for t in (key, value))
+    key, value = (features_last(t) for t in (key, value))
     found = dict(
         row_index=key.new_empty(shape, dtype=torch.int32),
         row_key=key.new_empty((*shape, dim)),
@@ -129,10 +129,8 @@ def rows(
     )
     if plan.sinks or plan.keep:
         blocks = cdiv(shape[2], ROWS)
-        values = dict(
+        values = strides("key", key) | strides("value", value) | dict(
             key=key, value=value, valid=None if valid is None else valid.contiguous(), chosen=chosen,
-            key_b=key.stride(0), key_h=key.stride(1), key_n=key.stride(2),
-            value_b=value.stride(0), value_h=value.stride(1), value_n=value.stride(2),
             kv_heads=heads, k_len=k_len, of_segments=of_segments, blocks=blocks,
         )  # fmt: skip
         spec = SummarySpec(dim=int(dim), value_dim=int(value.shape[3]), plan=plan.text, valid=valid is not None)

@@ -26,10 +26,10 @@ import torch
 from ..layout import chunk_count
 from ..plan import Plan
 from ..summary import LEVELS, RESIDUAL_ITERATIONS
-from .cache import launch, load
+from .cache import launch, load, strides
 from .clusters import members, tile_of
-from .render import arguments, fill, source
-from .route import target, widened
+from .device import target
+from .render import arguments, fill, source, widened
 from .scores import products
 from .spec import DTYPES, MOST_FEATURES, SummarySpec, cdiv, power_of_two
 
@@ -348,10 +348,8 @@ def segment_centroids(
     def sums(*shape: int) -> torch.Tensor:
         return key.new_empty((pairs, parts, *shape), dtype=torch.float32)
 
-    values: dict[str, Any] = rows | dict(
+    values: dict[str, Any] = rows | strides("key", key) | strides("value", value) | dict(
         key=key, value=value, before=before, chosen=chosen, row_owner=owner, moments=sums(dim + value_dim + 2),
-        key_b=key.stride(0), key_h=key.stride(1), key_n=key.stride(2),
-        value_b=value.stride(0), value_h=value.stride(1), value_n=value.stride(2),
         pairs=pairs, kv_heads=heads, k_len=k_len, chunks=chunks, parts=parts, row_count=rows["row_index"].shape[2],
     )  # fmt: skip
     sizes = SummarySpec(dim=int(dim), value_dim=int(value_dim), plan=plan.text, valid=valid is not None)

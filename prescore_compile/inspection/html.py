@@ -11,7 +11,6 @@ from collections.abc import Iterable
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
-from ..kernels.plan import Plan
 from ..passes import REASONS
 from ..passes.diff import GraphDiff, diff
 from ..passes.dump import described
@@ -118,13 +117,9 @@ def _graph(graph: Snapshot, strings: _Strings) -> dict[str, Any]:
 
 
 def _site(site: SiteReport, node: str) -> dict[str, Any]:
-    plan = _settings(site.plan) if site.plan else ""
-    by_mask = [f"{name}: {_settings(found)}" for name, found in site.recognized.items()]
+    plan = site.plan.text if site.plan else ""
+    by_mask = [f"{name}: {found.text}" for name, found in site.recognized.items()]
     return site.data() | {"plan": plan, "recognized": "; ".join(by_mask), "node": node}
-
-
-def _settings(plan: Plan) -> str:
-    return " ".join(f"{key}={value}" for key, value in plan.settings().items())
 
 
 def _kernels(sources: Iterable[Source]) -> list[dict[str, Any]]:

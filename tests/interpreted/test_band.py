@@ -11,7 +11,8 @@ import torch
 from conftest import check_budget, in_double, operands, summary_of
 
 from prescore_compile.kernels import reference
-from prescore_compile.kernels.logits import B, K, Logits, Q
+from prescore_compile.kernels.band import B, K, Q
+from prescore_compile.kernels.logits import Logits
 from prescore_compile.kernels.plan import WHOLE
 from prescore_compile.kernels.triton import attend_backward as backward
 from prescore_compile.kernels.triton.attend import attend

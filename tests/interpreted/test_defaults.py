@@ -31,7 +31,7 @@ def test_default_plans(name: str, dim: int) -> None:
     site = operands(length, heads=4, kv_heads=1, dim=dim, value_dim=dim, batch=1, causal=causal, dtype=torch.bfloat16)
     site = site._replace(query=site.query * 2)
     summary = Summary(
-        *clusters.any_clusters(site.key, site.value, None, plan), *rows.rows(site.key, site.value, None, None, plan)
+        *clusters.clusters(site.key, site.value, None, plan), *rows.rows(site.key, site.value, None, None, plan)
     )
     want = summary_of(site, plan)
     assert (summary.order == want.order).float().mean() > 0.98

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from conftest import EVERYTHING, PLANS, check_budget, in_double, operands, rows_in_double, summary_of
 
 from prescore_compile.kernels import coarse, reference
-from prescore_compile.kernels.logits import NOTHING, B, H, K, Logits, Q, by_chunk
+from prescore_compile.kernels.band import B, H, K, Q
+from prescore_compile.kernels.logits import NOTHING, Logits, by_chunk
 from prescore_compile.kernels.plan import Plan
 from prescore_compile.kernels.reference import Operands
 from prescore_compile.kernels.summary import Summary

@@ -15,7 +15,7 @@ from prescore_compile.kernels.layout import TILE, spans
 from prescore_compile.kernels.plan import Plan
 from prescore_compile.kernels.reference import Operands
 from prescore_compile.kernels.triton import attend_backward as backward
-from prescore_compile.kernels.triton import options, union
+from prescore_compile.kernels.triton import key_major, options, union
 from prescore_compile.kernels.triton.attend import attend
 from prescore_compile.kernels.triton.maths import lifted, triton_text
 
@@ -95,7 +95,7 @@ def by_definition(
 @pytest.fixture(autouse=True)
 def _fast(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(union, "SORTED_ON_CHIP", 0)
-    monkeypatch.setattr(backward, "SINK_SPLITS", 2)
+    monkeypatch.setattr(key_major, "SINK_SPLITS", 2)
     for table in (options.FORWARD, options.BACKWARD):  # large tiles: few programs
         monkeypatch.setitem(table, ("cuda", True, 64), (64, 64, 4, 1))
 

@@ -160,25 +160,6 @@ def test_two_levels(causal: bool) -> None:
     check(site, summary, plan)
 
 
-def test_two_levels_with_every_chunk_are_one() -> None:
-    plan = Plan(**ROUTED["routes"].settings() | {"coarse": 99})
-    site = operands(150)
-    summary = summary_of(site, plan)
-    one_level = routing.route(site.query, summary, plan, True, 150, site.scale)
-    assert torch.equal(routes_of(site, summary, plan), one_level)
-
-
-def test_a_chunks_representative_is_that_of_its_keys() -> None:
-    plan = Plan(chunk=32, window=8, sinks=3, routes=5, spread=1.5)
-    site = operands(100, padded=True, dim=16)
-    level = coarse.coarse(summary_of(site, plan), plan)
-    keys = site.key[0, 1, 64:96][site.valid[0, 64:96]]
-    torch.testing.assert_close(level.mean[0, 1, 2], keys.mean(0))
-    spread = keys.var(0, unbiased=False) * 2 * math.log(len(keys)) * plan.spread**2
-    torch.testing.assert_close(level.spread[0, 1, 2], spread, atol=1e-5, rtol=1e-4)
-    assert (level.bias[0, :, 0] == -math.inf).all() and (level.bias[0, :, 2] == 0).all()
-
-
 @pytest.mark.parametrize("routes", [70, 10**6])
 def test_more_routes_than_are_sorted(routes: int) -> None:
     plan = Plan(chunk=16, window=0, sinks=1, routes=routes)

@@ -101,7 +101,7 @@ def test_a_mask_that_lies_otherwise_in_memory() -> None:
     valid = (torch.rand(60, 2) < 0.6).T
     check(*both(site_of(length=60), valid, PLAN))
     site, plan = site_of(length=60), Plan(chunk=32, window=0, sinks=2, routes=2)
-    got, want = (clusters.any_clusters(site.key, site.value, mask, plan)[0] for mask in (valid, valid.contiguous()))
+    got, want = (clusters.clusters(site.key, site.value, mask, plan)[0] for mask in (valid, valid.contiguous()))
     assert torch.equal(got, want)
 
 

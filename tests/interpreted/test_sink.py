@@ -9,7 +9,8 @@ import torch
 from conftest import PLANS, check_budget, in_double, operands, routes_of, rows_in_double, summary_of
 
 from prescore_compile.kernels import ops, reference
-from prescore_compile.kernels.logits import K, Logits, Q
+from prescore_compile.kernels.band import K, Q
+from prescore_compile.kernels.logits import Logits
 from prescore_compile.kernels.plan import WHOLE
 from prescore_compile.kernels.reference import Operands
 from prescore_compile.kernels.triton import attend as generated

@@ -9,11 +9,11 @@ import torch
 
 from ...layout import chunk_count
 from ...plan import Plan
-from ..cache import launch, load
+from ..cache import features_last, launch, load, strides
 from ..clusters import CHUNK, tile_of
+from ..device import target
 from ..loops import wide_precision
-from ..render import arguments, fill, source
-from ..route import target, widened
+from ..render import arguments, fill, source, widened
 from ..spec import DTYPES, MOST_FEATURES
 from . import attention, centres, leverage, products
 
@@ -174,15 +174,13 @@ def scores(
     batch, heads, k_len, _ = key.shape
     chunks = chunk_count(k_len, plan.chunk)
     found = key.new_empty((batch, heads, k_len), dtype=torch.float32)
-    query, key = (t if t.stride(3) == 1 else t.contiguous() for t in (query, key))
+    query, key = (features_last(t) for t in (query, key))
     spec = spec_of(
         plan, dim=int(key.shape[3]), group=int(query.shape[1]) // int(heads), dtype=DTYPES[key.dtype],
         causal=causal, valid=valid is not None, target=target(),
     )  # fmt: skip
-    values = dict(
+    values = strides("query", query) | strides("key", key) | dict(
         query=query, key=key, member=None if valid is None else valid.contiguous(), scores=found,
-        query_b=query.stride(0), query_h=query.stride(1), query_n=query.stride(2),
-        key_b=key.stride(0), key_h=key.stride(1), key_n=key.stride(2),
         kv_heads=heads, k_len=k_len, chunks=chunks, scale=scale,
     )  # fmt: skip
     parts = 1

@@ -9,7 +9,7 @@ matrix cores multiply float32 as it is.
 
 from __future__ import annotations
 
-from ..route import widened
+from ..render import widened
 
 _BFLOAT16 = """def $name(narrow, wide):
     # A factor of 16 bits times float32: three products of 8 bits each, of which none rounds.
