@@ -40,6 +40,7 @@ class _Geometry(ctypes.Structure):
 
 
 class _View(ctypes.Structure):
+    owner: torch.Tensor  # of the memory: alive as long as the view is
     _fields_ = [
         ("data", ctypes.c_void_p),
         ("batch", ctypes.c_int64),
@@ -50,7 +51,12 @@ class _View(ctypes.Structure):
 
 
 class _Allowed(ctypes.Structure):
+    owner: torch.Tensor
     _fields_ = [("data", ctypes.c_void_p), *((name, ctypes.c_int64) for name in ("batch", "head", "query"))]
+
+
+class _Pointer(ctypes.c_void_p):
+    owner: torch.Tensor
 
 
 def clusters(
@@ -64,15 +70,9 @@ def clusters(
     mean, spread = (torch.empty(batch, heads, count, dim, dtype=torch.float32) for _ in range(2))
     bias = torch.empty(batch, heads, count, dtype=torch.float32)
     if order.numel():
-        geometry = _geometry(plan, key.shape, key.shape, value.shape[3], k_len, True, 0, 1.0)
-        views, alive = zip(*(_view(t) for t in (key, value)), strict=True)
-        inside = member.contiguous()
-        library.needed().prescore_cluster(
-            ctypes.byref(geometry),
-            *(ctypes.byref(view) for view in views),
-            *(_pointer(t) for t in (inside, order, mean, spread, bias)),
-        )
-        del alive
+        geometry = _geometry(plan, key.shape, heads, k_len, value_dim=value.shape[3], causal=True)
+        found = (_pointer(t) for t in (member, order, mean, spread, bias))
+        library.needed().prescore_cluster(geometry, _view(key), _view(value), *found)
     return order, mean, spread, bias
 
 
@@ -86,19 +86,16 @@ def route(
     mass: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Compiled ``routing.route``, on two levels ``coarse.route``; query ``[B, H, Nq, D]`` of any of ``DTYPES``."""
-    batch, heads, q_len, dim = query.shape
+    batch, heads, q_len, _ = query.shape
     count = min(plan.routes, summary.mean.shape[2])
     routes = torch.empty(batch, heads, q_len, count, dtype=torch.int32)
     if not routes.numel():
         return routes
-    geometry = _geometry(plan, query.shape, summary.mean.shape, dim, k_len, causal, count, scale)
-    geometry.narrow = _narrow(query)
-    view, keep_alive = _view(query)
-    levels, more_alive = _levels(summary, plan)
-    mass = None if mass is None else mass.contiguous()  # named, as a pointer does not keep what it points to
-    near = None if mass is None else _pointer(mass)
-    library.needed().prescore_route(ctypes.byref(geometry), ctypes.byref(view), *levels, near, _pointer(routes))
-    del keep_alive, more_alive
+    geometry = _geometry(
+        plan, query.shape, summary.mean.shape[1], k_len, causal=causal, routes=count, scale=scale, narrow=_narrow(query)
+    )
+    near, levels = _pointer(mass), _levels(summary, plan)
+    library.needed().prescore_route(geometry, _view(query), *levels, near, _pointer(routes))
     return routes
 
 
@@ -110,20 +107,13 @@ def mass(site: Operands, summary: Summary, plan: Plan, softcap: float = 0.0) -> 
     if not found.numel() or k_len == 0:
         return found
     geometry = _geometry(
-        plan.near, site.query.shape, site.key.shape, 0, k_len, site.causal, 0, site.scale, TILE, softcap
-    )
-    geometry.narrow = _narrow(site.query, site.key, summary.row_key)
-    sinks = slice(plan.sinks)
-    index, bias = (t[:, :, sinks].contiguous() for t in (summary.row_index, summary.row_bias))
-    views, alive = zip(*(_view(t) for t in (site.query, site.key, summary.row_key[:, :, sinks])), strict=True)
-    query, key, row_key = (ctypes.byref(view) for view in views)
-    valid = None if site.valid is None else site.valid.contiguous()  # named: a pointer does not keep it
-    pad = None if valid is None else _pointer(valid)
-    sink, sink_alive = _sink(site)
-    library.needed().prescore_mass(
-        ctypes.byref(geometry), query, key, pad, _pointer(index), row_key, _pointer(bias), sink, _pointer(found)
-    )
-    del alive, sink_alive
+        plan.near, site.query.shape, site.key.shape[1], k_len, causal=site.causal, scale=site.scale, softcap=softcap,
+        narrow=_narrow(site.query, site.key, summary.row_key),
+    )  # fmt: skip
+    index, row_key, bias = (t[:, :, : plan.sinks] for t in (summary.row_index, summary.row_key, summary.row_bias))
+    near = (_view(site.query), _view(site.key), _pointer(site.valid))
+    sinks = (_pointer(index), _view(row_key), _pointer(bias), _sink(site))
+    library.needed().prescore_mass(geometry, *near, *sinks, _pointer(found))
     return found
 
 
@@ -153,21 +143,15 @@ def attend_few(
     site: Operands, allowed: torch.Tensor | None, added: torch.Tensor | None, softcap: float = 0.0
 ) -> torch.Tensor:
     """Compiled ``few.reference``, laid out as ``attend``'s result: keys and values are read where they lie, once."""
-    (batch, heads, q_len, _), value_dim, k_len = site.query.shape, site.value.shape[3], site.key.shape[2]
-    out = _result(site)
+    (kv_heads, k_len), out = site.key.shape[1:3], _result(site)
     if out.numel():
-        sizes = (site.query.shape, site.key.shape, value_dim, k_len)
-        geometry = _geometry(WHOLE, *sizes, False, 0, site.scale, softcap=softcap)
-        views, alive = zip(*(_view(t) for t in (site.query, site.key, site.value, out)), strict=True)
-        sink, sink_alive = _sink(site)
-        mask, mask_alive = _allowed(allowed, (batch, heads, q_len, k_len))
-        numbers, numbers_alive = None, None
-        if added is not None:
-            view, numbers_alive = _view(added.expand(batch, heads, q_len, k_len))
-            numbers = ctypes.byref(view)
-        run = library.needed().prescore_few
-        run(ctypes.byref(geometry), *(ctypes.byref(view) for view in views), mask, numbers, sink)
-        del alive, sink_alive, mask_alive, numbers_alive
+        pairs = (*site.query.shape[:3], k_len)
+        geometry = _geometry(
+            WHOLE, site.query.shape, kv_heads, k_len, value_dim=site.value.shape[3], scale=site.scale, softcap=softcap
+        )
+        views = (_view(t) for t in (site.query, site.key, site.value, out))
+        numbers = None if added is None else _view(added.expand(pairs))
+        library.needed().prescore_few(geometry, *views, _allowed(allowed, pairs), numbers, _sink(site))
     return out.to(site.query.dtype)
 
 
@@ -177,19 +161,10 @@ def as_allowed(mask: torch.Tensor, lowest: float) -> tuple[torch.Tensor, torch.T
     None: it holds other numbers than 0.0 and those up to ``lowest``.
     """
     found, none = torch.empty(mask.shape, dtype=torch.bool), torch.empty(mask.shape[:3], dtype=torch.bool)
-    view, owner = _view(mask)
     sizes, hides = (ctypes.c_int64 * 4)(*mask.shape), ctypes.c_int64()
     threads = ctypes.c_int64(torch.get_num_threads())
-    library.needed().prescore_as_bytes(
-        ctypes.byref(view),
-        sizes,
-        ctypes.c_double(lowest),
-        threads,
-        _pointer(found),
-        _pointer(none),
-        ctypes.byref(hides),
-    )
-    del owner
+    outs = (_pointer(found), _pointer(none), ctypes.byref(hides))
+    library.needed().prescore_as_bytes(_view(mask), sizes, ctypes.c_double(lowest), threads, *outs)
     return (found, none) if hides.value else None
 
 
@@ -198,11 +173,9 @@ def share(allowed: torch.Tensor, query: torch.Size, key: torch.Size, tile: int =
 
     ``allowed``: as for ``attend``, of a ``[B, H, Nq, D]`` query and a ``[B, Hkv, Nk, D]`` key.
     """
-    geometry = _geometry(WHOLE, query, key, 0, key[2], False, 0, 1.0, tile)
-    mask, alive = _allowed(allowed, (*query[:3], key[2]))
+    geometry = _geometry(WHOLE, query, key[1], key[2], tile=tile)
     found = ctypes.c_double()
-    library.needed().prescore_share(ctypes.byref(geometry), mask, ctypes.byref(found))
-    del alive
+    library.needed().prescore_share(geometry, _allowed(allowed, (*query[:3], key[2])), ctypes.byref(found))
     return found.value
 
 
@@ -212,11 +185,9 @@ def recognized(allowed: torch.Tensor, causal: bool, query: torch.Size, key: torc
 
     ``allowed``: as for ``attend``, of a ``[B, H, Nq, D]`` query and a ``[B, Hkv, Nk, D]`` key.
     """
-    geometry = _geometry(WHOLE, query, key, 0, key[2], causal, 0, 1.0)
-    mask, alive = _allowed(allowed, (*query[:3], key[2]))
+    geometry, mask = _geometry(WHOLE, query, key[1], key[2], causal=causal), _allowed(allowed, (*query[:3], key[2]))
     same = ctypes.c_int64()
-    library.needed().prescore_recognize(ctypes.byref(geometry), mask, ctypes.c_int64(used), ctypes.byref(same))
-    del alive
+    library.needed().prescore_recognize(geometry, mask, ctypes.c_int64(used), ctypes.byref(same))
     return bool(same.value)
 
 
@@ -238,45 +209,24 @@ def _attended(
     band: torch.Tensor | None = None,
     allowed: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    batch, heads, q_len, dim = site.query.shape
-    value_dim, k_len = site.value.shape[3], site.key.shape[2]
-    out = _result(site)
+    (kv_heads, k_len), out = site.key.shape[1:3], _result(site)
     if not out.numel():
         return out.to(site.query.dtype)
     if k_len == 0:
         return out.zero_().to(site.query.dtype)
-    count = min(plan.routes, summary.mean.shape[2]) if routes is None else routes.shape[3]
-    sizes = (site.query.shape, site.key.shape, value_dim, k_len)
-    geometry = _geometry(plan, *sizes, site.causal, count, site.scale, tile, softcap)
-    geometry.narrow = _narrow(*site[:3], summary.row_key, summary.row_value)
-    views, alive = zip(*(_view(t) for t in (site.query, site.key, site.value, out)), strict=True)
-    row_views, rows_alive = zip(*(_view(t) for t in (summary.row_key, summary.row_value)), strict=True)
-    valid = None if site.valid is None else site.valid.contiguous()
-    masks: list[Any] = []
-    sink, sink_alive = _sink(site)
-    order, index, bias = (t.contiguous() for t in (summary.order, summary.row_index, summary.row_bias))
+    geometry = _geometry(
+        plan, site.query.shape, kv_heads, k_len, value_dim=site.value.shape[3], causal=site.causal,
+        routes=min(plan.routes, summary.mean.shape[2]) if routes is None else routes.shape[3],
+        scale=site.scale, tile=tile, softcap=softcap, narrow=_narrow(*site[:3], summary.row_key, summary.row_value),
+    )  # fmt: skip
+    views = [_view(t) for t in (site.query, site.key, site.value, out)]
+    keys = [_pointer(site.valid), _pointer(summary.order)]
+    rows = [_pointer(summary.row_index), _view(summary.row_key), _view(summary.row_value), _pointer(summary.row_bias)]
     if routes is None:
-        run = library.needed().prescore_route_attend
-        chosen, chosen_alive = _levels(summary, plan)
+        library.needed().prescore_route_attend(geometry, *views, *keys, *_levels(summary, plan), *rows, _sink(site))
     else:
-        run = library.needed().prescore_attend
-        mask, mask_alive = _allowed(allowed, (batch, heads, q_len, k_len))
-        chosen_alive = [routes.contiguous(), *mask_alive]
-        chosen = [_pointer(chosen_alive[0])]
-        masks = [None if band is None else _pointer(band), mask]
-    run(
-        ctypes.byref(geometry),
-        *(ctypes.byref(view) for view in views),
-        None if valid is None else _pointer(valid),
-        _pointer(order),
-        *chosen,
-        _pointer(index),
-        *(ctypes.byref(view) for view in row_views),
-        _pointer(bias),
-        sink,
-        *masks,
-    )
-    del alive, rows_alive, chosen_alive, sink_alive
+        masks = (_pointer(band), _allowed(allowed, (*site.query.shape[:3], k_len)))
+        library.needed().prescore_attend(geometry, *views, *keys, _pointer(routes), *rows, _sink(site), *masks)
     return out.to(site.query.dtype)
 
 
@@ -290,79 +240,91 @@ def _result(site: Operands) -> torch.Tensor:
 def _geometry(
     plan: Plan,
     query: torch.Size,
-    kv: torch.Size,
-    value_dim: int,
+    kv_heads: int,
     k_len: int,
-    causal: bool,
-    routes: int,
-    scale: float,
+    *,
+    value_dim: int = 0,
+    causal: bool = False,
+    routes: int = 0,
+    scale: float = 1.0,
     tile: int = TILE,
     softcap: float = 0.0,
-) -> _Geometry:
+    narrow: bool = False,
+) -> Any:
     window = -1 if plan.window is None else min(plan.window, 2 * chunk_count(k_len, plan.chunk) * plan.chunk)
-    return _Geometry(
-        batch=query[0],
-        heads=query[1],
-        kv_heads=kv[1],
-        q_len=query[2],
-        k_len=k_len,
-        dim=query[3],
-        value_dim=value_dim,
-        chunk=plan.chunk,
-        cluster=plan.cluster,
-        window=window,
-        causal=int(causal),
-        sinks=plan.sinks,
-        keep=plan.keep,
-        centroids=plan.centroids,
-        routes=routes,
-        coarse=min(plan.coarse, chunk_count(k_len, plan.chunk)),
-        group_routes=int(plan.group_routes),
-        residual=int(plan.residual),
-        tile=tile,
-        threads=torch.get_num_threads(),
-        scale=scale,
-        log_share=math.log(plan.share) if plan.share else -math.inf,
-        spread_factor=plan.spread_factor,
-        softcap=softcap,
+    return ctypes.byref(
+        _Geometry(
+            batch=query[0],
+            heads=query[1],
+            kv_heads=kv_heads,
+            q_len=query[2],
+            k_len=k_len,
+            dim=query[3],
+            value_dim=value_dim,
+            chunk=plan.chunk,
+            cluster=plan.cluster,
+            window=window,
+            causal=int(causal),
+            sinks=plan.sinks,
+            keep=plan.keep,
+            centroids=plan.centroids,
+            routes=routes,
+            coarse=min(plan.coarse, chunk_count(k_len, plan.chunk)),
+            group_routes=int(plan.group_routes),
+            residual=int(plan.residual),
+            tile=tile,
+            threads=torch.get_num_threads(),
+            narrow=int(narrow),
+            scale=scale,
+            log_share=math.log(plan.share) if plan.share else -math.inf,
+            spread_factor=plan.spread_factor,
+            softcap=softcap,
+        )
     )
 
 
-def _narrow(*tensors: torch.Tensor) -> int:
-    return int(library.tiles() and all(tensor.dtype == torch.bfloat16 for tensor in tensors))
+def _narrow(*tensors: torch.Tensor) -> bool:
+    return library.tiles() and all(tensor.dtype == torch.bfloat16 for tensor in tensors)
 
 
-def _view(tensor: torch.Tensor) -> tuple[_View, torch.Tensor]:
-    """A view of the tensor, or of a float32 copy, and the tensor that owns its memory."""
+def _view(tensor: torch.Tensor) -> Any:
+    """A view of the tensor, or of a copy that the kernels read, by reference."""
     owner = tensor if tensor.dtype in DTYPES else tensor.float()
     if owner.stride(3) != 1 and owner.shape[3] > 1:
         owner = owner.contiguous()
-    return _View(owner.data_ptr(), *owner.stride()[:3], DTYPES.index(owner.dtype)), owner
+    found = _View(owner.data_ptr(), *owner.stride()[:3], DTYPES.index(owner.dtype))
+    found.owner = owner
+    return ctypes.byref(found)
 
 
-def _sink(site: Operands) -> tuple[Any, torch.Tensor | None]:
-    """A learned sink's logits by reference, None without one, and the tensor that owns them."""
-    if site.sink_logit is None:
-        return None, None
-    view, owner = _view(site.sink_logit.unsqueeze(3))
-    return ctypes.byref(view), owner
+def _sink(site: Operands) -> Any:
+    """A learned sink's logits by reference, None without one."""
+    return None if site.sink_logit is None else _view(site.sink_logit.unsqueeze(3))
 
 
-def _allowed(mask: torch.Tensor | None, shape: tuple[int, ...]) -> tuple[Any, list[torch.Tensor]]:
-    """A mask in memory by reference, None without one, and the tensors that own it."""
+def _allowed(mask: torch.Tensor | None, shape: tuple[int, ...]) -> Any:
+    """A mask in memory by reference, None without one."""
     if mask is None:
-        return None, []
+        return None
     owner = mask if mask.stride(3) == 1 and mask.shape[3] == shape[3] else mask.expand(*mask.shape[:3], shape[3])
     owner = owner if owner.stride(3) == 1 else owner.contiguous()
-    return ctypes.byref(_Allowed(owner.data_ptr(), *owner.expand(shape).stride()[:3])), [owner]
+    found = _Allowed(owner.data_ptr(), *owner.expand(shape).stride()[:3])
+    found.owner = owner
+    return ctypes.byref(found)
 
 
-def _levels(summary: Summary, plan: Plan) -> tuple[list[ctypes.c_void_p | None], list[torch.Tensor]]:
-    """Mean, spread and bias of clusters, then of chunks (None on one level), and the tensors that own them."""
+def _levels(summary: Summary, plan: Plan) -> list[_Pointer | None]:
+    """Mean, spread and bias of clusters, then of chunks (None on one level)."""
     levels = [summary, coarse(summary, plan)] if plan.coarse else [summary]
-    owners = [t.contiguous() for level in levels for t in (level.mean, level.spread, level.bias)]
-    return [*(_pointer(t) for t in owners), *[None] * (6 - len(owners))], owners
+    found = [_pointer(t) for level in levels for t in (level.mean, level.spread, level.bias)]
+    return [*found, *[None] * (6 - len(found))]
 
 
-def _pointer(tensor: torch.Tensor) -> ctypes.c_void_p:
-    return ctypes.c_void_p(tensor.data_ptr())
+def _pointer(tensor: torch.Tensor | None) -> _Pointer | None:
+    """To the tensor's numbers, one after the other: of a copy, where they lie otherwise."""
+    if tensor is None:
+        return None
+    owner = tensor.contiguous()
+    found = _Pointer(owner.data_ptr())
+    found.owner = owner
+    return found
