@@ -85,6 +85,11 @@ def chunk_of(clusters: int, plan: Plan, device: torch.device | None) -> torch.Te
     return torch.arange(clusters, device=device) * plan.cluster // plan.chunk
 
 
+def by_query(out: torch.Tensor) -> torch.Tensor:
+    """``[B, H, Nq, Dv]``, laid out ``[B, Nq, H, Dv]`` in memory, as SDPA's CPU kernel does."""
+    return out.transpose(1, 2).contiguous().transpose(1, 2)
+
+
 def outside(first_key: torch.Tensor, span: Span, causal: bool, k_len: int) -> torch.Tensor:
     """Whether chunks that begin at ``first_key`` lie outside a span's window; causal: finished ones only."""
     high = span.low if causal else k_len

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from . import cpu
+from .layout import by_query
 from .plan import Plan
 from .reads import HIDDEN, Read, mask_of
 from .reference import Operands
@@ -118,4 +119,4 @@ def _by_sdpa(site: Operands, mask: torch.Tensor) -> torch.Tensor:
         mask = mask.float()
     with torch.no_grad():
         out = F.scaled_dot_product_attention(*site[:3], mask, scale=site.scale, enable_gqa=grouped)
-    return out.transpose(1, 2).contiguous().transpose(1, 2)  # as it mostly is
+    return by_query(out)  # as it mostly is

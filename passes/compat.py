@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import ast
 import copy
-import inspect
 import logging
-import re
-import sys
-import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from traceback import FrameSummary
-from types import FrameType
 from typing import Any
 
 import sympy
@@ -30,7 +24,6 @@ from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import StrictMinMaxConstraint, statically_known_true
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
-from torch.fx.traceback import NodeSource, NodeSourceAction
 
 OUTSIDE = "prescore_outside"
 """Key of ``node.meta``: what a placeholder of a body is called with, a node of the graph around it."""
@@ -239,103 +232,6 @@ def gradient_wanted(node: fx.Node) -> bool:
     return torch.is_grad_enabled() and bool(value_of(node).requires_grad)
 
 
-_VARIABLE = re.compile(r"([LG])\['(\w+)'\]((?:\[\d+\])?)")
-_STEP = re.compile(
-    r"\.slice\([^)]*\)|\.__closure__\[\d+\]|\.cell_contents|(?:\._modules)?\[('(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\")\]"
-    r"|\[(\d+)\]|\.(\w+)"
-)
-
-
-def module_path(node: fx.Node) -> str:
-    """Dotted path of the module whose forward made the node, as in ``model.named_modules()``.
-
-    Of a compiled function that calls models, it begins with the name that the function has for the model.
-    """
-    stack = node.meta.get("nn_module_stack") or {}
-    paths = [str(path) for path, _ in stack.values()]
-    if not paths:
-        return ""
-    variable = _VARIABLE.match(paths[-1])
-    if variable is None:
-        return ".".join(_steps("." + paths[-1])) if paths[-1] else ""
-    kind, name, index = variable.groups()
-    called, steps = paths[0] == variable.group(), _steps(paths[-1][variable.end() :])
-    if (kind, name) == ("L", "fn") and paths[0].startswith("L['fn']"):  # what torch calls a module by that it compiles
-        steps = steps[len(_steps(paths[0][variable.end() :])) :]
-    elif (kind, name) != ("L", "self") and not name.startswith("__import_") and (kind == "G" or called):
-        steps = [name, *re.findall(r"\d+", index), *steps]
-    return ".".join(steps)
-
-
-def _steps(path: str) -> list[str]:
-    """The names and numbers of a path that Dynamo says as code: ``.layers[0]._modules['a b']``."""
-    found: list[str] = []
-    at = 0
-    while at < len(path):
-        step = _STEP.match(path, at)
-        if step is None:  # said otherwise: the rest as it is
-            return [*found, path[at:].strip(".")]
-        quoted, number, name = step.groups()
-        if quoted or number or name:
-            found.append(ast.literal_eval(quoted) if quoted else number or name)
-        at = step.end()
-    return found
-
-
-_EXPLAINS = re.compile(r"prescore_compile[/\\]backend\.py$")
-"""The file of the function that ``explain`` puts around a model."""
-
-
-def source_line(node: fx.Node) -> tuple[str, str]:
-    """``("file:line", "the code there")`` of the user's innermost frame; empty when not recorded.
-
-    Dynamo leaves torch's own frames out. Where it has no other, as in a compiled ``nn.TransformerDecoderLayer``,
-    it is the ``forward`` of the innermost module.
-    """
-    frames = re.findall(r'File "([^"]+)", line (\d+)[^\n]*\n\s*([^\n]*)', node.meta.get("stack_trace") or "")
-    frames = [frame for frame in frames if not _EXPLAINS.search(frame[0])]
-    if not frames:
-        return _forward(node) if node.op.startswith("call_") else ("", "")
-    file, line, code = frames[-1]
-    return f"{file}:{line}", code.strip()
-
-
-def _forward(node: fx.Node) -> tuple[str, str]:
-    stack = node.meta.get("nn_module_stack") or {}
-    cls = list(stack.values())[-1][1] if stack else None
-    if not isinstance(cls, type) or "forward" not in dir(cls):
-        return "", ""
-    try:
-        lines, first = inspect.getsourcelines(cls.forward)  # type: ignore[attr-defined]
-        return f"{inspect.getsourcefile(cls.forward)}:{first}", lines[0].strip()  # type: ignore[attr-defined]
-    except (OSError, TypeError):  # its source is not there
-        return "", ""
-
-
-def origins(node: fx.Node) -> tuple[str, ...]:
-    """What a node was made from, nearest first: ``name (by rule)``, from FX's ``from_node``."""
-    found: list[str] = []
-    sources = node.meta.get("from_node") or []
-    while sources and len(found) < 8:
-        source = sources[-1]
-        by = f" (by {source.pass_name})" if source.pass_name else ""
-        found.append(f"{source.name}{by}")
-        sources = source.from_node
-    return tuple(found)
-
-
-def same_place(node: fx.Node, origin: fx.Node) -> None:
-    """Note that ``node`` stands where ``origin`` does: in the same module, on the same line of the user's."""
-    for kind in ("stack_trace", "nn_module_stack", "source_fn_stack"):
-        if kind in origin.meta:
-            node.meta[kind] = origin.meta[kind]
-
-
-def made_from(node: fx.Node, origin: fx.Node, rule: str) -> None:
-    """Note that ``rule`` made ``node`` from ``origin``, as FX's own passes do."""
-    node.meta["from_node"] = [NodeSource(origin, rule, NodeSourceAction.CREATE)]
-
-
 def compile_id() -> str:
     """Which compile of Dynamo is under way: ``frame/recompile`` as in its logs; "" outside of one."""
     found = CompileContext.current_compile_id()
@@ -362,61 +258,3 @@ def break_reason(gm: fx.GraphModule) -> str:
     frames = [f"{frame.filename}:{frame.lineno}" for frame in reason.user_stack]
     first = reason.reason.strip().splitlines()
     return f"{first[0] if first else 'graph break'}{f' at {frames[-1]}' if frames else ''}"
-
-
-_WATCHING = threading.RLock()
-
-
-@contextmanager
-def watch_graphs(seen: Callable[[fx.GraphModule, str], None]) -> Iterator[None]:
-    """Call ``seen(gm, made_by)`` whenever a graph's code is asked for, as a pass must do after it changed
-    a graph, and as happens to every new graph. ``made_by``: ``function (file:line)``; "" for Dynamo's capture.
-    """
-    if not _WATCHING.acquire(blocking=False):
-        raise RuntimeError("graphs are observed by another thread; one can at a time")
-    eager, lazy = fx.GraphModule.recompile, _LazyGraphModule.__dict__["recompile"]
-
-    def recompile(self: fx.GraphModule) -> Any:
-        code = eager(self)
-        if not isinstance(self, _LazyGraphModule):  # one of these is made when it is needed, and was seen before
-            seen(self, _maker())
-        return code
-
-    def recompile_lazily(self: fx.GraphModule) -> None:
-        lazy.__func__(type(self))
-        seen(self, _maker())
-
-    try:
-        fx.GraphModule.recompile = recompile  # type: ignore[method-assign]
-        _LazyGraphModule.recompile = recompile_lazily  # type: ignore[method-assign,assignment]
-        yield
-    finally:
-        fx.GraphModule.recompile = eager  # type: ignore[method-assign]
-        _LazyGraphModule.recompile = lazy  # type: ignore[method-assign]
-        _WATCHING.release()
-
-
-_PLUMBING = (
-    "torch.fx",
-    "torch.nn",
-    "torch._dynamo.eval_frame",
-    "torch._compile",
-    "torch.utils",
-    "contextlib",
-    __name__,
-)
-
-
-def _maker() -> str:
-    """The function outside of torch's plumbing that asked for a graph's code."""
-    frame = sys._getframe(2)
-    while frame.f_back is not None and _is_plumbing(frame):
-        frame = frame.f_back
-    if frame.f_globals.get("__name__") == "torch._dynamo.output_graph":
-        return ""
-    return f"{frame.f_code.co_name} ({frame.f_code.co_filename}:{frame.f_lineno})"
-
-
-def _is_plumbing(frame: FrameType) -> bool:
-    module = str(frame.f_globals.get("__name__", ""))
-    return module.startswith(_PLUMBING) or frame.f_code.co_name in ("<lambda>", "inner", "wrapper")

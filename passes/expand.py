@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from .calls import call_of, hooked
-from .compat import same_place, trace, value_of
+from .compat import trace, value_of
+from .provenance import same_place
 
 _MODULES = (
     nn.MultiheadAttention,

@@ -11,11 +11,12 @@ from torch import fx
 
 from .axes import Miss
 from .calls import call_of
-from .compat import add_shapes, connect, has_shapes, module_path, source_line, value_of
+from .compat import add_shapes, connect, has_shapes, value_of
 from .emit import Sizes
 from .expand import composite
 from .expand import output_of as output_of_composite
 from .memory import Memory
+from .provenance import module_path, source_line
 from .sdpa import fused_call, output_of, prove_fused
 from .site import Attention, Site
 from .written import match

@@ -13,9 +13,10 @@ from ..kernels import ops as _registers_the_operators  # noqa: F401
 from ..kernels.logits import Logits
 from ..kernels.reads import parts_of, reads_of
 from ..kernels.summary import Summary
-from .compat import add_value, made_from, same_place, value_of
+from .compat import add_value, value_of
 from .decide import Decision, logits_of
 from .emit import Sizes, canonical, laid_out_as, original
+from .provenance import made_from, same_place
 from .report import RECOGNIZED
 from .site import Attention, Coordinates
 from .unattended import or_mean

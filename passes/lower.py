@@ -8,7 +8,8 @@ import torch
 from torch import fx
 
 from ..kernels.logits import NOTHING, parse
-from .compat import add_value, same_place, value_of
+from .compat import add_value, value_of
+from .provenance import same_place
 
 
 def lower(graph: fx.Graph, values: dict[str, Any], device: str = "") -> None:

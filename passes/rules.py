@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import fx
 
 from .calls import call_of
-from .compat import source_line
+from .provenance import source_line
 from .site import Add, Fill, Site
 
 RULES = {

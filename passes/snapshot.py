@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from .compat import module_path, origins, source_line, value_of
+from .compat import value_of
 from .held import digest, held, holding, plain, writing
+from .provenance import module_path, origins, source_line
 
 HOLE = "\0"
 """Stands for an input in ``Node.template``."""

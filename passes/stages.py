@@ -18,6 +18,7 @@ from . import compat
 from .diff import GraphDiff, diff
 from .report import Report, SiteReport
 from .snapshot import Known, Snapshot, snapshot
+from .watching import watch_graphs
 
 CAPTURED, FOUND, LIFTED, DECIDED, INSERTED, LOWERED = (
     "captured", "sites found", "masks lifted", "decided", "inserted", "lowered",
@@ -218,7 +219,7 @@ def observe() -> Iterator[Log]:
                     graph.add(Stage(name, now, made_by=made_by))
 
     watched = any(listener.every for listener in _LOGS.get())  # by an observer around this one
-    with listening(log), nullcontext() if watched else compat.watch_graphs(seen):
+    with listening(log), nullcontext() if watched else watch_graphs(seen):
         yield log
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import banded, cpu, masked, reference
+from ..layout import by_query
 from ..logits import NOTHING, Logits, named, parse
 from ..plan import Plan
 from ..reads import reads_of
@@ -134,7 +135,7 @@ def attend_eager(
         seen = masked.see(read, named(given, tensors), query.dtype)
         return masked.attend(site, summary, routes, settings, seen, given.softcap)
     out = reference.attend(site, summary, routes, settings, given, named(given, tensors))
-    return out.transpose(1, 2).contiguous().transpose(1, 2)
+    return by_query(out)
 
 
 @attend_eager.register_fake

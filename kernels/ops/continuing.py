@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import cpu, few
+from ..layout import by_query
 from ..reference import Operands
 from . import dispatch
 from .attending import like_output
@@ -36,7 +37,7 @@ def attend_few(
     if dispatch.compiled(query):
         return cpu.attend_few(site, allowed, added, softcap)
     out = few.reference(site, allowed, added, softcap)  # a graph that was made for a CPU and moved, say
-    return out.transpose(1, 2).contiguous().transpose(1, 2)
+    return by_query(out)
 
 
 attend_few.register_fake(like_output)
