@@ -20,11 +20,10 @@ from . import cost
 from .compat import at_least, forward_mode, gradient_wanted, guard_equal, hint, known_equal, symbolic, value_of
 from .config import Config
 from .defaults import WIDEST_BAND_ON_A_GPU
-from .masks import Lifted, Mask, attends_itself, lift
+from .masks import Lifted, Mask, attends_itself, band_of, lift
 from .plans import SHAPE_FIELDS, SiteKey
 from .read import as_it_comes
 from .site import Attention, Site
-from .unattended import reach_of
 
 
 @dataclass(frozen=True)
@@ -158,7 +157,7 @@ def _band(attention: Attention, mask: Mask) -> float:
     logits, on_a_gpu = logits_of(attention, mask), _generated(attention.device)
     if not on_a_gpu and not logits.uncapped.only_band:
         return 0.0
-    average, most = banded.keys_a_query(reach_of(mask, attention))
+    average, most = banded.keys_a_query(band_of(mask, attention))
     routed = on_a_gpu and mask.causal and most > WIDEST_BAND_ON_A_GPU
     return 0.0 if routed else average
 

@@ -49,7 +49,7 @@ def _tensor(tensor: torch.Tensor) -> str:
 
 
 def _module(module: nn.Module) -> str:
-    return f"{type(module).__name__} {digest(plain(module))}"
+    return f"{type(module).__name__} {digest(repr_of(module))}"
 
 
 def writing(value: Any) -> tuple[Any, Any]:
@@ -80,7 +80,7 @@ def _code(code: CodeType) -> str:
     return f"{code.co_code.hex()} {consts} {code.co_names}"
 
 
-def plain(value: Any) -> str:
+def repr_of(value: Any) -> str:
     """Its ``repr`` without addresses; where that raises, which error."""
     try:
         text = repr(value)

@@ -11,7 +11,7 @@ import sympy
 from sympy.core.function import AppliedUndef
 from torch import fx
 
-from ..kernels.band import B, H, K, Q
+from ..kernels.band import B, Band, H, K, Q
 from ..kernels.logits import NOTHING, Logits, settled
 from ..kernels.masked import lowest_of
 from .compat import guard_equal, symbolic, value_of
@@ -156,6 +156,12 @@ def _unread(attention: Attention, memory: Memory, why: str) -> tuple[Mask, _Mean
     text = _told(told, attention)
     closed = told.bias != 0 and not _opaque_atoms(named(told.bias, attention))
     return Mask(text, reason=f"unsupported_mask: {text}" if closed else f"opaque_mask: {why}"), told
+
+
+def band_of(mask: Mask, attention: Attention) -> Band:
+    """The run of keys that causality and the rest of the mask leave each query."""
+    shift = symbolic(attention.size(attention.k)) - symbolic(attention.size(attention.q))
+    return mask.logits.band(mask.causal, shift)
 
 
 @functools.cache

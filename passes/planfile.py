@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..kernels.plan import PLAN_FIELDS, OptionError, Plan
-from .plans import SHAPE_FIELDS, Calibration, SiteKey, SitePlan, Trial
+from .plans import SHAPE_FIELDS, Calibration, SiteKey, SitePlan, TriedPlan
 from .report import label
 
 FORMAT = 1
@@ -186,9 +186,11 @@ def _site(part: _Part, plans: Mapping[str, Plan]) -> SitePlan:
     trials = []
     for name, trial in parts["tried"].object().items() if "tried" in parts else ():
         found = trial.object(("density", "drift"), ())
-        trials.append(Trial(_named(_Part(name, trial.where), plans), found["density"].number(), _drift(found["drift"])))
-    plan = None if parts["plan"].value == EXACT else _named(parts["plan"], plans)
-    return SitePlan(key, plan, tuple(trials), parts["reason"].text() if "reason" in parts else "")
+        trials.append(
+            TriedPlan(_named(_Part(name, trial.where), plans), found["density"].number(), _drift(found["drift"]))
+        )
+    chosen = None if parts["plan"].value == EXACT else _named(parts["plan"], plans)
+    return SitePlan(key, chosen, tuple(trials), parts["reason"].text() if "reason" in parts else "")
 
 
 def _named(name: _Part, plans: Mapping[str, Plan]) -> Plan:

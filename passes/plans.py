@@ -39,7 +39,7 @@ class SiteKey:
 
 
 @dataclass(frozen=True)
-class Trial:
+class TriedPlan:
     """What a plan did to the model's output with this one site approximated: ``density`` is pairs attended / exact
     pairs of the site; ``drift`` as ``Calibration.measure`` has it.
     """
@@ -55,11 +55,11 @@ class SitePlan:
 
     key: SiteKey
     plan: Plan | None
-    trials: tuple[Trial, ...] = ()
+    trials: tuple[TriedPlan, ...] = ()
     reason: str = ""
 
     @property
-    def chosen(self) -> Trial | None:
+    def chosen(self) -> TriedPlan | None:
         """The trial of the plan; None where exact."""
         return next((trial for trial in self.trials if trial.plan == self.plan), None)
 

@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from .compat import value_of
-from .held import digest, held, holding, plain, writing
+from .held import digest, held, holding, repr_of, writing
 from .provenance import module_path, origins, source_line
 
 HOLE = "\0"
@@ -289,5 +289,5 @@ def _constant(value: Any) -> str:
         return repr(value)
     if isinstance(value, type) or (callable(value) and hasattr(value, "__qualname__")):
         return f"{getattr(value, '__module__', None) or 'builtins'}.{value.__qualname__}"
-    text = plain(value).replace(HOLE, "\\0")
+    text = repr_of(value).replace(HOLE, "\\0")
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}... ({digest(text)} in all)"

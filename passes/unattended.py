@@ -10,10 +10,10 @@ import sympy
 import torch
 from torch import fx
 
-from ..kernels.band import Band, Q
-from .compat import symbolic, value_of
+from ..kernels.band import Q
+from .compat import value_of
 from .keys import General
-from .masks import Mask
+from .masks import Mask, band_of
 from .site import Add, Attention
 
 
@@ -61,7 +61,7 @@ def _some(graph: fx.Graph, query: fx.Node, valid: fx.Node, a: Attention, mask: M
         if mask.causal:
             return graph.call_function(operator.gt, (graph.call_method("cumsum", (valid, 1)), 0))
         return graph.call_method("any", (valid, 1, True))
-    ends = reach_of(mask, a)
+    ends = band_of(mask, a)
     k_len = graph.call_method("size", (valid, 1))
     q_len, device = graph.call_method("size", (query, 2)), value_of(a.key.node).device
     places = General(graph, {}, {Q: graph.call_function(torch.arange, (q_len,), {"device": device})})
@@ -75,9 +75,3 @@ def _some(graph: fx.Graph, query: fx.Node, valid: fx.Node, a: Attention, mask: M
     low = 0 if ends.low is None else ends.low
     last = graph.call_method("narrow", (before, 1, k_len, 1)) if ends.high is None else counted(ends.high + 1)
     return graph.call_function(operator.gt, (last, counted(low) if low != 0 else 0))
-
-
-def reach_of(mask: Mask, a: Attention) -> Band:
-    """The run of keys that causality and the rest of the mask leave each query."""
-    shift = symbolic(a.size(a.k)) - symbolic(a.size(a.q))
-    return mask.logits.band(mask.causal, shift)

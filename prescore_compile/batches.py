@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from .kernels.plan import OptionError
 
 Tell = Callable[[str], None]
-"""Is told a line at a time what goes on."""
+"""Is to_stderr a line at a time what goes on."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def check_model(model: object) -> None:
             raise OptionError("model", f"{which} in training mode", "a model in eval mode: call model.eval()")
 
 
-def told(line: str) -> None:
+def to_stderr(line: str) -> None:
     """The default ``progress``: a line to standard error."""
     with contextlib.suppress(OSError):  # who reads it may be gone, which ends no work
         print(line, file=sys.stderr, flush=True)

@@ -262,6 +262,25 @@ $mask
 $update
 """
 
+TWO_SIDED_ENDS = """
+start = tl.maximum(first_query - WINDOW, 0) // CHUNK * CHUNK
+stop = tl.minimum(((first_query + QUERIES - 1 + WINDOW) // CHUNK + 1) * CHUNK, k_len)
+"""
+
+CAUSAL_ENDS = """
+start = low  #? aligned
+start = 0  #? not aligned
+stop = tl.minimum(first_position + wanted, k_len)
+# A tile past the sequence's end begins after its last key.
+whole = start + tl.maximum(tl.minimum(first_position + 1, stop) - start, 0) // KEYS * KEYS
+"""
+
+EVERY_KEY = """
+start = 0
+whole = k_len // KEYS * KEYS
+stop = k_len
+"""
+
 WHOLE_WINDOW = """
 # Window: the keys that all queries of the tile see.
 for begin in range($first, whole, $step):
@@ -444,62 +463,40 @@ def step(
 
 
 def window(spec: Spec, update: str, taint: bool) -> str:
-    """The loops over the window's keys."""
+    """The loops over the window's keys: those that all of the tile's queries see, then those that some do."""
     if not has_window(spec):
         return ""
     first = "split * KEYS" if spec.splits > 1 else ""
+    ends, pairs = _window_ends(spec)
     if two_sided(spec):
-        ends = """
-        start = tl.maximum(first_query - WINDOW, 0) // CHUNK * CHUNK
-        stop = tl.minimum(((first_query + QUERIES - 1 + WINDOW) // CHUNK + 1) * CHUNK, k_len)
-        """
-        pairs = "seen[None, :] & (at[None, :] >= low[:, None]) & (at[None, :] < high[:, None])"
         own = step(spec, update, source="key", index="at", seen="seen", pairs=pairs, taint=taint)
         return fill(ends, {}) + "\n" + _loop(OWN_WINDOW, spec, _from("start", first), own)
-    if spec.causal:
-        ends = """
-        start = low  #? aligned
-        start = 0  #? not aligned
-        stop = tl.minimum(first_position + wanted, k_len)
-        # A tile past the sequence's end begins after its last key.
-        whole = start + tl.maximum(tl.minimum(first_position + 1, stop) - start, 0) // KEYS * KEYS
-        """
-        pairs = (
-            "seen[None, :] & (at[None, :] <= position[:, None])" if spec.valid else "at[None, :] <= position[:, None]"
-        )
-    else:
-        ends = """
-        start = 0
-        whole = k_len // KEYS * KEYS
-        stop = k_len
-        """
-        pairs = "seen[None, :]"
-    seen = "seen" if spec.valid else ""
+    seen, of_pairs = "seen" if spec.valid else "", bool(spec.lifted.allowed)
     banded = not spec.windowed and bool(spec.lifted.low or spec.lifted.high)
-    pair_mask = bool(spec.lifted.allowed)
-    masked_inside = pair_mask and not (banded and spec.lifted.only)
+    cut = of_pairs and not (banded and spec.lifted.only)  # inside of the band, too
     whole = step(
-        spec,
-        update,
-        source="key",
-        index="at",
-        seen=seen,
-        pairs=seen and "seen[None, :]",
-        taint=taint and masked_inside,
-        allowed=masked_inside,
-    )
-    own = step(
-        spec, update, source="key", index="at", seen="seen", pairs=pairs, taint=taint and (spec.causal or pair_mask)
-    )
+        spec, update, source="key", index="at", seen=seen, pairs=seen and "seen[None, :]", taint=taint and cut,
+        allowed=cut,
+    )  # fmt: skip
+    tainted = taint and (spec.causal or of_pairs)
+    own = step(spec, update, source="key", index="at", seen="seen", pairs=pairs, taint=tainted)
     if banded:
         return fill(BAND, names(spec) | _band(spec, first) | {"whole_body": whole, "own_body": own})
-    return "\n".join(
-        [
-            fill(ends, names(spec)),
-            _loop(WHOLE_WINDOW, spec, _from("start", first), whole),
-            _loop(OWN_WINDOW, spec, _from("whole", first), own),
-        ]
+    loops = (
+        _loop(WHOLE_WINDOW, spec, _from("start", first), whole),
+        _loop(OWN_WINDOW, spec, _from("whole", first), own),
     )
+    return "\n".join((fill(ends, names(spec)), *loops))
+
+
+def _window_ends(spec: Spec) -> tuple[str, str]:
+    """Where the loops begin and end, and which pairs count in the last of them."""
+    if two_sided(spec):
+        return TWO_SIDED_ENDS, "seen[None, :] & (at[None, :] >= low[:, None]) & (at[None, :] < high[:, None])"
+    if spec.causal:
+        before = "at[None, :] <= position[:, None]"
+        return CAUSAL_ENDS, f"seen[None, :] & ({before})" if spec.valid else before
+    return EVERY_KEY, "seen[None, :]"
 
 
 def _band(spec: Spec, first: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..backend import fresh, stages
-from ..batches import Call, Tell, calls_of, check_model, teller, tensors_in, told
+from ..batches import Call, Tell, calls_of, check_model, teller, tensors_in, to_stderr
 from ..drift import MEASURES, Drift, Measure, Reference, check_repeats, compared, counted, difference, resolve
 from ..kernels.plan import OptionError
 from ..passes import REASONS, Config, Report
@@ -39,7 +39,7 @@ def trial(
     measure: str | Measure | None = None,
     rounds: int = 5,
     every_stage: bool = False,
-    progress: Tell | None = told,
+    progress: Tell | None = to_stderr,
 ) -> Verdict:
     """Try ``torch.compile(model, backend="prescore", options=options)`` on data, and say whether to adopt it.
 

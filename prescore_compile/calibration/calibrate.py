@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
-from ..batches import Call, Tell, calls_of, check_model, teller, told
+from ..batches import Call, Tell, calls_of, check_model, teller, to_stderr
 from ..drift import Drift, Measure, Reference, check_repeats, resolve
 from ..kernels.plan import PLAN_FIELDS, OptionError, Plan
 from ..passes import Calibration, Config, SitePlan
 from ..passes.planfile import load
-from ..passes.plans import SiteKey, Trial
+from ..passes.plans import SiteKey, TriedPlan
 from ..passes.report import label
 from . import allocate
 from .allocate import Option
@@ -36,7 +36,7 @@ def calibrate(
     candidates: Sequence[Plan] | None = None,
     measure: str | Measure | None = None,
     measured: Calibration | str | os.PathLike[str] | None = None,
-    progress: Tell | None = told,
+    progress: Tell | None = to_stderr,
 ) -> Calibration:
     """Measure what each plan at each site does to the model's output, and give each site its plan.
 
@@ -226,7 +226,7 @@ class _Search:
             SitePlan(
                 key,
                 chosen[key].choice,
-                tuple(Trial(o.choice, _short(o.pairs / self.exact.exact[key]), _short(o.drift)) for o in trials),
+                tuple(TriedPlan(o.choice, _short(o.pairs / self.exact.exact[key]), _short(o.drift)) for o in trials),
                 self.reasons.get(key, ""),
             )
             for key, trials in self.trials.items()

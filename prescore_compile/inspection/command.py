@@ -104,7 +104,7 @@ def on_weights(
 
     ``out``: the option that names a file to write, which is asked about first.
     """
-    from .target import TargetError, TargetFailed, load, told
+    from .target import TargetError, TargetFailed, error_text, load
 
     file = getattr(arguments, out)
     if file is not None and not may_be_written(file):
@@ -120,7 +120,7 @@ def on_weights(
     except (TargetError, TargetFailed, ValueError, OSError):
         raise
     except (Exception, SystemExit) as error:
-        raise TargetFailed(f"{arguments.target}: the model raised {told(error)}") from error
+        raise TargetFailed(f"{arguments.target}: the model raised {error_text(error)}") from error
 
 
 def say(text: str, page: bool = False) -> None:
@@ -181,7 +181,7 @@ def _trained(target: Any) -> bool:
 def _inspect(arguments: argparse.Namespace, target: Any, config: Config) -> Any:
     from ..backend import stages
     from .inspection import Inspection
-    from .target import TargetFailed, told
+    from .target import TargetFailed, error_text
 
     try:
         with torch.set_grad_enabled(_trained(target)):
@@ -189,7 +189,7 @@ def _inspect(arguments: argparse.Namespace, target: Any, config: Config) -> Any:
     except OptionError:
         raise
     except (Exception, SystemExit) as error:
-        raise TargetFailed(f"{arguments.target}: the model raised {told(error)}") from error
+        raise TargetFailed(f"{arguments.target}: the model raised {error_text(error)}") from error
     return Inspection(target.title, log)
 
 

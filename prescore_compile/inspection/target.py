@@ -61,7 +61,7 @@ def load(text: str, seq_len: int) -> Target:
     try:
         returned = function()
     except (Exception, SystemExit) as error:
-        raise TargetFailed(f"{text}: {name}() raised {told(error)}") from error
+        raise TargetFailed(f"{text}: {name}() raised {error_text(error)}") from error
     return _target(text, returned)
 
 
@@ -77,7 +77,7 @@ def _function(path: Path, name: str) -> Callable[..., Any]:
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
-        raise TargetFailed(f"{path}: importing it raised {told(error)}") from error
+        raise TargetFailed(f"{path}: importing it raised {error_text(error)}") from error
     found = getattr(module, name, None)
     if not callable(found):
         known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
@@ -118,7 +118,7 @@ def _config(folder: Path, seq_len: int) -> Target:
             model = _build(transformers, config).eval()
             kwargs = _inputs(config, seq_len)
     except Exception as error:
-        raise TargetFailed(f"{folder}: building the model raised {told(error)}") from error
+        raise TargetFailed(f"{folder}: building the model raised {error_text(error)}") from error
     return Target(str(folder), model, (), kwargs)
 
 
@@ -140,7 +140,7 @@ def _inputs(config: Any, seq_len: int) -> dict[str, Any]:
     return inputs | ({"use_cache": False} if hasattr(config, "use_cache") else {})
 
 
-def told(error: BaseException) -> str:
+def error_text(error: BaseException) -> str:
     """The error and the line of the user's that raised it, or called into torch or this package, which did.
 
     No line where the call in this file raised, as of a function with parameters.
