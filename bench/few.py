@@ -1,12 +1,14 @@
-"""Steps that continue a sequence: one query over a cache of keys, compiled by Inductor and by prescore, in turn.
+"""What continues a sequence: queries over a cache of keys, compiled by Inductor and by prescore, in turn.
 
-    python -m bench.few              # some minutes; a table and bench/results/few-cpu.json
+    python -m bench.few              # steps: one query; some minutes; a table and bench/results/few-cpu.json
+    python -m bench.few --queries 4 16 64 --ways "repeated, padded" "repeated, half full" --out few-more.json
     python -m bench.few --model      # steps of SmolLM2-135M behind random keys, and few-model-cpu.json
 
 Both attend every key; each result is checked before it is timed: its error against float64 may be twice Inductor's.
 ``grouped`` is SDPA with enable_gqa, as transformers calls it where there is no mask; ``repeated`` what it does where
 there is one (a batch that is padded, a static cache): keys and values repeated for each query head that shares them.
-``half full`` has a static cache twice as long as what is in it. GB/s: keys and values once, in that time.
+``half full`` has a static cache twice as long as what is in it. Queries are the last of the sequence, and see no key
+after their own. GB/s: keys and values once, in that time.
 """
 
 from __future__ import annotations
@@ -55,12 +57,13 @@ WAYS: dict[str, Callable[..., Any]] = {
 }  # fmt: skip
 
 
-def row(way: str, length: int, heads: tuple[int, int], dtype: torch.dtype, rounds: int) -> dict[str, Any]:
+def row(way: str, length: int, heads: tuple[int, int], dtype: torch.dtype, queries: int, rounds: int) -> dict[str, Any]:
     make = torch.Generator().manual_seed(0)
-    shapes = [(1, heads[0], 1, DIM), (1, heads[1], length, DIM), (1, heads[1], length, DIM)]
+    shapes = [(1, heads[0], queries, DIM), (1, heads[1], length, DIM), (1, heads[1], length, DIM)]
     q, k, v = (torch.randn(shape, generator=make).to(dtype) for shape in shapes)
-    places = torch.arange(length).expand(1, 1, 1, length)
-    mask = places < length // 2 if way.endswith("full") else places >= 7
+    filled = length // 2 if way.endswith("full") else length
+    places, own = torch.arange(length), torch.arange(filled - queries, filled)[:, None]
+    mask = ((places <= own) & (places >= (0 if way.endswith("full") else 7)))[None, None]
     run, ways = WAYS[way], {}
     torch._dynamo.reset()
     for backend in ("inductor", "prescore"):
@@ -68,7 +71,8 @@ def row(way: str, length: int, heads: tuple[int, int], dtype: torch.dtype, round
         ways[backend] = lambda compiled=compiled: compiled(q, k, v, mask)
     want = run(q.double(), k.double(), v.double(), mask)
     errors = {name: float((work() - want).norm() / want.norm()) for name, work in ways.items()}
-    found = {"n": length, "way": way, "heads": f"{heads[0]}/{heads[1]}", "dtype": str(dtype).split(".")[1]}
+    found: dict[str, Any] = {"n": length, "way": way, "heads": f"{heads[0]}/{heads[1]}"}
+    found |= {"queries": queries, "dtype": str(dtype).split(".")[1]}
     if errors["prescore"] > 2 * errors["inductor"]:
         return found | {"failed": errors}
     times = interleaved(ways, rounds)
@@ -127,6 +131,7 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+")
     dtypes = ["float32", "bfloat16", "float16"]
     parser.add_argument("--dtypes", nargs="+", choices=dtypes, default=dtypes)
+    parser.add_argument("--queries", type=int, nargs="+", default=[1])
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--out", type=Path)
@@ -139,11 +144,9 @@ def main() -> None:
             rows.append(of_model(kind, length, getattr(torch, dtype), options.rounds))
             print(rows[-1], flush=True)
     else:
-        every = product(
-            options.dtypes, options.ways, [(9, 3), (32, 8), (8, 8)], options.lengths or [512, 1024, 4096, 32768]
-        )
-        for dtype, way, heads, length in every:
-            rows.append(row(way, length, heads, getattr(torch, dtype), options.rounds))
+        lengths, heads = options.lengths or [512, 1024, 4096, 32768], [(9, 3), (32, 8), (8, 8)]
+        for dtype, way, of, length, queries in product(options.dtypes, options.ways, heads, lengths, options.queries):
+            rows.append(row(way, length, of, getattr(torch, dtype), queries, options.rounds))
             print(rows[-1], flush=True)
     finish(rows, options)
 

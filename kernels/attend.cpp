@@ -11,6 +11,7 @@
 // bfloat16, blocks are attended 16 rows at a time by their products.
 
 #include "native/allowed.h"
+#include "native/backward.h"
 #include "native/blocks.h"
 #include "native/cluster.h"
 #include "native/few.h"
@@ -18,19 +19,9 @@
 #include "native/simd.h"
 #include "native/site.h"
 #include "native/softmax.h"
+#include "native/sources.h"
 
 namespace prescore {
-
-struct Sources {  // what attend reads besides the query
-  View key, value;
-  const uint8_t* valid;  // [batch, position] or null
-  const int32_t *order, *routes, *row_index;  // routes: null where they are found tile by tile
-  View row_key, row_value;
-  const float* row_bias;
-  const View* sink_logit;         // [batch, head, query, 1] or null
-  const int64_t* band = nullptr;  // first and last key that each query may attend, [2, query]
-  Allowed allowed = {};           // data null: as all else says
-};
 
 template <typename Layout>
 struct Attend {
@@ -396,6 +387,21 @@ void prescore_attend(const Geometry* g, const View* query, const View* key, cons
   const prescore::Sources from{*key,     *value,     valid,    order,      routes, row_index,
                                *row_key, *row_value, row_bias, sink_logit, band,   allowed ? *allowed : Allowed{}};
   prescore::attend(*g, from, *query, *out, nullptr, nullptr);
+}
+
+// Gradients of attend, without a band or a mask; of a residual's centroids, where there are any, as of rows. By parts
+// [splits, ...] of keys, values, rows and centroids, zeros before.
+void prescore_backward(const Geometry* g, const View* query, const View* key, const View* value, const View* grad,
+                       const uint8_t* valid, const int32_t* order, const int32_t* routes, const int32_t* row_index,
+                       const View* row_key, const View* row_value, const float* row_bias, const View* sink_logit,
+                       const View* rest_key, const View* rest_value, const float* rest_bias, int64_t splits,
+                       float* d_query, float* d_key, float* d_value, float* d_row_key, float* d_row_value,
+                       float* d_rest_key, float* d_rest_value, float* d_sink) {
+  const prescore::Sources from{*key,     *value,     valid,    order,     routes, row_index,
+                               *row_key, *row_value, row_bias, sink_logit};
+  prescore::Backward work{*g,      from,    *query,  *grad,     rest_key,    rest_value, rest_bias,    splits,
+                          d_query, d_key, d_value, d_row_key, d_row_value, d_rest_key, d_rest_value, d_sink};
+  prescore::parallel(0, g->batch * g->kv_heads * splits, g->threads, work);
 }
 
 // Few queries over every key that a mask in memory allows.

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from . import library
+from .centroids import centroids, members_gradient
 from .coarse import coarse
 from .layout import chunk_count
 from .plan import WHOLE, Plan
@@ -17,6 +18,12 @@ from .summary import Summary
 
 TILE = 128
 """Queries a tile; docs/cpu.md has the measurement."""
+
+BACKWARD_TILE = 64
+"""The same of the backward, whose rows' gradients have to stay in cache, too."""
+
+TASKS = 16
+"""Of the backward, at least: each has sums of its own for the gradients of keys and values."""
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """In the order of ``prescore::Format``, native/site.h."""
@@ -137,6 +144,43 @@ def attend(
     transpose that follows it in every model is free.
     """
     return _attended(site, summary, routes, plan, tile, softcap, band, allowed)
+
+
+def attend_backward(
+    grad: torch.Tensor, site: Operands, summary: Summary, routes: torch.Tensor, plan: Plan, softcap: float = 0.0
+) -> tuple[torch.Tensor, ...]:
+    """Compiled ``reference.attend_backward``, in float32, of a plan with a window. All that is read must be finite."""
+    (batch, heads, q_len, dim), (kv_heads, k_len) = site.query.shape, site.key.shape[1:3]
+    value_dim, rows = site.value.shape[3], summary.row_index.shape[2]
+    # By the shape alone, as it says in which order the parts of a sum are added.
+    splits = min(-(-TASKS // max(batch * kv_heads, 1)), -(-q_len // BACKWARD_TILE)) or 1
+
+    def zeros(*shape: int) -> torch.Tensor:
+        return torch.zeros(shape, dtype=torch.float32)
+
+    d_query = zeros(batch, heads, q_len, dim)
+    rest = centroids(site.key.float(), site.value.float(), summary.order, plan.cluster) if plan.residual else None
+    counts = (k_len, rows) if rest is None else (k_len, rows, rest.bias.shape[2])
+    sizes = [(count, size) for count in counts for size in (dim, value_dim)]
+    parts = [zeros(splits, batch, kv_heads, *size) for size in sizes]
+    d_sink = [] if site.sink_logit is None else [zeros(batch, heads, q_len)]
+    if d_query.numel() and k_len:
+        geometry = _geometry(
+            plan, site.query.shape, kv_heads, k_len, value_dim=value_dim, causal=site.causal, routes=routes.shape[3],
+            scale=site.scale, tile=BACKWARD_TILE, softcap=softcap,
+        )  # fmt: skip
+        views = [_view(t) for t in (site.query, site.key, site.value, grad)]
+        keys = [_pointer(t) for t in (site.valid, summary.order, routes, summary.row_index)]
+        of_rows = [_view(summary.row_key), _view(summary.row_value), _pointer(summary.row_bias), _sink(site)]
+        of_rest = [None] * 3 if rest is None else [_view(rest.key), _view(rest.value), _pointer(rest.bias)]
+        found = [_pointer(t) for t in (d_query, *parts)] + [None] * (6 - len(parts))
+        outs = [ctypes.c_int64(splits), *found, _pointer(d_sink[0] if d_sink else None)]
+        library.needed().prescore_backward(geometry, *views, *keys, *of_rows, *of_rest, *outs)
+    d_key, d_value, d_row_key, d_row_value, *d_rest = (part.sum(0) for part in parts)
+    if rest is not None:
+        d_key += members_gradient(d_rest[0], summary.order, plan.cluster, k_len)
+        d_value += members_gradient(d_rest[1], summary.order, plan.cluster, k_len)
+    return d_query, d_key, d_value, d_row_key, d_row_value, *d_sink
 
 
 def attend_few(

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <memory>
 #include <vector>
 
 #include "allowed.h"
@@ -36,13 +37,14 @@ struct Few {
   static constexpr int64_t PART = 1024;      // keys of a task: not by the threads, on which no result shall depend
   static constexpr int64_t BLOCK = 32;       // keys at once
   static constexpr int64_t BYTES = 1 << 18;  // of keys and values; fewer are not worth several threads
+  static constexpr int64_t JOINED = 1 << 16;  // numbers that parts leave; fewer are not, either
   static constexpr int COLUMNS = 8;          // vectors of a row's sums in registers
 
   int64_t group = g.heads / g.kv_heads, rows = group * g.q_len, parts = (g.k_len + PART - 1) / PART;
   int64_t dim = whole(g.dim), width = whole(g.value_dim);
   // What a part leaves of a row: the highest logit, the sum of the weights, and that of the values.
   int64_t size = 2 + width;
-  std::vector<float> left = std::vector<float>(g.batch * g.kv_heads * parts * rows * size);
+  std::unique_ptr<float[]> left{new float[g.batch * g.kv_heads * parts * rows * size]};
 
   static int64_t whole(int64_t features) { return (features + L - 1) / L * L; }
 
@@ -149,6 +151,7 @@ struct Few {
       float* q = &s.query[r * dim];
       read(query, b, kv * group + r / g.q_len, r % g.q_len, g.dim, q);
       for (int64_t d = 0; d < g.dim; ++d) q[d] *= (float)g.scale;
+      std::fill_n(found + r * size, size, 0.0f);
       found[r * size] = NEG_INF;
     }
     for (int64_t base = start; base < stop; base += BLOCK) {
@@ -188,7 +191,7 @@ struct Few {
   }
 
   // The parts of a row as one, in their order.
-  void join(int64_t bh, int64_t r, std::vector<float>& sums) const {
+  void join(int64_t bh, int64_t r, float* sums) const {
     const int64_t b = bh / g.kv_heads, h = bh % g.kv_heads * group + r / g.q_len, n = r % g.q_len;
     auto part = [&](int64_t p) { return &left[((bh * parts + p) * rows + r) * size]; };
     float sink = NEG_INF, top = NEG_INF;
@@ -199,25 +202,30 @@ struct Few {
     const float own = top;
     for (int64_t p = 0; p < parts; ++p) top = std::max(top, part(p)[0]);
     if (sink != NEG_INF) total += weight_of(own, top);
-    sums.assign(width, 0.0f);
+    std::fill_n(sums, width, 0.0f);
     for (int64_t p = 0; p < parts; ++p) {
       const float* from = part(p);
       const float share = from[0] > NEG_INF ? weight_of(from[0], top) : 1.0f;  // 1: of nothing, or of NaN
       total += from[1] * share;
-      for (int64_t c = 0; c < width; c += L) store(&sums[c], load(&sums[c]) + load(from + 2 + c) * share);
+      for (int64_t c = 0; c < width; c += L) store(sums + c, load(sums + c) + load(from + 2 + c) * share);
     }
     for (int64_t c = 0; c < g.value_dim; ++c) sums[c] = total == 0.0f ? 0.0f : sums[c] / total;
-    write(out, b, h, n, g.value_dim, sums.data());
+    write(out, b, h, n, g.value_dim, sums);
   }
 
   void run_all() {
     const int64_t heads = g.batch * g.kv_heads;
     const bool little = heads * g.k_len * (g.dim + g.value_dim) * bytes_of(key) < BYTES;
     parallel(0, heads * parts, little ? 1 : g.threads, *this);
-    std::vector<float> sums;
-    for (int64_t bh = 0; bh < heads; ++bh)
-      for (int64_t r = 0; r < rows; ++r) join(bh, r, sums);
+    Join join{*this};
+    parallel(0, heads * rows, heads * parts * rows * size < JOINED ? 1 : g.threads, join);
   }
+
+  struct Join {
+    const Few& few;
+    std::vector<float> scratch() const { return std::vector<float>(few.width); }
+    void run(int64_t task, std::vector<float>& sums) const { few.join(task / few.rows, task % few.rows, sums.data()); }
+  };
 };
 
 }  // namespace prescore

@@ -272,7 +272,7 @@ def attend_backward_eager(
     tensors: Sequence[Tensor],
     sink_logit: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """``attend_backward`` by the reference, of a band tile by tile."""
+    """``attend_backward`` by the compiled CPU kernel or the reference, of a band tile by tile."""
     site = Operands(query, key, value, valid, causal, scale, sink_logit)
     summary = Summary.of_rows(order, row_index, row_owner, row_key, row_value, row_bias)
     given, routed, settings = parse(logits), or_no_routes(routes, query), Plan.parse(plan)
@@ -281,6 +281,8 @@ def attend_backward_eager(
         ends = banded.ends(given.band(), query.shape[2], key.shape[2], causal)
         d_query, d_key, d_value, *d_sink = banded.backward(grad, site, ends, given.softcap)
         grads = (d_query, d_key, d_value, torch.zeros_like(row_key), torch.zeros_like(row_value), *d_sink)
+    elif dispatch.compiled(query) and given.uncapped == NOTHING and settings.window is not None and _finite(grad, site):
+        grads = cpu.attend_backward(grad, site, summary, routed, settings, given.softcap)
     else:
         known = named(given, tensors)
         grads = reference.attend_backward(grad, site, summary, routed, settings, given, known)
@@ -293,6 +295,12 @@ attend_backward.register_autograd(dispatch.no_second_derivative, setup_context=d
 
 def or_no_routes(routes: Tensor | None, query: Tensor) -> Tensor:
     return query.new_empty((*query.shape[:3], 0), dtype=torch.int32) if routes is None else routes
+
+
+def _finite(grad: Tensor, site: Operands) -> bool:
+    """Whether all that is read is: the kernel multiplies blocks, in which what is not would reach others."""
+    sink = site.sink_logit is None or bool((site.sink_logit < float("inf")).all())
+    return sink and all(bool(tensor.isfinite().all()) for tensor in (grad, *site[:3]))
 
 
 def _banded(plan: Plan, logits: Logits) -> bool:
