@@ -19,8 +19,8 @@ from .summary import Summary
 TILE = 128
 """Queries a tile; docs/cpu.md has the measurement."""
 
-BACKWARD_TILE = 64
-"""The same of the backward, whose rows' gradients have to stay in cache, too."""
+ROWS = 256
+"""Of the backward, queries times the query heads of a KV head: a tile's gradients have to stay in cache, too."""
 
 TASKS = 16
 """Of the backward, at least: each has sums of its own for the gradients of keys and values."""
@@ -153,7 +153,8 @@ def attend_backward(
     (batch, heads, q_len, dim), (kv_heads, k_len) = site.query.shape, site.key.shape[1:3]
     value_dim, rows = site.value.shape[3], summary.row_index.shape[2]
     # By the shape alone, as it says in which order the parts of a sum are added.
-    splits = min(-(-TASKS // max(batch * kv_heads, 1)), -(-q_len // BACKWARD_TILE)) or 1
+    tile = max(ROWS * kv_heads // max(heads, 1), 32)
+    splits = min(-(-TASKS // max(batch * kv_heads, 1)), -(-q_len // tile)) or 1
 
     def zeros(*shape: int) -> torch.Tensor:
         return torch.zeros(shape, dtype=torch.float32)
@@ -167,7 +168,7 @@ def attend_backward(
     if d_query.numel() and k_len:
         geometry = _geometry(
             plan, site.query.shape, kv_heads, k_len, value_dim=value_dim, causal=site.causal, routes=routes.shape[3],
-            scale=site.scale, tile=BACKWARD_TILE, softcap=softcap,
+            scale=site.scale, tile=tile, softcap=softcap,
         )  # fmt: skip
         views = [_view(t) for t in (site.query, site.key, site.value, grad)]
         keys = [_pointer(t) for t in (site.valid, summary.order, routes, summary.row_index)]
