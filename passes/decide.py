@@ -244,7 +244,8 @@ def _unsupported(site: Site) -> str:
     if any(base.__name__ == "DTensor" for t in (*tensors, *of_sink) for base in type(t).__mro__):
         return "sharded"
     dtypes = [t.dtype for t in tensors]
-    if len(set(dtypes)) != 1 or any(t not in cpu.DTYPES for t in (*dtypes, value_of(site.output).dtype)):
+    one = len(set(dtypes)) == 1 or site.kind == "sdpa"  # which takes several under autocast alone, and makes them one
+    if not one or any(t not in cpu.DTYPES for t in (*dtypes, value_of(site.output).dtype)):
         return f"unsupported_dtype: {', '.join(str(t) for t in dtypes)} to {value_of(site.output).dtype}"
     if any(isinstance(size, int) and size == 0 for t in tensors for size in t.shape):
         return "empty"

@@ -62,8 +62,11 @@ def _operands(graph: fx.Graph, a: Attention, sizes: Sizes, dtype: torch.dtype) -
     query = canonical(graph, a.query, (a.batch, a.heads, q_group, _one(a.d)), sizes)
     key = canonical(graph, a.key, (a.batch, a.kv_heads, k_group, _one(a.d)), sizes)
     value = canonical(graph, a.value, (a.batch, a.kv_heads, k_group, _one(a.e)), sizes)
-    if value_of(a.query.node).dtype != dtype:  # autocast
-        query, key, value = (graph.call_method("to", (n, dtype)) for n in (query, key, value))
+    given = ((query, a.query), (key, a.key), (value, a.value))
+    query, key, value = (
+        node if value_of(operand.node).dtype == dtype else graph.call_method("to", (node, dtype))  # autocast
+        for node, operand in given
+    )
     for factor in a.factors:
         by = canonical(graph, factor.operand, (a.batch, a.heads, q_group, ()), sizes)
         scaled = graph.call_function(operator.truediv if factor.inverse else operator.mul, (query, by))

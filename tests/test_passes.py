@@ -262,7 +262,9 @@ def test_other_layouts_are_brought_to_four_axes(name: str) -> None:
     assert (site.shape["batch"], site.shape["heads"], site.shape["kv_heads"]) == sizes
 
 
-def test_autocast_is_followed() -> None:
+@pytest.mark.parametrize("narrow", ["", "v", "qk"])
+def test_autocast_is_followed(narrow: str) -> None:
+    """``narrow``: operands that are bfloat16 already: rotary embeddings leave queries and keys float32."""
     outs: list[Any] = []
 
     def backend(gm: fx.GraphModule, inputs: Any) -> Any:
@@ -270,11 +272,15 @@ def test_autocast_is_followed() -> None:
         outs.extend(report.sites)
         return new.forward
 
-    args = qkv()
-    got = torch.compile(_autocast, backend=backend)(*args)
-    want = F.scaled_dot_product_attention(*args)
+    args = [t.bfloat16() if name in narrow else t for name, t in zip("qkv", qkv(), strict=True)]
+    leaves = [t.requires_grad_() for t in args]
+    got, want = torch.compile(_autocast, backend=backend)(*args), _autocast(*args)
     assert got.dtype == torch.bfloat16 and outs[0].decision == "rewrite"
-    torch.testing.assert_close(got.float(), want, atol=0.03, rtol=0.03)
+    torch.testing.assert_close(got, want, atol=0.03, rtol=0.03)
+    grad = torch.randn_like(got)
+    pairs = zip(torch.autograd.grad(got, leaves, grad), torch.autograd.grad(want, leaves, grad), strict=True)
+    for found, expected in pairs:
+        torch.testing.assert_close(found, expected, atol=0.03, rtol=0.03)
 
 
 def test_short_and_unprofitable_and_excluded_sites() -> None:
