@@ -25,6 +25,7 @@ from .exactness import holds
 from .extent import MOST, TOO_LARGE, Extents
 from .indices import ZERO, Index, NotAView, Sizes, broadcast, full_key, is_one, pull
 from .memory import Memory
+from .outside import told_apart
 
 _ARITHMETIC: dict[str, Callable[..., Any]] = {
     "add": operator.add,
@@ -234,8 +235,12 @@ class Elements:
         source = node.meta[OUTSIDE]
         around = Elements(Memory(source.graph), self.sizes, rounded=self.rounded)
         found = around.at(source, index)
+        if not around.loads:
+            return found
         # What depends on the run time there cannot be read from here, but as an input.
-        return self._load(node, index) if around.loads else found
+        value = value_of(node)
+        parts = told_apart(found, index, value.shape, self.sizes) if value.dtype == torch.bool else None
+        return self._load(node, index) if parts is None else sympy.And(parts[0], self._load(node, parts[1]))
 
     def _inexact(self, why: str) -> None:
         if not self.rounded:

@@ -8,15 +8,17 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
+import sympy
 import torch
 import torch.nn.functional as F
 from torch import fx
 
-from prescore_compile import Config
+from prescore_compile import Config, explain
 from prescore_compile.backend import stages
 from prescore_compile.kernels import library
 from prescore_compile.passes import REASONS, find, rewrite
 from prescore_compile.passes.masks import lift
+from prescore_compile.passes.outside import told_apart
 
 SHORT = Config.exact()
 
@@ -450,3 +452,45 @@ def test_gradients_through_a_checkpoint() -> None:
     got = torch.autograd.grad(torch.compile(loss, backend="prescore", options=options)(*leaves), leaves)
     for g, w in zip(got, want, strict=True):
         torch.testing.assert_close(g, w, atol=1e-5, rtol=1e-4)
+
+
+def test_gradients_through_a_checkpoint_whose_mask_is_made_outside() -> None:
+    """As models do: causality and which keys are valid, in one mask for all layers."""
+    from torch.utils.checkpoint import checkpoint
+
+    def loss(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pad: torch.Tensor) -> torch.Tensor:
+        at = torch.arange(q.shape[2])
+        mask = (at <= at[:, None])[None, None] & (pad != 0)[:, None, None]
+        return checkpoint(F.scaled_dot_product_attention, q, k, v, mask, use_reentrant=False).square().sum()
+
+    leaves, pad = [t.requires_grad_() for t in qkv()], torch.ones(2, 40, dtype=torch.long)
+    pad[1, 20:] = 0
+    with_mask = (*leaves, pad)
+    assert [
+        site.mask for site in explain(loss, *with_mask, config=Config(min_seq_len=0, only_if_faster=False)).sites
+    ] == ["k <= q and mask[b, 0, 39, k]"]
+    want = torch.autograd.grad(loss(*with_mask), leaves)
+    options = dict(window=None, sinks=0, routes=0, min_seq_len=0, only_if_faster=False, inner="aot_eager")
+    got = torch.autograd.grad(torch.compile(loss, backend="prescore", options=options)(*with_mask), leaves)
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g, w, atol=1e-5, rtol=1e-4)
+
+
+def test_what_an_input_of_a_body_says_elsewhere() -> None:
+    q, k, b = sympy.symbols("q k b", integer=True, nonnegative=True)
+    pad, sizes = sympy.Function("pad", integer=True)(b, k), {q: 8, k: 8, b: 2}
+    index, shape = (b, sympy.Integer(0), q, k), (2, 1, 8, 8)
+    valid, causal = sympy.Ne(pad, 0), sympy.Le(k, q)
+    assert told_apart(causal & valid, index, shape, sizes) == (causal, (b, 0, 7, k))
+    assert told_apart(causal & (k >= q - 7) & valid, index, shape, sizes) is not None
+    for found in (
+        causal & (k >= q - 6) & valid,  # the last query does not see the first key
+        causal & sympy.Ne(sympy.Function("of", integer=True)(q), 0) & valid,  # nor is what is read of keys alone
+        causal & sympy.Eq(sympy.Mod(k, 2), 0) & valid,
+        causal,
+        valid,
+    ):
+        assert told_apart(found, index, shape, sizes) is None
+    unknown = sympy.Symbol("s0", integer=True)
+    assert told_apart(causal & valid, index, (2, 1, unknown, unknown), sizes) is None
+    assert told_apart(causal & valid, index, shape, {q: unknown, k: unknown, b: 2}) is None
