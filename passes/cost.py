@@ -45,9 +45,10 @@ ALONE_GAIN = 1.4
 ALONE_FROM = 1024
 """Keys; below, what a call of an operator costs weighs as much as what it computes."""
 # Numbers in keys and values (of all KV heads) from which few queries that share them read them faster than SDPA does,
-# with one query and for each more; and of one query in 16 bits, which SDPA widens. A call costs 0.1 ms. Keys from which
-# a mask is worth it, where SDPA, too, reads each once. Measured by `python -m bench.few`.
-FEW_NUMBERS, FEW_NUMBERS_MORE, FEW_NARROW, FEW_MASKED = 3 << 18, 1 << 18, 3 << 16, 8192
+# with one query and for each more, and for each more where they are repeated in memory; and of one query in 16 bits,
+# which SDPA widens. A call costs 0.1 ms. Keys from which a mask is worth it, where SDPA, too, reads each once. Measured
+# by `python -m bench.few`.
+FEW_NUMBERS, FEW_NUMBERS_MORE, FEW_REPEATED_MORE, FEW_NARROW, FEW_MASKED = 3 << 18, 1 << 18, 1 << 14, 3 << 16, 8192
 LONGEST = 2**24
 # Of the routes that a plan with a share may take, those that it takes on average: of 64 at a share of 0.0012 and 8192
 # tokens of text, by `python -m bench.quality`. Content decides, so this is an expectation.
@@ -327,16 +328,21 @@ def alone_from(shape: Shape, trained: bool) -> int | None:
     return max(ALONE_FROM, min(found)) if found else None
 
 
-def few_from(shape: Shape, masked: bool, by_hand: bool) -> int | None:
+def few_from(shape: Shape, masked: bool, by_hand: bool, repeated: bool) -> int | None:
     """The fewest keys from which ``kernels.few`` is faster than what is there; None: never.
 
-    ``masked``: a mask may hide some. ``by_hand``: it is written out, which Inductor widens nothing for.
+    ``masked``: a mask may hide some. ``by_hand``: it is written out, which Inductor widens nothing for. ``repeated``:
+    keys and values are in memory for each query head.
     """
     more = shape.queries - 1
     if shape.narrow and not more and not by_hand:
         numbers = FEW_NARROW
+    elif shape.narrow and more and by_hand and shape.device == "cpu":  # products of 16 bits that no unit makes
+        numbers = FEW_NUMBERS
     elif shape.heads > shape.kv_heads:
-        numbers = (FEW_NUMBERS + more * FEW_NUMBERS_MORE) * (2 if shape.narrow and by_hand else 1)
+        wide = FEW_REPEATED_MORE * (4 if shape.narrow and not by_hand else 1)  # 16 bits are copied in less time
+        numbers = FEW_NUMBERS + more * (wide if repeated else FEW_NUMBERS_MORE)
+        numbers *= 2 if shape.narrow and by_hand else 1
     else:
         return FEW_MASKED if masked and not shape.narrow and shape.queries <= 4 else None
     return math.ceil(numbers / (shape.batch * shape.kv_heads * (shape.head_dim + shape.value_dim)))

@@ -107,13 +107,14 @@ def _few(site: Site, mask: Mask, reason: str) -> Mask | None:
     a = site.attention
     if a is None or not reason or not (_without_gain(reason) or reason in (mask.reason, mask.needs)):
         return None
-    q_len = a.size(a.q)
+    q_len, k_len = a.size(a.q), a.size(a.k)
     inputs = [*(factor.operand for factor in a.factors), *([a.sink_logit] if a.sink_logit else [])]
     trained = a.trained or any(gradient_wanted(operand.node) for operand in inputs)
-    if trained or a.is_causal or a.device.type != "cpu" or not isinstance(q_len, int) or q_len > few.MOST:
+    if trained or a.is_causal or a.device.type != "cpu" or known_equal(q_len, k_len):
         return None
-    least = cost.few_from(shape_of(a, False), bool(a.terms), site.kind != "sdpa")
-    if least is None or not at_least(a.size(a.k), least):
+    repeated = a.key.node not in site.output.all_input_nodes
+    least = cost.few_from(shape_of(a, False), bool(a.terms), site.kind != "sdpa", repeated)
+    if least is None or not at_least(k_len, least) or at_least(q_len, few.MOST + 1):
         return None
     return as_it_comes(site, mask, few=True) if a.terms else Mask(mask.text)
 

@@ -211,7 +211,8 @@ def test_opcheck() -> None:
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if a call cost nothing, so that small sites gain."""
-    for name, numbers in (("FEW_NUMBERS", 2**15), ("FEW_NUMBERS_MORE", 2**13), ("FEW_NARROW", 2**15)):
+    of = dict(FEW_NUMBERS=2**15, FEW_NUMBERS_MORE=2**13, FEW_REPEATED_MORE=2**9, FEW_NARROW=2**15)
+    for name, numbers in of.items():
         monkeypatch.setattr(cost, name, numbers)
 
 
@@ -305,10 +306,11 @@ def test_where_it_is_faster() -> None:
     """As measured: SDPA's time, of the numbers in keys and values, passes that of a call."""
 
     def least(
-        heads: int, kv_heads: int, queries: int, narrow: bool = False, masked: bool = False, by_hand: bool = False
-    ) -> int | None:
-        shape = cost.Shape(1, heads, kv_heads, 64, 64, False, queries=queries, narrow=narrow)
-        return cost.few_from(shape, masked, by_hand)
+        heads: int, kv_heads: int, queries: int, narrow: bool = False, masked: bool = False, by_hand: bool = False,
+        repeated: bool = False, device: str = "cpu",
+    ) -> int | None:  # fmt: skip
+        shape = cost.Shape(1, heads, kv_heads, 64, 64, False, queries=queries, narrow=narrow, device=device)
+        return cost.few_from(shape, masked, by_hand, repeated)
 
     assert least(9, 3, 1) == 2048 and least(32, 8, 1) == 768 and least(71, 1, 1) == 6144
     assert least(9, 3, 1, narrow=True) == 512 and least(8, 8, 1, narrow=True) == 192
@@ -316,7 +318,30 @@ def test_where_it_is_faster() -> None:
     assert least(8, 8, 1) is None and least(8, 8, 1, masked=True) == 8192
     assert least(9, 3, 1, narrow=True, by_hand=True) == 4096 and least(8, 8, 1, narrow=True, by_hand=True) is None
     assert least(9, 3, 1, by_hand=True) == 2048
+    assert least(9, 3, 4, repeated=True) == 2176 and least(9, 3, 4, narrow=True, repeated=True) == 2560
+    assert least(8, 8, 4, narrow=True, by_hand=True) == 768
+    assert least(8, 8, 4, narrow=True, by_hand=True, device="amx") is None
     assert least(8, 8, 5, masked=True) is None and least(8, 8, 2, narrow=True, masked=True) is None
+
+
+@torch.no_grad()
+@pytest.mark.usefixtures("small")
+def test_queries_of_any_number_in_one_graph() -> None:
+    """A second turn is never as long as the first; of prompts nothing is changed."""
+    run, graphs = SPELLINGS["repeated, masked"], []
+
+    def inner(gm: Any, inputs: Any) -> Any:
+        graphs.append({str(node.target) for node in gm.graph.nodes})
+        return gm.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(run, backend="prescore", dynamic=True, options={"inner": inner})
+    for queries in (5, 30, 127, 128):
+        site = drawn((2, 6, queries, N, 16, 16))
+        mask = torch.arange(N) <= torch.arange(N - queries, N)[:, None]
+        want = run(*site[:3], mask[None, None])
+        torch.testing.assert_close(compiled(*site[:3], mask[None, None]), want, atol=1e-5, rtol=1e-5)
+    assert [any("attend_few" in target for target in graph) for graph in graphs] == [True, False]
 
 
 @pytest.mark.usefixtures("small")
