@@ -277,6 +277,32 @@ def test_a_hugging_face_config_without_weights(tmp_path: Path, capsys: pytest.Ca
     ]
 
 
+SMALL = dict(num_hidden_layers=1, hidden_size=32, intermediate_size=64, num_attention_heads=2)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        dict(model_type="vit", **SMALL),
+        dict(model_type="dinov2", **SMALL),
+        dict(model_type="beit", **SMALL),
+        dict(model_type="clip", text_config=SMALL, vision_config=SMALL),
+        dict(model_type="wav2vec2", **SMALL),
+        dict(model_type="whisper", d_model=48, encoder_layers=1, decoder_layers=1),
+        dict(model_type="t5", d_model=32, d_kv=16, num_layers=1, num_heads=2),
+    ],
+    ids=lambda config: config["model_type"],
+)
+def test_a_hugging_face_config_of_images_and_sound(
+    config: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What it is asked with is what its forward takes."""
+    pytest.importorskip("transformers")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found = json.loads(said(capsys, "explain", tmp_path, "--seq-len", "64", "--format", "json"))
+    assert [site for graph in found["graphs"] for site in graph["sites"]]
+
+
 def test_every_site_has_a_line_inside_of_torch_a_checkpoint_and_a_branch() -> None:
     class Inside(torch.nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

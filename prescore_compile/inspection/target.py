@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -115,8 +116,10 @@ def _config(folder: Path, seq_len: int) -> Target:
     try:
         config = transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True)
         with FakeTensorMode(allow_non_fake_inputs=True):
-            model = _build(transformers, config).eval()
-            kwargs = _inputs(config, seq_len)
+            # Some draws of weights look at numbers, which fake tensors have not.
+            with importlib.import_module("transformers.initialization").no_init_weights():
+                model = _build(transformers, config).eval()
+            kwargs = _inputs(model, seq_len)
     except Exception as error:
         raise TargetFailed(f"{folder}: building the model raised {error_text(error)}") from error
     return Target(str(folder), model, (), kwargs)
@@ -129,15 +132,29 @@ def _build(transformers: Any, config: Any) -> Any:
     return cls(config) if cls is not None else transformers.AutoModel.from_config(config)
 
 
-def _inputs(config: Any, seq_len: int) -> dict[str, Any]:
-    size = getattr(config, "image_size", None)
-    if size is not None and not hasattr(config, "vocab_size"):
+def _inputs(model: Any, seq_len: int) -> dict[str, Any]:
+    """What the model's forward asks for: token ids, an image of the size it was made for, sound; or several."""
+    config, asked = model.config, inspect.signature(model.forward).parameters
+    main = getattr(model, "main_input_name", "input_ids")
+    inputs: dict[str, Any] = {}
+    ids = torch.zeros(1, seq_len, dtype=torch.long)
+    if "pixel_values" in asked:
+        vision = getattr(config, "vision_config", None) or config
+        size = getattr(vision, "image_size", 224)
         height, width = size if isinstance(size, (tuple, list)) else (size, size)
-        return {"pixel_values": torch.zeros(1, getattr(config, "num_channels", 3), height, width)}
-    inputs = {"input_ids": torch.zeros(1, seq_len, dtype=torch.long)}
+        inputs["pixel_values"] = torch.zeros(1, getattr(vision, "num_channels", 3), height, width)
+    if "input_features" in asked:
+        steps = 2 * getattr(config, "max_source_positions", seq_len)  # Whisper's two convolutions halve them
+        inputs["input_features"] = torch.zeros(1, getattr(config, "num_mel_bins", 80), steps)
+    if main == "input_values":
+        inputs["input_values"] = torch.zeros(1, 320 * seq_len)  # samples, 20 ms a position
+    if "input_ids" in asked and (main == "input_ids" or hasattr(config, "text_config")):
+        text = getattr(config, "text_config", None) or config
+        most = getattr(text, "max_position_embeddings", seq_len) if "pixel_values" in asked else seq_len
+        inputs["input_ids"] = ids[:, :most]
     if getattr(config, "is_encoder_decoder", False):
-        inputs["decoder_input_ids"] = torch.zeros(1, seq_len, dtype=torch.long)
-    return inputs | ({"use_cache": False} if hasattr(config, "use_cache") else {})
+        inputs["decoder_input_ids"] = ids[:, : getattr(config, "max_target_positions", seq_len)]
+    return inputs | ({"use_cache": False} if "use_cache" in asked else {})
 
 
 def error_text(error: BaseException) -> str:
