@@ -22,8 +22,8 @@ TILE = 128
 ROWS = 256
 """Of the backward, queries times the query heads of a KV head: a tile's gradients have to stay in cache, too."""
 
-TASKS = 16
-"""Of the backward, at least: each has sums of its own for the gradients of keys and values."""
+TASKS, PARTS = 16, 1 << 28
+"""Of the backward, at least, each with sums of its own for the gradients of keys and values; the most bytes of those."""
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """In the order of ``prescore::Format``, native/site.h."""
@@ -152,9 +152,8 @@ def attend_backward(
     """Compiled ``reference.attend_backward``, in float32, of a plan with a window. All that is read must be finite."""
     (batch, heads, q_len, dim), (kv_heads, k_len) = site.query.shape, site.key.shape[1:3]
     value_dim, rows = site.value.shape[3], summary.row_index.shape[2]
-    # By the shape alone, as it says in which order the parts of a sum are added.
-    tile = max(ROWS * kv_heads // max(heads, 1), 32)
-    splits = min(-(-TASKS // max(batch * kv_heads, 1)), -(-q_len // tile)) or 1
+    # Tiles and parts by the shape alone, as they say in which order numbers are added.
+    tile = max(ROWS * kv_heads // max(heads, 1), 4)
 
     def zeros(*shape: int) -> torch.Tensor:
         return torch.zeros(shape, dtype=torch.float32)
@@ -163,6 +162,8 @@ def attend_backward(
     rest = centroids(site.key.float(), site.value.float(), summary.order, plan.cluster) if plan.residual else None
     counts = (k_len, rows) if rest is None else (k_len, rows, rest.bias.shape[2])
     sizes = [(count, size) for count in counts for size in (dim, value_dim)]
+    room = PARTS // max(4 * batch * kv_heads * sum(count * size for count, size in sizes), 1)
+    splits = max(min(-(-TASKS // max(batch * kv_heads, 1)), -(-q_len // tile), room), 1)
     parts = [zeros(splits, batch, kv_heads, *size) for size in sizes]
     d_sink = [] if site.sink_logit is None else [zeros(batch, heads, q_len)]
     if d_query.numel() and k_len:
@@ -177,7 +178,7 @@ def attend_backward(
         found = [_pointer(t) for t in (d_query, *parts)] + [None] * (6 - len(parts))
         outs = [ctypes.c_int64(splits), *found, _pointer(d_sink[0] if d_sink else None)]
         library.needed().prescore_backward(geometry, *views, *keys, *of_rows, *of_rest, *outs)
-    d_key, d_value, d_row_key, d_row_value, *d_rest = (part.sum(0) for part in parts)
+    d_key, d_value, d_row_key, d_row_value, *d_rest = map(_added, parts)
     if rest is not None:
         d_key += members_gradient(d_rest[0], summary.order, plan.cluster, k_len)
         d_value += members_gradient(d_rest[1], summary.order, plan.cluster, k_len)
@@ -273,6 +274,14 @@ def _attended(
         masks = (_pointer(band), _allowed(allowed, (*site.query.shape[:3], k_len)))
         library.needed().prescore_attend(geometry, *views, *keys, _pointer(routes), *rows, _sink(site), *masks)
     return out.to(site.query.dtype)
+
+
+def _added(parts: torch.Tensor) -> torch.Tensor:
+    """The sum, one after the other: in which order ``sum`` adds depends on the machine, and its threads."""
+    total = parts[0]
+    for part in parts[1:]:
+        total += part
+    return total
 
 
 def _result(site: Operands) -> torch.Tensor:

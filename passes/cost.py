@@ -328,13 +328,13 @@ def alone_from(shape: Shape, trained: bool) -> int | None:
     return max(ALONE_FROM, min(found)) if found else None
 
 
-def few_from(shape: Shape, masked: bool, by_hand: bool, repeated: bool) -> int | None:
-    """The fewest keys from which ``kernels.few`` is faster than what is there; None: never.
+def few_from(shape: Shape, queries: int, masked: bool, by_hand: bool, repeated: bool) -> int | None:
+    """The fewest keys from which ``kernels.few`` is faster for so many queries than what is there; None: never.
 
     ``masked``: a mask may hide some. ``by_hand``: it is written out, which Inductor widens nothing for. ``repeated``:
     keys and values are in memory for each query head.
     """
-    more = shape.queries - 1
+    more = queries - 1
     if shape.narrow and not more and not by_hand:
         numbers = FEW_NARROW
     elif shape.narrow and more and by_hand and shape.device == "cpu":  # products of 16 bits that no unit makes
@@ -344,7 +344,7 @@ def few_from(shape: Shape, masked: bool, by_hand: bool, repeated: bool) -> int |
         numbers = FEW_NUMBERS + more * (wide if repeated else FEW_NUMBERS_MORE)
         numbers *= 2 if shape.narrow and by_hand else 1
     else:
-        return FEW_MASKED if masked and not shape.narrow and shape.queries <= 4 else None
+        return FEW_MASKED if masked and not shape.narrow and queries <= 4 else None
     return math.ceil(numbers / (shape.batch * shape.kv_heads * (shape.head_dim + shape.value_dim)))
 
 

@@ -113,8 +113,11 @@ def _few(site: Site, mask: Mask, reason: str) -> Mask | None:
     if trained or a.is_causal or a.device.type != "cpu" or known_equal(q_len, k_len):
         return None
     repeated = a.key.node not in site.output.all_input_nodes
-    least = cost.few_from(shape_of(a, False), bool(a.terms), site.kind != "sdpa", repeated)
-    if least is None or not at_least(k_len, least) or at_least(q_len, few.MOST + 1):
+    # Of a number that is a symbol, one graph for each of a few ranges, as the most of them gain.
+    bounds = (q_len,) if isinstance(q_len, int) else (4, 16, 64, few.MOST)
+    most = next((bound for bound in bounds if not at_least(q_len, bound + 1)), few.MOST + 1)
+    least = cost.few_from(shape_of(a, False), most, bool(a.terms), site.kind != "sdpa", repeated)
+    if most > few.MOST or least is None or not at_least(k_len, least):
         return None
     return as_it_comes(site, mask, few=True) if a.terms else Mask(mask.text)
 
@@ -292,7 +295,7 @@ def shape_of(attention: Attention, causal: bool, band: float = 0.0) -> cost.Shap
     """The site to the cost model; ``band``: ``Decision.band``."""
     # The batch scales both sides alike, so the hint of a dynamic one will do; for few queries there is a guard.
     q_len, k_len = hint(attention.size(attention.q)), hint(attention.size(attention.k))
-    dtype = value_of(attention.query.node).dtype
+    dtype = attention.dtype or value_of(attention.query.node).dtype
     return cost.Shape(
         batch=hint(attention.size(*attention.batch)),
         heads=hint(attention.size(*attention.heads)),

@@ -139,6 +139,8 @@ def _site(output: fx.Node, named: fx.Node, kind: str, attention: Attention | Non
     source, code = source_line(named)
     if attention is not None and not _can_be_moved(attention):
         attention, reason = None, "unproved_axes: several axes of dynamic size are merged"
+    if attention is not None:
+        attention = replace(attention, dtype=value_of(output).dtype)
     return Site(output, kind, attention, reason, module_path(named), source, code, memory)
 
 

@@ -28,11 +28,13 @@ def told_apart(
     known = [term for term in terms if not term.atoms(AppliedUndef)]
     rest = [term for term in terms if term.atoms(AppliedUndef)]
     needed = {symbol for term in rest for symbol in term.free_symbols}
-    last = {
-        at: sympy.Integer(shape[axis] - 1)
-        for axis, at in enumerate(index)
-        if isinstance(at, sympy.Symbol) and at not in needed and isinstance(shape[axis], int)
-    }
+    last = {}
+    for axis, at in enumerate(index):
+        # At the last of its values, not the last place of the axis: what was found holds for no more.
+        alone = isinstance(at, sympy.Symbol) and sum(sympy.sympify(other).has(at) for other in index) == 1
+        known_sizes = isinstance(sizes.get(at), int) and isinstance(shape[axis], int)
+        if alone and at not in needed and known_sizes and sizes[at] <= shape[axis]:
+            last[at] = sympy.Integer(sizes[at] - 1)
     if not known or not rest or not last or not all(_always(term.subs(last), sizes) for term in known):
         return None
     return sympy.And(*known), tuple(last.get(at, at) for at in index)

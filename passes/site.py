@@ -84,6 +84,7 @@ class Attention:
         terms: what the logits go through, in order. softcap: ``c`` of ``c * tanh(logits / c)`` before the terms.
         sink_logit: one more logit of each query's softmax, after the terms, which belongs to no key: a learned sink.
         is_causal: ``k <= q``. dropout: its probability, 0.0 where off.
+        dtype: of the result, and under autocast of the products; None: of the query.
         asked: the device that was asked about, see ``rewrite``; "" for the one that the tensors are on.
     """
 
@@ -106,6 +107,7 @@ class Attention:
     sink_logit: Operand | None = None
     is_causal: bool = False
     dropout: Any = 0.0
+    dtype: torch.dtype | None = None
     asked: str = ""
 
     @property

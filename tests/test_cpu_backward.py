@@ -66,9 +66,10 @@ def test_values_of_other_features_and_few_queries() -> None:
     check(site._replace(query=site.query.mT.contiguous().mT, key=site.key.mT.contiguous().mT), PLANS["routes"])
 
 
+@pytest.mark.parametrize("name", ["keep and routes", "centroids"])
 @pytest.mark.parametrize("causal", [False, True])
-def test_softcaps_and_sinks(causal: bool) -> None:
-    site, plan = operands(300, causal=causal), PLANS["keep and routes"]
+def test_softcaps_and_sinks(causal: bool, name: str) -> None:
+    site, plan = operands(300, causal=causal), PLANS[name]
     check(site, plan, softcap=1.5)
     sink = torch.randn(site.query.shape[:3])
     sink[:, 0], sink[:, 1] = -torch.inf, 40.0
@@ -77,17 +78,25 @@ def test_softcaps_and_sinks(causal: bool) -> None:
 
 
 def test_threads_never_change_a_bit() -> None:
-    site, threads = operands(300), torch.get_num_threads()
+    """Nor do parts that are added: one KV head has as many as there are."""
+    plan, threads = PLANS["residual"], torch.get_num_threads()
+    site = operands(2100, batch=1, heads=2, kv_heads=1)
+    summary = summary_of(site, plan)
+    given = (torch.randn_like(site.query), site, summary, routes_of(site, summary, plan), plan)
     found = []
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            torch.manual_seed(0)
-            found.append(check(site, PLANS["residual"]))
+            found.append(cpu.attend_backward(*given))
     finally:
         torch.set_num_threads(threads)
     for one, other in itertools.product(found, found):
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_no_room_for_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "PARTS", 0)
+    check(operands(300), PLANS["routes"])
 
 
 def test_nothing_to_do() -> None:

@@ -28,6 +28,17 @@ def test_every_half_is_read_and_written(features: int) -> None:
     torch.testing.assert_close(mean_of(value), value, atol=0, rtol=0, equal_nan=True)
 
 
+def test_subnormals_are_read_where_results_flush_them() -> None:
+    few, many = HALF[:2048].view(1, -1, 4), HALF[:2048].view(1, -1, 64)
+    try:
+        if not torch.set_flush_denormal(True):
+            pytest.skip("this processor cannot flush")
+        found = [mean_of(value).flatten() for value in (few, many)]
+    finally:
+        torch.set_flush_denormal(False)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], HALF[:2048])
+
+
 @pytest.mark.parametrize("features", [64, 4])
 def test_halves_are_rounded_to_nearest_and_ties_to_even(features: int) -> None:
     numbers = HALF[HALF.isfinite()].view(1, -1, features)

@@ -491,6 +491,11 @@ def test_what_an_input_of_a_body_says_elsewhere() -> None:
         valid,
     ):
         assert told_apart(found, index, shape, sizes) is None
+    # Of a mask that was made for more queries: at the last one that there is, as what was found holds for no more.
+    assert told_apart(causal & valid, index, (2, 1, 20, 20), sizes) == (causal, (b, 0, 7, k))
+    assert told_apart(causal & valid, index, (2, 1, 4, 8), sizes) is None
+    of_batch = sympy.Ne(sympy.Function("pad", integer=True)(b), 0)
+    assert told_apart(causal & of_batch, (b, q, q + k), (2, 8, 8), sizes) is None
     unknown = sympy.Symbol("s0", integer=True)
     assert told_apart(causal & valid, index, (2, 1, unknown, unknown), sizes) is None
     assert told_apart(causal & valid, index, shape, {q: unknown, k: unknown, b: 2}) is None

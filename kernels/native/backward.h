@@ -98,6 +98,7 @@ struct Backward {
     s.blocks.push_back(met);
     s.weight.resize(s.listed.size() * W);
     s.slope.resize(s.listed.size() * W);
+    s.bend.resize(g.softcap > 0 ? s.listed.size() * W : 0);
     across(s, at, false, s.key);
     across(s, at, true, s.value);
     by_groups<LOGIT_ROWS>(met.count, Score{*this, s, met.first, bias});
@@ -124,7 +125,12 @@ struct Backward {
         float* to = &s.weight[(first + at + i) * W];
         vec most = splat(NEG_INF);
         for (int v = 0; v < V; ++v) {
-          vec logit = softcap.most > 0.0f ? softcap(x[i][v]) : x[i][v];
+          vec logit = x[i][v];
+          if (softcap.most > 0.0f) {
+            logit = softcap(logit);
+            const vec share = logit / softcap.most;
+            store(&s.bend[(first + at + i) * W + v * L], 1.0f - share * share);
+          }
           if (bias) logit += load(bias + v * L);
           logit = choose(s.seen[at + i] >> v * L, logit, splat(NEG_INF));
           store(to + v * L, logit);
@@ -232,8 +238,6 @@ struct Backward {
 
   // Logits as weights that are not normalized yet; the sums of each row's, and of those times dP.
   void weigh(Scratch& s) const {
-    const Softcap softcap(g.softcap);
-    s.bend.resize(softcap.most > 0.0f ? s.weight.size() : 0);
     for (size_t i = 0; i < s.listed.size(); ++i) {
       const int32_t r = s.listed[i];
       const float top = s.top[r] > NEG_INF ? s.top[r] : 0.0f;
@@ -241,10 +245,6 @@ struct Backward {
       for (int v = 0; v < V; ++v) {
         float* to = &s.weight[i * W + v * L];
         const vec logit = load(to), weight = logit == NEG_INF ? vec{} : exp2_vec(logit - top);
-        if (!s.bend.empty()) {
-          const vec share = logit / softcap.most;
-          store(&s.bend[i * W + v * L], 1.0f - share * share);
-        }
         store(to, weight);
         total += weight;
         inner += weight * load(&s.slope[i * W + v * L]);

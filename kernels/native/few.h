@@ -34,19 +34,30 @@ struct Few {
   const View* numbers;     // [batch, head, query, key], which logits are added to, or null
   const View* sink_logit;  // [batch, head, query, 1] or null
 
-  static constexpr int64_t PART = 1024;      // keys of a task: not by the threads, on which no result shall depend
-  static constexpr int64_t BLOCK = 32;       // keys at once
-  static constexpr int64_t BYTES = 1 << 18;  // of keys and values; fewer are not worth several threads
+  static constexpr int64_t TASKS = 64;        // that there are at least, where there are as many keys
+  static constexpr int64_t LEFT = 1 << 22;    // numbers that parts leave at most, with more tasks than those
+  static constexpr int64_t BLOCK = 32;        // keys at once
+  static constexpr int64_t BYTES = 1 << 18;   // of keys and values; fewer are not worth several threads
   static constexpr int64_t JOINED = 1 << 16;  // numbers that parts leave; fewer are not, either
-  static constexpr int COLUMNS = 8;          // vectors of a row's sums in registers
+  static constexpr int COLUMNS = 8;           // vectors of a row's sums in registers
 
-  int64_t group = g.heads / g.kv_heads, rows = group * g.q_len, parts = (g.k_len + PART - 1) / PART;
+  int64_t group = g.heads / g.kv_heads, rows = group * g.q_len;
   int64_t dim = whole(g.dim), width = whole(g.value_dim);
   // What a part leaves of a row: the highest logit, the sum of the weights, and that of the values.
   int64_t size = 2 + width;
+  int64_t part_keys = keys_of_a_part(), parts = parts_of(part_keys);
   std::unique_ptr<float[]> left{new float[g.batch * g.kv_heads * parts * rows * size]};
 
   static int64_t whole(int64_t features) { return (features + L - 1) / L * L; }
+
+  // Not by the threads, on which no result shall depend.
+  int64_t keys_of_a_part() const {
+    const int64_t heads = g.batch * g.kv_heads;
+    int64_t keys = 1024;
+    while (keys < g.k_len && heads * parts_of(keys) > TASKS && heads * parts_of(keys) * rows * size > LEFT) keys *= 2;
+    return keys;
+  }
+  int64_t parts_of(int64_t keys) const { return (g.k_len + keys - 1) / keys; }
 
   struct Scratch {
     std::vector<float> query, key, value, numbers;
@@ -141,8 +152,8 @@ struct Few {
   }
 
   void run(int64_t task, Scratch& s) {  // one task: one (batch, KV head, part)
-    const int64_t bh = task / parts, b = bh / g.kv_heads, kv = bh % g.kv_heads, start = task % parts * PART;
-    const int64_t stop = std::min(start + PART, g.k_len);
+    const int64_t bh = task / parts, b = bh / g.kv_heads, kv = bh % g.kv_heads, start = task % parts * part_keys;
+    const int64_t stop = std::min(start + part_keys, g.k_len);
     s.query.assign(rows * dim, 0.0f);
     s.seen.resize(rows);
     s.numbers.resize(BLOCK);

@@ -10,11 +10,12 @@
 namespace prescore {
 
 inline float widen_half(uint16_t x) {
-  uint32_t bits = (uint32_t)(x & 0x7fff) << 13;
-  if (bits >= 0x0f800000) bits |= 0x7f800000;  // inf, NaN
-  float y;
-  std::memcpy(&y, &bits, 4);
-  if (bits < 0x7f800000) y *= 0x1p112f;  // the exponents' biases, 127 and 15; a product, as that suits subnormals, too
+  const uint32_t rest = x & 0x7fff;
+  float y = (float)rest * 0x1p-24f;  // subnormal
+  if (rest >= 0x0400) {
+    const uint32_t bits = (rest << 13) + (rest < 0x7c00 ? 112u << 23 : 0x70000000);  // the exponent's bias; inf, NaN
+    std::memcpy(&y, &bits, 4);
+  }
   return x & 0x8000 ? -y : y;
 }
 
