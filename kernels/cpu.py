@@ -23,7 +23,7 @@ ROWS = 256
 """Of the backward, queries times the query heads of a KV head: a tile's gradients have to stay in cache, too."""
 
 TASKS, PARTS = 16, 1 << 28
-"""Of the backward, at least, each with sums of its own for the gradients of keys and values; the most bytes of those."""
+"""Of the backward, at least, each with sums of its own for the gradients of keys and values; their most bytes."""
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """In the order of ``prescore::Format``, native/site.h."""
