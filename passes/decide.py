@@ -113,11 +113,16 @@ def _few(site: Site, mask: Mask, reason: str) -> Mask | None:
     if trained or a.is_causal or a.device.type != "cpu" or known_equal(q_len, k_len):
         return None
     repeated = a.key.node not in site.output.all_input_nodes
-    # Of a number that is a symbol, one graph for each of a few ranges, as the most of them gain.
-    bounds = (q_len,) if isinstance(q_len, int) else (4, 16, 64, few.MOST)
-    most = next((bound for bound in bounds if not at_least(q_len, bound + 1)), few.MOST + 1)
-    least = cost.few_from(shape_of(a, False), most, bool(a.terms), site.kind != "sdpa", repeated)
-    if most > few.MOST or least is None or not at_least(k_len, least):
+
+    def gains(queries: int) -> bool:
+        least = cost.few_from(shape_of(a, False), queries, bool(a.terms), site.kind != "sdpa", repeated)
+        return queries <= few.MOST and least is not None and at_least(k_len, least)
+
+    if not gains(hint(q_len)):
+        return None
+    # Of a number that is a symbol, one graph for each of a few ranges, where the most of its queries gain, too.
+    ranges = () if isinstance(q_len, int) else (4, 16, 64, few.MOST)
+    if ranges and not gains(next(most for most in ranges if not at_least(q_len, most + 1))):
         return None
     return as_it_comes(site, mask, few=True) if a.terms else Mask(mask.text)
 

@@ -211,5 +211,5 @@ def dry_run(out: Path | None) -> int:
 
 
 def interpreted(*given: Any) -> Iterator[Any]:
-    with mock.patch.object(ops.dispatch, "generated", lambda query: True):
+    with mock.patch.object(ops.dispatch, "generated", lambda *given: True):
         yield from work(*given)
