@@ -18,12 +18,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from bench.attention import prepared
 from bench.bands import finish
 from bench.operands import smooth
 from prescore_compile import Config
-from prescore_compile.kernels import cpu, ops, reference
+from prescore_compile.kernels import cpu, reference
 from prescore_compile.kernels.reference import Operands
-from prescore_compile.kernels.summary import Summary
 
 RESULTS = Path(__file__).parent / "results" / "training-cpu.json"
 CHECKED = 1024
@@ -33,10 +33,7 @@ SHAPES = ((9, 3, 64, True), (32, 8, 128, True), (8, 8, 64, False))
 
 def error_of(site: Operands, plan: Any) -> float:
     """Of the compiled gradients, relative to the largest number of each."""
-    summary = Summary(*ops.summarize(site.key, site.value, None, None, plan.text))
-    length = site.key.shape[2]
-    mass = cpu.mass(site, summary, plan) if plan.needs_mass else None
-    routes = cpu.route(site.query, summary, plan, site.causal, length, site.scale, mass)
+    summary, _, routes = prepared(site, plan)
     grad = torch.randn_like(site.query)
     wide = site._replace(query=site.query.double(), key=site.key.double(), value=site.value.double())
     rows = summary._replace(row_key=summary.row_key.double(), row_value=summary.row_value.double())

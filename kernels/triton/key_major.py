@@ -42,15 +42,7 @@ def $name(
     $over_queries
         head = kv_head * GROUP + of_group
         position = query_at + (k_len - q_len)  #? causal
-        b = batch  #? lifted
-        h = head[:, None]  #? lifted
-        q = query_at[:, None]  #? lifted and not bounded
-        q = tl.minimum(tl.maximum(query_at, 0), q_len - 1)[:, None]  #? bounded
-        query_tile = tl.load(
-            query + batch * query_b + (head * query_h + query_at.to(tl.int64) * query_n)[:, None] + feature[None, :],
-            mask=$query_mask,
-            other=0.0,
-        )
+        $query
         $grad_tile
         $score
         $mask
@@ -332,7 +324,7 @@ def _key_major(spec: Spec, name: str, stage: str, own: list[str], **blocks: Any)
         value_mask=loops.within(spec, "seen[:, None]", "value_dim", "value_feature"),
         d_key_mask=loops.within(spec, "inside[:, None]", "dim"),
         d_value_mask=loops.within(spec, "inside[:, None]", "value_dim", "value_feature"),
-        query_mask=loops.within(spec, "live[:, None]", "dim"),
+        query=loops.query(spec),
         grad_tile=grad_tile(spec),
         update=fill(TO_KEYS, loops.names(spec) | {"d_logits": d_logits(spec)}),
     )

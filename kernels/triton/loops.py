@@ -203,6 +203,10 @@ feature = tl.arange(0, DIM_TILE)
 value_feature = tl.arange(0, VALUE_TILE)
 key_head = key + batch * key_b + kv_head * key_h
 value_head = value + batch * value_b + kv_head * value_h
+$query
+"""
+
+QUERY = """
 b = batch  #? lifted
 h = head[:, None]  #? lifted
 q = query_at[:, None]  #? lifted and not bounded
@@ -399,8 +403,12 @@ def borders(spec: Spec) -> str:
 
 
 def operands(spec: Spec) -> str:
-    mask = all_of("live[:, None]", inside(spec.dim, "feature < DIM", "[None, :]"))
-    return fill(OPERANDS, names(spec) | {"query_mask": mask})
+    return fill(OPERANDS, {"query": query(spec)} | names(spec))
+
+
+def query(spec: Spec) -> str:
+    """The tile of queries, and where they are in a mask."""
+    return fill(QUERY, names(spec) | {"query_mask": within(spec, "live[:, None]", "dim")})
 
 
 def score(spec: Spec, index: str) -> str:
