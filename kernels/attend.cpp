@@ -255,18 +255,7 @@ struct Attend {
                      const Entries<const int32_t>& routes_of) const {
     const int64_t bh = b * g.kv_heads + kv;
     const int64_t per_cluster = g.cluster / W;
-    s.start.assign(clusters + 1, 0);
-    for (int64_t r = 0; r < rows; ++r) {
-      const int32_t* route = routes_of(r);
-      for (int64_t i = 0; i < g.routes && route[i] >= 0; ++i) ++s.start[route[i] + 1];
-    }
-    for (int64_t c = 0; c < clusters; ++c) s.start[c + 1] += s.start[c];
-    s.cursor.assign(s.start.begin(), s.start.end());
-    s.listed.resize(std::max<int64_t>(rows, s.start[clusters]));
-    for (int64_t r = 0; r < rows; ++r) {
-      const int32_t* route = routes_of(r);
-      for (int64_t i = 0; i < g.routes && route[i] >= 0; ++i) s.listed[s.cursor[route[i]]++] = (int32_t)r;
-    }
+    sort_by_cluster(routes_of, rows, clusters, s.start, s.cursor, s.listed);
     if (g.residual) attend_residual(s, span, bh - packed_from, rows);
     for (int64_t c = 0; c < clusters; ++c) {
       const int64_t count = s.start[c + 1] - s.start[c];

@@ -439,6 +439,15 @@ def test_sites_inside_checkpoints_branches_and_loops() -> None:
         assert [site.reason for site in find(capture(fn, *qkv()))] == [""]
 
 
+def check_gradients(loss: Callable[..., torch.Tensor], leaves: list[torch.Tensor], *more: torch.Tensor) -> None:
+    """Those of a plan that keeps everything are the model's."""
+    want = torch.autograd.grad(loss(*leaves, *more), leaves)
+    options = dict(window=None, sinks=0, routes=0, min_seq_len=0, only_if_faster=False, inner="aot_eager")
+    got = torch.autograd.grad(torch.compile(loss, backend="prescore", options=options)(*leaves, *more), leaves)
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g, w, atol=1e-5, rtol=1e-4)
+
+
 def test_gradients_through_a_checkpoint() -> None:
     from torch.utils.checkpoint import checkpoint
 
@@ -447,11 +456,7 @@ def test_gradients_through_a_checkpoint() -> None:
         return checkpoint(attend, q, k, v, use_reentrant=False).square().sum()
 
     leaves = [t.requires_grad_() for t in qkv()]
-    want = torch.autograd.grad(loss(*leaves), leaves)
-    options = dict(window=None, sinks=0, routes=0, min_seq_len=0, only_if_faster=False, inner="aot_eager")
-    got = torch.autograd.grad(torch.compile(loss, backend="prescore", options=options)(*leaves), leaves)
-    for g, w in zip(got, want, strict=True):
-        torch.testing.assert_close(g, w, atol=1e-5, rtol=1e-4)
+    check_gradients(loss, leaves)
 
 
 def test_gradients_through_a_checkpoint_whose_mask_is_made_outside() -> None:
@@ -469,11 +474,7 @@ def test_gradients_through_a_checkpoint_whose_mask_is_made_outside() -> None:
     assert [
         site.mask for site in explain(loss, *with_mask, config=Config(min_seq_len=0, only_if_faster=False)).sites
     ] == ["k <= q and mask[b, 0, 39, k]"]
-    want = torch.autograd.grad(loss(*with_mask), leaves)
-    options = dict(window=None, sinks=0, routes=0, min_seq_len=0, only_if_faster=False, inner="aot_eager")
-    got = torch.autograd.grad(torch.compile(loss, backend="prescore", options=options)(*with_mask), leaves)
-    for g, w in zip(got, want, strict=True):
-        torch.testing.assert_close(g, w, atol=1e-5, rtol=1e-4)
+    check_gradients(loss, leaves, pad)
 
 
 def test_what_an_input_of_a_body_says_elsewhere() -> None:

@@ -37,8 +37,6 @@ struct Backward {
   int64_t clusters = places / g.cluster, per_segment = g.keep + g.centroids;
   int64_t rows_total = g.sinks + chunks * per_segment;
 
-  static int64_t whole(int64_t features) { return (features + L - 1) / L * L; }
-
   struct Met {
     int32_t at[W];         // keys, then rows, from k_len on, then centroids; -1: none
     int64_t first, count;  // of those in `listed` that attend any
@@ -208,18 +206,7 @@ struct Backward {
 
   void meet_routes(Scratch& s, const Span& span) const {
     const Entries<const int32_t> routes_of = entries(from.routes, g, span, s.b, s.kv, g.routes);
-    auto each_route = [&](auto take) {
-      for (int64_t r = 0; r < s.rows; ++r) {
-        const int32_t* route = routes_of(r);
-        for (int64_t i = 0; i < g.routes && route[i] >= 0; ++i) take(route[i], (int32_t)r);
-      }
-    };
-    s.start.assign(clusters + 1, 0);
-    each_route([&](int32_t c, int32_t) { ++s.start[c + 1]; });
-    for (int64_t c = 0; c < clusters; ++c) s.start[c + 1] += s.start[c];
-    s.cursor.assign(s.start.begin(), s.start.end());
-    s.routed.resize(s.start[clusters]);
-    each_route([&](int32_t c, int32_t r) { s.routed[s.cursor[c]++] = r; });
+    sort_by_cluster(routes_of, s.rows, clusters, s.start, s.cursor, s.routed);
     if (rest_key) meet_rest(s, span);
     for (int64_t c = 0; c < clusters; ++c) {
       const int64_t count = s.start[c + 1] - s.start[c];
@@ -356,7 +343,6 @@ struct Backward {
     s.copied.assign(g.keep && g.routes ? g.k_len : 0, 0);
     s.blocks.clear();
     s.listed.clear();
-    const float most = std::numeric_limits<float>::max() / (float)LOG2_E;
     std::vector<float> sink(d_sink ? s.rows : 0);
     for (int64_t r = 0; r < s.rows; ++r) {
       const int64_t h = s.kv * group + r / s.length, n = span.begin + r % s.length;
@@ -365,7 +351,7 @@ struct Backward {
       read(grad, s.b, h, n, g.value_dim, &s.grad[r * width]);
       if (!d_sink) continue;
       read(*from.sink_logit, s.b, h, n, 1, &sink[r]);
-      sink[r] = sink[r] == NEG_INF ? NEG_INF : std::min(std::max(sink[r], -most), most) * (float)LOG2_E;
+      if (sink[r] != NEG_INF) sink[r] = power_of_two(sink[r]);
       s.top[r] = sink[r];
     }
     meet_window(s, span);

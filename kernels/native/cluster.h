@@ -15,7 +15,7 @@ struct Cluster {
   const uint8_t* member;  // [batch, KV head, place]
   int32_t* order;
   float *mean, *spread, *bias;
-  int64_t width = (g.dim + L - 1) / L * L;
+  int64_t width = whole(g.dim);
   int64_t chunks = (g.k_len + g.chunk - 1) / g.chunk;
 
   struct Scratch {
@@ -28,7 +28,7 @@ struct Cluster {
     s.centred.resize(g.chunk * width);
     for (auto* v : {&s.mean, &s.direction, &s.next}) v->resize(width);
     s.along.resize(g.chunk);
-    s.value.resize((g.value_dim + L - 1) / L * L);
+    s.value.resize(whole(g.value_dim));
     s.at.resize(g.chunk);
     return s;
   }

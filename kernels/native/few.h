@@ -48,8 +48,6 @@ struct Few {
   int64_t part_keys = keys_of_a_part(), parts = parts_of(part_keys);
   std::unique_ptr<float[]> left{new float[g.batch * g.kv_heads * parts * rows * size]};
 
-  static int64_t whole(int64_t features) { return (features + L - 1) / L * L; }
-
   // Not by the threads, on which no result shall depend.
   int64_t keys_of_a_part() const {
     const int64_t heads = g.batch * g.kv_heads;

@@ -32,6 +32,9 @@ typedef int32_t ivec_there __attribute__((vector_size(4 * L), aligned(4), may_al
 constexpr double LOG2_E = 1.44269504088896340736;
 constexpr float NEG_INF = -std::numeric_limits<float>::infinity();
 
+// Features rounded up to whole vectors.
+inline int64_t whole(int64_t features) { return (features + L - 1) / L * L; }
+
 inline vec splat(float x) { return vec{} + x; }
 inline ivec isplat(int32_t x) { return ivec{} + x; }
 inline vec load(const float* p) { return *reinterpret_cast<const vec_there*>(p); }

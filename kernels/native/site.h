@@ -136,6 +136,23 @@ Entries<T> entries(T* all, const Geometry& g, const Span& span, int64_t b, int64
   return {all ? all + first * width : nullptr, span.end - span.begin, g.q_len, width};
 }
 
+// The rows that route to each cluster, a counting sort: those of cluster c are listed from start[c] to start[c + 1].
+inline void sort_by_cluster(const Entries<const int32_t>& routes_of, int64_t rows, int64_t clusters,
+                            std::vector<int32_t>& start, std::vector<int32_t>& cursor, std::vector<int32_t>& listed) {
+  auto each_route = [&](auto take) {
+    for (int64_t r = 0; r < rows; ++r) {
+      const int32_t* route = routes_of(r);
+      for (int64_t i = 0; i < routes_of.width && route[i] >= 0; ++i) take(route[i], (int32_t)r);
+    }
+  };
+  start.assign(clusters + 1, 0);
+  each_route([&](int32_t c, int32_t) { ++start[c + 1]; });
+  for (int64_t c = 0; c < clusters; ++c) start[c + 1] += start[c];
+  cursor.assign(start.begin(), start.end());
+  listed.resize(std::max<int64_t>(rows, start[clusters]));
+  each_route([&](int32_t c, int32_t r) { listed[cursor[c]++] = r; });
+}
+
 // Mirrors layout.spans.
 inline std::vector<Span> spans(const Geometry& g) {
   std::vector<Span> found;

@@ -39,6 +39,12 @@ struct Softcap {
   vec operator()(vec x) const { return tanh_vec(x / most) * most; }
 };
 
+// A learned sink's logit in powers of two, which is a finite number then.
+inline float power_of_two(float logit) {
+  const float most = std::numeric_limits<float>::max() / (float)LOG2_E;
+  return std::min(std::max(logit, -most), most) * (float)LOG2_E;
+}
+
 // The rows of a tile. `width`: the value's features rounded up to 16; `rate`: what makes a product of query and key a
 // logit in powers of two, which `query`, in float32, has been multiplied with, and `narrow`, in bfloat16, has not.
 struct Rows {
@@ -61,8 +67,7 @@ struct Rows {
   // A logit that belongs to no key; -inf: none. One that is inf or NaN makes the sum NaN.
   void begin_with(int64_t row, float logit) {
     if (logit == NEG_INF) return;
-    const float most = std::numeric_limits<float>::max() / (float)LOG2_E;
-    top[row] = std::min(std::max(logit, -most), most) * (float)LOG2_E;
+    top[row] = power_of_two(logit);
     total[row * L] = 1.0f + 0.0f * logit;
   }
 
