@@ -1,4 +1,4 @@
-"""A training step of attention alone, forward and backward, compiled by Inductor and by prescore, in turn.
+"""A training step of attention alone, forward and backward: Inductor's, prescore's, and attending every key, in turn.
 
     python -m bench.training         # some ten minutes; a table and bench/results/training-cpu.json
 
@@ -22,7 +22,8 @@ from bench.attention import prepared
 from bench.bands import finish
 from bench.operands import smooth
 from prescore_compile import Config
-from prescore_compile.kernels import cpu, reference
+from prescore_compile.kernels import cpu, ops, reference
+from prescore_compile.kernels.plan import WHOLE
 from prescore_compile.kernels.reference import Operands
 
 RESULTS = Path(__file__).parent / "results" / "training-cpu.json"
@@ -58,8 +59,12 @@ def row(shape: tuple[int, int, int, bool], length: int, dtype: torch.dtype, roun
     def run(q: Any, k: Any, v: Any) -> Any:
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=heads != kv_heads, scale=site.scale)
 
+    def exact(q: Any, k: Any, v: Any) -> Any:
+        return ops.prescored(site._replace(query=q, key=k, value=v), WHOLE)
+
     torch._dynamo.reset()
     ways = {backend: torch.compile(run, backend=backend, dynamic=False) for backend in ("inductor", "prescore")}
+    ways["exact"] = exact
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
     for _ in range(rounds + 1):
         for name, way in ways.items():
@@ -68,9 +73,9 @@ def row(shape: tuple[int, int, int, bool], length: int, dtype: torch.dtype, roun
             middle = time.perf_counter()
             *_, d_value = torch.autograd.grad(out, leaves, grad)
             times[name].append((middle - begin, time.perf_counter() - middle))
-    given, got = (t.float().sum(2).sum(1) for t in (grad, d_value))
-    if not (got - given).abs().max() < (1e-3 if dtype == torch.float32 else 0.5) * given.abs().max():
-        return found | {"failed": "gradients of the values do not add up"}
+            given, got = (t.float().sum(2).sum(1) for t in (grad, d_value))
+            if not (got - given).abs().max() < (1e-3 if dtype == torch.float32 else 0.5) * given.abs().max():
+                return found | {"failed": f"gradients of the values do not add up: {name}"}
     for name, kept in times.items():
         forward, backward = zip(*kept[1:], strict=True)  # the first one compiles
         found |= {f"{name}_ms": 1e3 * median(forward), f"{name}_backward_ms": 1e3 * median(backward)}

@@ -156,13 +156,6 @@ struct Attend {
     }
   }
 
-  // The lanes from ``first`` to ``last``, which may lie outside of a block.
-  static uint32_t between(int64_t first, int64_t last) {
-    if (first >= W || last < 0 || first > last) return 0;
-    const uint32_t above = first <= 0 ? ALL : ALL << first & ALL;
-    return last >= W - 1 ? above : above & ((2u << last) - 1);
-  }
-
   // The lanes that the mask in memory lets each row see, of blocks from `base` on; whether there are any.
   bool read_masks(Scratch& s, const Span& span, int64_t b, int64_t kv, int64_t base, int64_t rows) const {
     const int64_t length = span.end - span.begin, fresh = from.allowed.head ? rows : length;
@@ -182,27 +175,20 @@ struct Attend {
   }
 
   void attend_window(Scratch& s, const Span& span, int64_t b, int64_t kv, int64_t rows) const {
-    const int64_t length = span.end - span.begin, shift = g.k_len - g.q_len;
-    int64_t start = span.low, stop = g.causal ? std::min(span.high, span.end + shift) : span.high;
-    const int64_t *first = nullptr, *last = nullptr;
-    if (from.band) {  // its ends never fall from one query to the next
-      first = from.band + span.begin;
-      last = first + g.q_len;
-      start = std::max(start, first[0]);
-      stop = std::min(stop, last[length - 1] + 1);
-    }
+    const int64_t length = span.end - span.begin;
+    const Reach reach(g, from, span);
     const bool masked = from.allowed.data != nullptr;
     const int64_t tile = &span - tiles.data();
     constexpr int64_t N = Layout::AT_ONCE;
     Block<Number> blocks[N];
     uint32_t lanes[N];
-    for (int64_t base = start; base < stop; base += N * W) {
+    for (int64_t base = reach.start; base < reach.stop; base += N * W) {
       if (masked && !(visible(tile, b, kv, base) && read_masks(s, span, b, kv, base, rows))) continue;
       uint32_t any = 0;
       for (int64_t i = 0; i < N; ++i) {
         auto at = [&](int j) -> int64_t {
           const int64_t n = base + i * W + j;
-          return n < stop && (!from.valid || from.valid[b * g.k_len + n]) ? n : -1;
+          return n < reach.stop && (!from.valid || from.valid[b * g.k_len + n]) ? n : -1;
         };
         Number *key = &s.key[i * key_size], *value = s.value.data() + i * W * width;  // no values: of a mass
         const Packed p = pack(at, from.key, from.value, b, kv, s.packing, key, value);
@@ -210,7 +196,7 @@ struct Attend {
         any |= lanes[i] = p.lanes;
       }
       if (!any) continue;
-      if (!from.band && !masked && (!g.causal || base + N * W - 1 <= span.begin + shift)) {  // every query attends it
+      if (!masked && reach.whole(base + N * W - 1)) {
         for (int64_t i = 0; i < N; ++i) std::fill_n(&s.masks[i * rows], rows, (uint16_t)lanes[i]);
         Layout::attend(s.rows, s.all.data(), rows, blocks, N);
         continue;
@@ -219,10 +205,8 @@ struct Attend {
       for (int64_t r = 0, at = 0; r < rows; ++r, at = at + 1 < length ? at + 1 : 0) {
         any = 0;
         for (int64_t i = 0; i < N; ++i) {
-          uint32_t seen = lanes[i];
+          uint32_t seen = lanes[i] & reach.lanes(at, base + i * W);
           if (masked) seen &= s.masks[i * rows + r];  // what is listed never passes what is read
-          if (g.causal) seen &= between(0, span.begin + at + shift - base - i * W);
-          if (from.band) seen &= between(first[at] - base - i * W, last[at] - base - i * W);
           s.masks[i * rows + listed] = (uint16_t)seen;
           any |= seen;
         }
@@ -378,16 +362,16 @@ void prescore_attend(const Geometry* g, const View* query, const View* key, cons
   prescore::attend(*g, from, *query, *out, nullptr, nullptr);
 }
 
-// Gradients of attend, without a band or a mask; of a residual's centroids, where there are any, as of rows. By parts
+// Gradients of attend, without a mask in memory; of a residual's centroids, where there are any, as of rows. By parts
 // [splits, ...] of keys, values, rows and centroids, zeros before.
 void prescore_backward(const Geometry* g, const View* query, const View* key, const View* value, const View* grad,
                        const uint8_t* valid, const int32_t* order, const int32_t* routes, const int32_t* row_index,
                        const View* row_key, const View* row_value, const float* row_bias, const View* sink_logit,
-                       const View* rest_key, const View* rest_value, const float* rest_bias, int64_t splits,
-                       float* d_query, float* d_key, float* d_value, float* d_row_key, float* d_row_value,
+                       const int64_t* band, const View* rest_key, const View* rest_value, const float* rest_bias,
+                       int64_t splits, float* d_query, float* d_key, float* d_value, float* d_row_key, float* d_row_value,
                        float* d_rest_key, float* d_rest_value, float* d_sink) {
   const prescore::Sources from{*key,     *value,     valid,    order,     routes, row_index,
-                               *row_key, *row_value, row_bias, sink_logit};
+                               *row_key, *row_value, row_bias, sink_logit, band};
   prescore::Backward work{*g,      from,    *query,  *grad,     rest_key,    rest_value, rest_bias,    splits,
                           d_query, d_key, d_value, d_row_key, d_row_value, d_rest_key, d_rest_value, d_sink};
   prescore::parallel(0, g->batch * g->kv_heads * splits, g->threads, work);

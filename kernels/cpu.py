@@ -22,6 +22,9 @@ TILE = 128
 ROWS = 256
 """Of the backward, queries times the query heads of a KV head: a tile's gradients have to stay in cache, too."""
 
+PAIRS = 1 << 23
+"""Of the backward, at most, rows of a tile times the keys of a plan without a limit: 8 bytes each are kept."""
+
 TASKS, PARTS = 16, 1 << 28
 """Of the backward, at least, each with sums of its own for the gradients of keys and values; their most bytes."""
 
@@ -147,13 +150,23 @@ def attend(
 
 
 def attend_backward(
-    grad: torch.Tensor, site: Operands, summary: Summary, routes: torch.Tensor, plan: Plan, softcap: float = 0.0
+    grad: torch.Tensor,
+    site: Operands,
+    summary: Summary,
+    routes: torch.Tensor,
+    plan: Plan,
+    softcap: float = 0.0,
+    band: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, ...]:
-    """Compiled ``reference.attend_backward``, in float32, of a plan with a window. All that is read must be finite."""
+    """Compiled ``reference.attend_backward``, in float32. All that is read must be finite.
+
+    ``softcap`` and ``band`` as for ``attend``.
+    """
     (batch, heads, q_len, dim), (kv_heads, k_len) = site.query.shape, site.key.shape[1:3]
     value_dim, rows = site.value.shape[3], summary.row_index.shape[2]
     # Tiles and parts by the shape alone, as they say in which order numbers are added.
-    tile = max(ROWS * kv_heads // max(heads, 1), 4)
+    tile_rows = ROWS if plan.window is not None or band is not None else min(ROWS, max(PAIRS // max(k_len, 1), 32))
+    tile = max(tile_rows * kv_heads // max(heads, 1), 4)
 
     def zeros(*shape: int) -> torch.Tensor:
         return torch.zeros(shape, dtype=torch.float32)
@@ -173,11 +186,12 @@ def attend_backward(
         )  # fmt: skip
         views = [_view(t) for t in (site.query, site.key, site.value, grad)]
         keys = [_pointer(t) for t in (site.valid, summary.order, routes, summary.row_index)]
-        of_rows = [_view(summary.row_key), _view(summary.row_value), _pointer(summary.row_bias), _sink(site)]
+        of_rows = [_view(summary.row_key), _view(summary.row_value), _pointer(summary.row_bias)]
+        limits = [_sink(site), _pointer(band)]
         of_rest = [None] * 3 if rest is None else [_view(rest.key), _view(rest.value), _pointer(rest.bias)]
         found = [_pointer(t) for t in (d_query, *parts)] + [None] * (6 - len(parts))
         outs = [ctypes.c_int64(splits), *found, _pointer(d_sink[0] if d_sink else None)]
-        library.needed().prescore_backward(geometry, *views, *keys, *of_rows, *of_rest, *outs)
+        library.needed().prescore_backward(geometry, *views, *keys, *of_rows, *limits, *of_rest, *outs)
     d_key, d_value, d_row_key, d_row_value, *d_rest = map(_added, parts)
     if rest is not None:
         d_key += members_gradient(d_rest[0], summary.order, plan.cluster, k_len)

@@ -40,8 +40,9 @@ BY_HAND_PRODUCT, BY_HAND_NARROW = 0.8, 0.3
 ALONE_PRICE, ALONE_ON_TILES = 1.05, 0.45
 LARGE_LOGITS = 2**25
 """Bytes."""
-ALONE_GAIN = 1.4
-"""The least that is expected of it: what is measured differs from machine to machine, and from mask to mask."""
+ALONE_GAIN, ALONE_TRAINED = 1.4, 1.6
+"""The least that is expected of it: what is measured differs from machine to machine, and from mask to mask; and of its
+forward where gradients are asked for, of which it makes less: 0.7 times as much was measured."""
 ALONE_FROM = 1024
 """Keys; below, what a call of an operator costs weighs as much as what it computes."""
 # Numbers in keys and values (of all KV heads) from which few queries that share them read them faster than SDPA does,
@@ -306,25 +307,27 @@ def break_even(shape: Shape, plan: Plan) -> int | None:
 def alone_from(shape: Shape, trained: bool) -> int | None:
     """The fewest keys from which one kernel that attends all of them is faster than attention by hand; None: never.
 
-    ``trained``: gradients are asked for; they take as many passes over logits again by hand, and torch operations in
-    tiles otherwise: what is measured of the forward holds where logits do not fit into a cache, or a band is short.
+    ``trained``: gradients are asked for. On AMX, whose tiles the kernel's backward does not use, what is measured of
+    the forward then holds where logits do not fit into a cache, or a band is short.
     """
     if shape.device == "cuda":
         return ALONE_FROM
     features = shape.head_dim + shape.value_dim
     products = features * (BY_HAND_NARROW if shape.narrow else BY_HAND_PRODUCT)
-    kernel = ALONE_GAIN * (ALONE_ON_TILES if shape.device == "amx" else ALONE_PRICE) * features
+    on_tiles = shape.device == "amx"
+    kernel = (ALONE_TRAINED if trained else ALONE_GAIN) * (ALONE_ON_TILES if on_tiles else ALONE_PRICE) * features
+    unknown = trained and on_tiles
     # The most of the pairs that the kernel may attend, and those that it does.
     in_cache, beyond = ((pair + products) / kernel for pair in (BY_HAND_PAIR, BY_HAND_LARGE))
     attended = 0.5 if shape.causal and not shape.queries else 1.0
     found = []
-    if attended <= in_cache and not trained:
+    if attended <= in_cache and not unknown:
         found.append(0)
     if attended <= beyond:
         pairs = LARGE_LOGITS // (shape.batch * shape.heads * (2 if shape.narrow else 4))
         found.append(pairs // shape.queries if shape.queries else math.isqrt(pairs))
     if shape.band:
-        found.append(math.ceil(shape.band / min(in_cache, attended) * (2 if trained else 1)))
+        found.append(math.ceil(shape.band / min(in_cache, attended) * (2 if unknown else 1)))
     return max(ALONE_FROM, min(found)) if found else None
 
 

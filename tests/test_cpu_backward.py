@@ -8,24 +8,26 @@ from typing import Any
 import pytest
 import torch
 from conftest import PLANS, in_double, operands, routes_of, rows_in_double, summary_of
+from sympy import Abs, And
 
-from prescore_compile.kernels import cpu, library, ops, reference
-from prescore_compile.kernels.logits import Logits
-from prescore_compile.kernels.plan import Plan
+from prescore_compile.kernels import banded, cpu, library, ops, reference
+from prescore_compile.kernels.band import K, Q
+from prescore_compile.kernels.logits import NOTHING, Logits
+from prescore_compile.kernels.plan import WHOLE, Plan
 from prescore_compile.kernels.reference import Operands
 
 pytestmark = pytest.mark.skipif(not library.available(), reason="no C++ compiler")
-NEAR = [name for name, plan in PLANS.items() if plan.window is not None]
 
 
-def check(site: Operands, plan: Plan, softcap: float = 0.0, room: float = 3e-6) -> tuple[torch.Tensor, ...]:
-    """The error, of the largest number of each gradient."""
+def check(site: Operands, plan: Plan, logits: Logits = NOTHING, room: float = 3e-6) -> tuple[torch.Tensor, ...]:
+    """The error, of the largest number of each gradient; ``logits``: a band and a softcap."""
     summary = summary_of(site, plan)
     routes = routes_of(site, summary, plan)
     grad = torch.randn(*site.query.shape[:3], site.value.shape[3]).to(site.query.dtype)
-    got = cpu.attend_backward(grad, site, summary, routes, plan, softcap)
-    wide = rows_in_double(summary)
-    want = reference.attend_backward(grad.double(), in_double(site), wide, routes, plan, Logits(softcap=softcap))
+    lengths = site.query.shape[2], site.key.shape[2]
+    band = banded.ends(logits.band(), *lengths, site.causal) if logits.uncapped.only_band else None
+    got = cpu.attend_backward(grad, site, summary, routes, plan, logits.softcap, band)
+    want = reference.attend_backward(grad.double(), in_double(site), rows_in_double(summary), routes, plan, logits)
     for g, w in zip(got, want, strict=True):
         assert g.dtype == torch.float32 and g.shape == w.shape
         if w.numel():
@@ -35,7 +37,7 @@ def check(site: Operands, plan: Plan, softcap: float = 0.0, room: float = 3e-6) 
 
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("name", NEAR)
+@pytest.mark.parametrize("name", PLANS)
 def test_plans(name: str, causal: bool, padded: bool) -> None:
     check(operands(300, causal=causal, padded=padded), PLANS[name])
 
@@ -70,11 +72,27 @@ def test_values_of_other_features_and_few_queries() -> None:
 @pytest.mark.parametrize("causal", [False, True])
 def test_softcaps_and_sinks(causal: bool, name: str) -> None:
     site, plan = operands(300, causal=causal), PLANS[name]
-    check(site, plan, softcap=1.5)
+    check(site, plan, Logits(softcap=1.5))
     sink = torch.randn(site.query.shape[:3])
     sink[:, 0], sink[:, 1] = -torch.inf, 40.0
-    *_, d_sink = check(site._replace(sink_logit=sink), plan, softcap=1.5)
+    *_, d_sink = check(site._replace(sink_logit=sink), plan, Logits(softcap=1.5))
     assert (d_sink[:, 0] == 0).all() and (d_sink[:, 2] != 0).any()
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize(
+    ("mask", "causal"), [(K > Q - 20, True), (Abs(K - Q) <= 9, False), (And(K >= Q - 30, K <= Q - 10), False)]
+)
+def test_bands(mask: Any, causal: bool, padded: bool) -> None:
+    """The first queries of the last one have no key."""
+    site, logits = operands(300, causal=causal, padded=padded), Logits(mask, softcap=1.5)
+    check(site, WHOLE, logits)
+    check(site._replace(query=site.query[:, :, -50:], sink_logit=torch.randn(2, 4, 50)), WHOLE, logits)
+
+
+def test_long_sequences_have_smaller_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "PAIRS", 300 * 40)
+    check(operands(300, heads=6, kv_heads=1), WHOLE)
 
 
 def test_threads_never_change_a_bit() -> None:

@@ -141,7 +141,7 @@ def test_one_that_is_not_finite_or_hardly(logit: float) -> None:
 
 @pytest.mark.parametrize("padded", [False, True])
 def test_bands(padded: bool) -> None:
-    """Local layers have sinks, too: the kernel and the gradients tile by tile."""
+    """Local layers have sinks, too."""
     logits = Logits(K >= Q - 20)
     site = with_sink(operands(300, padded=padded), per_query=True)
     got, grad = ops.prescored(site, WHOLE, logits), torch.randn(2, 4, 300, 16)
@@ -149,9 +149,9 @@ def test_bands(padded: bool) -> None:
     true = reference.attend(in_double(site), summary, routes, WHOLE, logits)
     check_budget(got, reference.attend(site, summary, routes, WHOLE, logits), true)
     ends = banded.ends(logits.band(), 300, 300, True)
-    found = banded.backward(grad, site, ends)
+    d_query, d_key, d_value, _, _, d_sink = cpu.attend_backward(grad, site, summary, routes, WHOLE, 0.0, ends)
     *wide, _, _, of_sink = reference.attend_backward(grad.double(), in_double(site), summary, routes, WHOLE, logits)
-    for g, w in zip(found, (*wide, of_sink), strict=True):
+    for g, w in zip((d_query, d_key, d_value, d_sink), (*wide, of_sink), strict=True):
         torch.testing.assert_close(g.double(), w.double(), atol=1e-5, rtol=1e-4)
 
 
@@ -275,6 +275,9 @@ def test_where_one_kernel_is_faster_than_by_hand() -> None:
     assert cost.alone_from(narrow, True) == ALONE_FROM and cost.alone_from(wide, False) == ALONE_FROM
     few = replace(shape, heads=4, narrow=True)
     assert cost.alone_from(few, False) == cost.alone_from(few, True) == 2048, "logits of 8 MB fit into a cache"
+    amx, both = replace(few, device="amx"), replace(few, narrow=False, causal=False)
+    assert cost.alone_from(replace(few, narrow=False), True) == ALONE_FROM and cost.alone_from(amx, True) == 2048
+    assert cost.alone_from(both, True) == 1448 and cost.alone_from(replace(both, head_dim=128), True) is None
     assert cost.alone_from(replace(narrow, head_dim=256, value_dim=256), False) is None
     assert cost.alone_from(replace(narrow, causal=False), False) is None
     assert cost.alone_from(replace(shape, causal=False), False) == ALONE_FROM

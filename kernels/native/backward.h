@@ -143,21 +143,17 @@ struct Backward {
   };
 
   void meet_window(Scratch& s, const Span& span) const {
-    const int64_t shift = g.k_len - g.q_len;
-    const int64_t stop = g.causal ? std::min(span.high, span.end + shift) : span.high;
-    for (int64_t base = span.low; base < stop; base += W) {
+    const Reach reach(g, from, span);
+    for (int64_t base = reach.start; base < reach.stop; base += W) {
       int32_t at[W];
       uint32_t there = 0;
       for (int j = 0; j < W; ++j) {
         const int64_t n = base + j;
-        at[j] = n < stop && (!from.valid || from.valid[s.b * g.k_len + n]) ? (int32_t)n : -1;
+        at[j] = n < reach.stop && (!from.valid || from.valid[s.b * g.k_len + n]) ? (int32_t)n : -1;
         there |= (uint32_t)(at[j] >= 0) << j;
       }
-      auto lanes = [&](int64_t r) -> uint32_t {
-        const int64_t last = span.begin + r % s.length + shift - base;
-        if (!g.causal || last >= W - 1) return there;
-        return last < 0 ? 0 : there & ((2u << last) - 1);
-      };
+      const bool whole = reach.whole(base + W - 1);
+      auto lanes = [&](int64_t r) { return whole ? there : there & reach.lanes(r % s.length, base); };
       meet(s, at, nullptr, s.rows, [](int64_t r) { return (int32_t)r; }, lanes);
     }
   }

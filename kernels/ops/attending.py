@@ -128,7 +128,7 @@ def attend_eager(
     routes = or_no_routes(None if settings.window is None else routes, query)
     if dispatch.compiled(query) and given.uncapped == NOTHING:
         return cpu.attend(site, summary, routes, settings, softcap=given.softcap)
-    if dispatch.compiled(query) and _banded(settings, given):
+    if dispatch.compiled(query) and _only_banded(settings, given):
         near, ends = banded.within(site, banded.ends(given.band(), query.shape[2], key.shape[2], causal))
         return cpu.attend(near, summary, routes, settings, band=ends, softcap=given.softcap)
     if dispatch.compiled(query) and settings.window is None and (read := reads_of(given.uncapped)):
@@ -272,20 +272,17 @@ def attend_backward_eager(
     tensors: Sequence[Tensor],
     sink_logit: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """``attend_backward`` by the compiled CPU kernel or the reference, of a band tile by tile."""
+    """``attend_backward`` by the compiled CPU kernel or the reference."""
     site = Operands(query, key, value, valid, causal, scale, sink_logit)
     summary = Summary.of_rows(order, row_index, row_owner, row_key, row_value, row_bias)
-    given, routed, settings = parse(logits), or_no_routes(routes, query), Plan.parse(plan)
-    grads: tuple[Tensor, ...]
-    if query.device.type == "cpu" and _banded(settings, given):
-        ends = banded.ends(given.band(), query.shape[2], key.shape[2], causal)
-        d_query, d_key, d_value, *d_sink = banded.backward(grad, site, ends, given.softcap)
-        grads = (d_query, d_key, d_value, torch.zeros_like(row_key), torch.zeros_like(row_value), *d_sink)
-    elif dispatch.compiled(query) and given.uncapped == NOTHING and settings.window is not None and _finite(grad, site):
-        grads = cpu.attend_backward(grad, site, summary, routed, settings, given.softcap)
+    given, settings = parse(logits), Plan.parse(plan)
+    routed = or_no_routes(None if settings.window is None else routes, query)
+    limited = _only_banded(settings, given)
+    if dispatch.compiled(query) and (limited or given.uncapped == NOTHING) and _finite(grad, site):
+        ends = banded.ends(given.band(), query.shape[2], key.shape[2], causal) if limited else None
+        grads = cpu.attend_backward(grad, site, summary, routed, settings, given.softcap, ends)
     else:
-        known = named(given, tensors)
-        grads = reference.attend_backward(grad, site, summary, routed, settings, given, known)
+        grads = reference.attend_backward(grad, site, summary, routed, settings, given, named(given, tensors))
     return _gradients(grads, (query, key, value, row_key, row_value), sink_logit)
 
 
@@ -303,6 +300,6 @@ def _finite(grad: Tensor, site: Operands) -> bool:
     return sink and all(bool(tensor.isfinite().all()) for tensor in (grad, *site[:3]))
 
 
-def _banded(plan: Plan, logits: Logits) -> bool:
+def _only_banded(plan: Plan, logits: Logits) -> bool:
     """Whether the band of a mask, and causality, are all that limits what is attended."""
-    return plan.window is None and (logits.uncapped.only_band or logits.uncapped == NOTHING)
+    return plan.window is None and logits.uncapped.only_band
