@@ -84,12 +84,18 @@ def check_model(model: object) -> None:
     """Raise ``OptionError`` where it cannot be called, or it, or a module inside it, is in training mode."""
     if not callable(model):
         raise OptionError("model", model, "a module or a function")
-    while isinstance(model, (functools.partial, MethodType)):
-        model = model.func if isinstance(model, functools.partial) else model.__self__
+    model = module_of(model)
     for name, module in model.named_modules() if isinstance(model, nn.Module) else ():
         if module.training:
             which = f"{type(module).__name__} {name!r}" if name else type(module).__name__
             raise OptionError("model", f"{which} in training mode", "a model in eval mode: call model.eval()")
+
+
+def module_of(model: object) -> object:
+    """The module that a partial or a bound method is of; anything else itself."""
+    while isinstance(model, (functools.partial, MethodType)):
+        model = model.func if isinstance(model, functools.partial) else model.__self__
+    return model
 
 
 def to_stderr(line: str) -> None:

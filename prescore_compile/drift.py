@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,7 +65,9 @@ class Reference:
     def __init__(self, output: Any, batch: Mapping[str, Any], measure: str | Measure) -> None:
         self.measure = measure
         if callable(measure):  # a copy: a model may write its next output where this one is
-            self.output = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, output)
+            self.output = tree_map(
+                lambda leaf: leaf.detach().clone() if isinstance(leaf, torch.Tensor) else leaf, output
+            )
             return
         tensor = compared(output)
         self.rows = counted(tensor, batch)
@@ -92,6 +94,10 @@ class Reference:
         return Drift(math.inf if math.isnan(found.total) else max(found.total, 0.0), found.positions)
 
 
+def _kept(leaf: Any) -> Any:
+    return leaf.detach().clone() if isinstance(leaf, torch.Tensor) else leaf
+
+
 def _number(found: Any) -> float:
     """What the user's measure gave."""
     try:
@@ -100,12 +106,12 @@ def _number(found: Any) -> float:
         raise OptionError("measure", found, GIVES) from None
 
 
-def difference(exact: torch.Tensor, other: torch.Tensor) -> tuple[float, float, float]:
+def difference(exact: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> tuple[float, float, float]:
     """The relative L2 error of ``other``, its largest difference, and the largest value of ``exact``.
 
     What is the same in both, infinite or no number too, does not differ; what is finite in one alone, infinitely.
     """
-    if exact.shape != other.shape:
+    if [tensor.shape for tensor in exact] != [tensor.shape for tensor in other]:
         return math.inf, math.inf, math.nan
     apart, whole, most, largest = 0.0, 0.0, 0.0, 0.0
     for a, b in zip(_pieces(exact), _pieces(other), strict=True):
@@ -118,10 +124,11 @@ def difference(exact: torch.Tensor, other: torch.Tensor) -> tuple[float, float, 
     return math.sqrt(apart) / math.sqrt(whole) if whole else (math.inf if apart else 0.0), most, largest
 
 
-def _pieces(tensor: torch.Tensor) -> list[torch.Tensor]:
+def _pieces(tensors: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
     """Some rows at a time: logits of many tokens are large."""
-    rows = tensor.reshape(-1, tensor.shape[-1]) if tensor.dim() > 1 else tensor.reshape(1, -1)
-    return [piece for piece in rows.split(ROWS) if piece.numel()]
+    for tensor in tensors:
+        rows = tensor.reshape(-1, tensor.shape[-1]) if tensor.dim() > 1 else tensor.reshape(1, -1)
+        yield from (piece for piece in rows.split(ROWS) if piece.numel())
 
 
 def check_repeats(reference: Reference, output: Any, tell: Tell) -> None:

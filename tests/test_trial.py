@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import json
 import math
 import os
@@ -17,6 +18,7 @@ from torch import nn
 
 from prescore_compile import Config, OptionError, Verdict, trial
 from prescore_compile.adoption import command, verdict
+from prescore_compile.adoption.step import apart
 from prescore_compile.cli import main
 from prescore_compile.drift import difference
 from prescore_compile.kernels import cpu, library
@@ -107,6 +109,46 @@ def test_an_encoder_has_no_perplexity() -> None:
     assert found.stages[2].evidence["measure"] == "cosine" and "perplexity" not in str(found)
 
 
+def next_token_loss(output: Any) -> torch.Tensor:
+    return F.cross_entropy(output["logits"][0, :-1], ids()[0, 1:])
+
+
+def test_a_training_step() -> None:
+    """Its gradients, too, are compared, and told as they are by hand."""
+    model = Model()
+    model.head.bias.requires_grad_(False)
+    found = tried(model, loss=next_token_loss, every_stage=True)
+    sites, same, quality, speed = found.stages
+    assert found.about["runs"] == "forward and backward" and speed.evidence["held"] == 1
+    assert same.passed and 0 < same.evidence["gradients_error"] < 1e-5 and "gradients: error" in same.found
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    ways = [model, torch.compile(model, backend="prescore", options=QUICK)]
+    losses = [next_token_loss(way(ids())) for way in ways]
+    assert quality.evidence["losses"] == [pytest.approx([float(loss) for loss in losses], rel=1e-5)]
+    one, two = (torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)]) for loss in losses)
+    gap = 1 - float(torch.cosine_similarity(one, two, dim=0))
+    assert gap > 1e-4 and quality.evidence["gradients"] == [pytest.approx(gap, rel=1e-2)]
+    assert not any(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_gradients_that_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    usual = cpu.attend_backward
+    monkeypatch.setattr(cpu, "attend_backward", lambda *given: tuple(2 * grad for grad in usual(*given)))
+    found = failed("same", loss=next_token_loss)
+    assert found.stages[1].evidence["error"] < 1e-6 and found.stages[1].evidence["gradients_error"] > 0.1
+    monkeypatch.undo()
+    monkeypatch.setattr(importlib.import_module("prescore_compile.adoption.trial"), "GRADIENTS", 1e-9)
+    assert failed("quality", loss=next_token_loss).stages[2].evidence["drift"] < 9
+
+
+def test_how_far_gradients_are_apart() -> None:
+    a, b = [torch.tensor([3.0, 0.0]), torch.tensor([[4.0]])], [torch.tensor([0.0, 4.0]), torch.tensor([[3.0]])]
+    assert apart(a, a) == 0.0 and apart(a, b) == pytest.approx(1 - 12 / 25)
+    none = [torch.zeros(2), torch.zeros(1, 1)]
+    assert apart(none, none) == 0.0 and apart(a, none) == 1.0
+    assert apart(a, [torch.tensor([math.nan, 0.0]), a[1]]) == math.inf
+
+
 def failed(stage: str, **more: Any) -> Verdict:
     found = tried(**more)
     assert not found.adopt and found.failed is not None and found.failed.name == stage and found.failed.advice
@@ -186,15 +228,15 @@ def test_a_perplexity_beyond_all_numbers() -> None:
 
 def test_difference() -> None:
     a = torch.tensor([[1.0, -math.inf, math.nan], [3.0, 0.0, 4.0]])
-    assert difference(a, a) == (0.0, 0.0, 4.0)
+    assert difference([a], [a]) == (0.0, 0.0, 4.0)
     b = a.clone()
     b[1, 1] = 2.6
-    error, most, largest = difference(a, b)
+    error, most, largest = difference([a], [b])
     assert (error, most, largest) == pytest.approx((2.6 / math.sqrt(26), 2.6, 4.0))
     b[0, 1] = 7.0
-    assert difference(a, b)[0] == math.inf == difference(a, a[:1])[0]
-    many = torch.randn(1000, 7)
-    assert difference(many, many * 1.01)[0] == pytest.approx(0.01, rel=1e-3)
+    assert difference([a], [b])[0] == math.inf == difference([a], [a[:1]])[0] == difference([a], [])[0]
+    many = torch.randn(1000, 7), torch.randn(5)
+    assert difference(many, [tensor * 1.01 for tensor in many])[0] == pytest.approx(0.01, rel=1e-3)
 
 
 def test_a_drift_that_is_too_large() -> None:
@@ -220,7 +262,9 @@ def test_a_model_that_does_not_repeat_itself() -> None:
     ({"batches": {"input_ids": ids()}}, r"as in \[dict\]"),
     ({"model": functools.partial(Model().train())}, "in training mode"),
     ({"batches": 3}, "'batches': got 3"), ({"model": 3}, "'model': got 3"), ({"progress": 3}, "'progress': got 3"),
-    ({"model": Model().train()}, "in training mode"),
+    ({"model": Model().train()}, "in training mode"), ({"loss": 3}, "'loss': got 3"),
+    ({"loss": lambda output: output["logits"]}, "one number"), ({"loss": lambda output: 1.0}, "got 'float'"),
+    ({"model": lambda x: {"logits": x}, "loss": next_token_loss}, "parameters that ask for gradients"),
 ])  # fmt: skip
 def test_arguments(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(OptionError, match=message):
@@ -239,6 +283,11 @@ sys.path.insert(0, {here!r})
 from test_trial import Model, ids
 def make(): return Model(), {{"input_ids": ids()}}
 def trained(): return Model().train(), ids()
+class Labelled(Model):
+    def forward(self, input_ids, labels=None):
+        found = super().forward(input_ids)
+        return found | {{"loss": found["logits"].logsumexp(-1).mean()}} if labels is not None else found
+def labelled(): return Labelled(), {{"input_ids": ids(), "labels": ids()}}
 def raises():
     def model(x): raise KeyError("no such word")
     return model, ids()
@@ -267,6 +316,10 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     code, text, _ = said("make", "--drift", "0", "--faster", "0", "--json", str(out))
     assert code == 1 and text.startswith("do not adopt: quality failed") and not json.loads(out.read_text())["adopt"]
     assert said("make", "--drift", "0", "--faster", "0", "--all")[1].count("not run") == 0
+    code, text, _ = said("labelled", "--train", "--drift", "9", "--faster", "0")
+    assert code == 0 and "gradients: error" in text and "runs forward and backward" in text
+    code, _, told = said("make", "--train", "--drift", "9", "--faster", "0")
+    assert code == 2 and "inputs with labels" in told
     assert "eval" in said("trained")[2] and said("trained")[0] == 2
     code, _, told = said("raises")
     assert code == 3 and "no such word" in told

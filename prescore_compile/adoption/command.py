@@ -27,6 +27,8 @@ def add_to(commands: Any) -> None:
                         "(default: 1.1)")  # fmt: skip
     parser.add_argument("--measure", choices=("kl", "cosine"), help="what drift is (default: kl of logits, or cosine)")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="in which time is measured (default: 5)")
+    parser.add_argument("--train", action="store_true", help="try a training step, forward and backward, of the loss "
+                        "that the model's output has")  # fmt: skip
     parser.add_argument("--all", action="store_true", help="go on after a stage that failed")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the evidence to FILE")
     parser.add_argument("--set", action="append", default=[], metavar="OPTION=VALUE", dest="options",
@@ -41,6 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _run(arguments: argparse.Namespace, decide: Callable[[bool], None]) -> None:
+    from .step import own_loss
     from .trial import trial
     from .verdict import Verdict
 
@@ -54,6 +57,7 @@ def _run(arguments: argparse.Namespace, decide: Callable[[bool], None]) -> None:
             measure=arguments.measure,
             rounds=arguments.rounds,
             every_stage=arguments.all,
+            loss=own_loss if arguments.train else None,
         )
 
     found = on_weights(arguments, "json", work)

@@ -7,6 +7,7 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from ..kernels.plan import OptionError
 from ..passes import REASONS, Config, Report
 from ..passes.compat import many_recompiles
 from .reading import Reading
+from .step import Loss, Ran, Step, apart
 from .verdict import STAGES, Stage, Verdict
 
 ALLOWED = {"kl": 0.05, "cosine": 0.01}
@@ -25,6 +27,8 @@ ALLOWED = {"kl": 0.05, "cosine": 0.01}
 ROUNDING = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 3e-2}
 """Relative L2 error of an output that rounding explains, by the dtype of attention: six times and more what models had
 (float32 1e-6, float16 3e-4, bfloat16 5e-3)."""
+GRADIENTS = 0.05
+"""1 - cosine of the gradients from those of the exact model that is allowed."""
 HOLDS = 0.75
 """Share of the rounds in which what is wanted must be gained."""
 
@@ -40,6 +44,7 @@ def trial(
     rounds: int = 5,
     every_stage: bool = False,
     progress: Tell | None = to_stderr,
+    loss: Loss | None = None,
 ) -> Verdict:
     """Try ``torch.compile(model, backend="prescore", options=options)`` on data, and say whether to adopt it.
 
@@ -52,9 +57,9 @@ def trial(
     4. speed: what will run is ``faster`` than the model compiled by the inner compiler alone, from end to end: in the
        medians, and in three of four rounds in which both run in turn.
 
-    All runs are without gradients. The model runs as it is, compiled or not by ``model.compile``, uncompiled where it
-    is compared with. What it writes into itself (a cache in a buffer) stays written; Dynamo's caches are cleared
-    afterwards, so that what was compiled before compiles once more.
+    All runs are without gradients, unless there is a ``loss``. The model runs as it is, compiled or not by
+    ``model.compile``, uncompiled where it is compared with. What it writes into itself (a cache in a buffer) stays
+    written; Dynamo's caches are cleared afterwards, so that what was compiled before compiles once more.
 
     Args:
         model: a module in eval mode, or a function. Its output must depend on its input alone.
@@ -67,6 +72,9 @@ def trial(
         rounds: in which time is measured.
         every_stage: go on after a stage that failed.
         progress: told a line at a time what goes on; None: silent.
+        loss: of an output, a tensor of one number: what is tried is a training step. Then "same" is asked of the
+            gradients of the model's parameters, too, "quality" of their direction (1 - cosine of all of them together:
+            0.05 is allowed), and "speed" of forward and backward.
 
     Returns:
         Print it for a table; ``.adopt``, ``.stages``, ``.to_json()``.
@@ -77,8 +85,9 @@ def trial(
     """
     check_model(model)
     _check(drift, faster, rounds, measure)
-    run = _Trial(model, calls_of(batches), Config.from_options(options), measure, teller(progress))
-    with torch.no_grad(), many_recompiles():
+    step = Step(model, loss)
+    run = _Trial(model, calls_of(batches), Config.from_options(options), measure, teller(progress), step)
+    with torch.set_grad_enabled(step.trains), many_recompiles():
         try:
             found = run.staged(drift, faster, rounds, every_stage)
         finally:
@@ -87,6 +96,7 @@ def trial(
         {leaf.device.type for call in run.calls for leaf in tensors_in((call.args, dict(call.kwargs)))}
     ) or ["cpu"]
     about = {"torch": torch.__version__, "device": ", ".join(devices), "threads": torch.get_num_threads()}
+    about |= {"runs": "forward and backward"} if step.trains else {}
     return Verdict(tuple(found), repr(run.config), about)
 
 
@@ -100,10 +110,12 @@ class _Trial:
         config: Config,
         measure: str | Measure | None,
         tell: Tell,
+        step: Step,
     ) -> None:
         self.model, self.calls, self.config, self.measure, self.tell = model, calls, config, measure, tell
-        self.prescored = _Way(model, backend="prescore", options=config)
-        self.usual = _Way(model, backend=config.inner)
+        self.step = step
+        self.prescored = _Way(model, step, backend="prescore", options=config)
+        self.usual = _Way(model, step, backend=config.inner)
         self.reports: list[Report] = []
 
     def staged(self, drift: float | None, faster: float, rounds: int, every: bool) -> list[Stage]:
@@ -146,22 +158,25 @@ class _Trial:
         config = Config.exact(include=self.config.include, exclude=self.config.exclude, inner="eager")
         at = max(range(len(self.calls)), key=lambda i: len(self.reports[i].rewritten))
         call = self.calls[at]
-        output = self.exact(call)
+        ran = self.exact(call)
         # Copies: a model may write its next output where this one is.
-        reference = Reference(output, call.kwargs, resolve(self.measure, output))
-        exact = _main(output, call).clone()
-        del output
-        check_repeats(reference, self.exact(call), self.tell)
+        reference = Reference(ran.output, call.kwargs, resolve(self.measure, ran.output))
+        exact, gradients = [tensor.clone() for tensor in _main(ran.output, call)], ran.gradients
+        del ran
+        check_repeats(reference, self.exact(call).output, self.tell)
         del reference
-        error, most, largest = difference(
-            exact, _main(_Way(self.model, backend="prescore", options=config)(call), call)
-        )
-        dtypes = {str(site.kernel.get("dtype")) for site in self.reports[at].rewritten} | {str(exact.dtype)[6:]}
+        other = _Way(self.model, self.step, backend="prescore", options=config)(call)
+        error, most, largest = difference(exact, _main(other.output, call))
+        dtypes = {str(site.kernel.get("dtype")) for site in self.reports[at].rewritten}
+        dtypes |= {str(tensor.dtype)[6:] for tensor in exact}
         allowed = max(ROUNDING.get(dtype, ROUNDING["float32"]) for dtype in dtypes)
         evidence = {"error": error, "allowed": allowed, "largest_difference": most, "largest_value": largest}
         of = f"batch {at + 1}: " if len(self.calls) > 1 else ""
         text = f"{of}error {error:.2g} (relative L2; allowed: {allowed:g}); largest difference {most:.2g}, of values "
         text += f"up to {largest:.3g}"
+        if self.step.trains:
+            evidence["gradients_error"] = of_gradients = difference(gradients, other.gradients)[0]
+            text, error = f"{text}\ngradients: error {of_gradients:.2g}", max(error, of_gradients)
         advice = (
             "either the model amplifies rounding, or the rewriting is wrong: with some modules excluded "
             "(exclude) it can be found which. Please report it, with what --json or to_json() holds."
@@ -171,30 +186,39 @@ class _Trial:
 
     def quality(self, allowed: float | None) -> Stage:
         total, each, name = Drift(), [], "own"
+        losses, turned = [], []
         reading = Reading(self.model, self.reports)
         _warm(self.config.inner)
         for at, call in enumerate(self.calls):
-            output = self.exact(call)
-            measure = resolve(self.measure, output)
+            exact = self.exact(call)
+            measure = resolve(self.measure, exact.output)
             name = measure if isinstance(measure, str) else getattr(measure, "__name__", "own")
-            reference, read = Reference(output, call.kwargs, measure), reading.of(call, output)
-            del output
+            reference, read = Reference(exact.output, call.kwargs, measure), reading.of(call, exact.output)
+            exact = replace(exact, output=None)
             self.tell(f"  batch {at + 1}/{len(self.calls)}: running prescored")
             other = self.prescored(call)
-            now = reference.drift(other)
+            now = reference.drift(other.output)
             total += now
             each.append(now.mean)
-            reading.add(read, reading.of(call, other))
-            del other
+            reading.add(read, reading.of(call, other.output))
+            losses.append((exact.loss, other.loss))
+            turned.append(apart(exact.gradients, other.gradients))
+            del exact, other
             self.tell(f"  batch {at + 1}/{len(self.calls)}: drift {now.mean:.3g}")
         bound = ALLOWED[name] if allowed is None else allowed
         text = "\n".join(filter(None, (f"drift {total.mean:.3g} ({name}; allowed: {bound:g})", str(reading))))
         evidence = {"drift": total.mean, "measure": name, "allowed": bound, "of_batches": each} | reading.evidence
+        passed = total.mean <= bound
+        if self.step.trains:
+            before, after = (statistics.fmean(of) for of in zip(*losses, strict=True))
+            evidence |= {"losses": losses, "gradients": turned, "gradients_allowed": GRADIENTS}
+            text += f"\ngradients {max(turned):.3g} apart (1 - cosine; allowed: {GRADIENTS}); loss {before:.4g} -> "
+            text += f"{after:.4g}"
+            passed = passed and max(turned) <= GRADIENTS
         advice = (
             "a smaller share (option share=0.0005 reads more), a plan for each site (prescore calibrate --drift), or "
             "the sites that matter most kept exact (option exclude)."
         )
-        passed = total.mean <= bound
         return Stage("quality", passed, text, evidence, "" if passed else advice)
 
     def speed(self, wanted: float, rounds: int) -> Stage:
@@ -230,36 +254,39 @@ class _Trial:
         )
         return Stage("speed", passed, text, evidence, "" if passed else advice)
 
-    def exact(self, call: Call) -> Any:
+    def exact(self, call: Call) -> Ran:
         own = call.copied()
         with torch.compiler.set_stance("force_eager"):
-            return self.model(*own.args, **own.kwargs)
+            return self.step.of(self.model(*own.args, **own.kwargs))
 
 
 class _Way:
     """The model compiled in one way, with a code object of its own. ``first``: seconds of its first call."""
 
-    def __init__(self, model: Callable[..., Any], **how: Any) -> None:
+    def __init__(self, model: Callable[..., Any], step: Step, **how: Any) -> None:
         call, self.args, self.kwargs = fresh(model, (), {})
-        self.compiled = torch.compile(call, **how)
+        self.compiled, self.step = torch.compile(call, **how), step
         self.first = math.nan
 
-    def __call__(self, call: Call) -> Any:
+    def __call__(self, call: Call) -> Ran:
         own, begin = call.copied(), time.perf_counter()
-        output = self.compiled(*self.args, *own.args, **self.kwargs, **own.kwargs)
+        ran = self._run(own)
         if math.isnan(self.first):
             _finished()
             self.first = time.perf_counter() - begin
-        return output
+        return ran
 
     def timed(self, call: Call) -> float:
         """Seconds of a call, with its copy made before."""
         own = call.copied()
         _finished()
         begin = time.perf_counter()
-        self.compiled(*self.args, *own.args, **self.kwargs, **own.kwargs)
+        self._run(own)
         _finished()
         return time.perf_counter() - begin
+
+    def _run(self, own: Call) -> Ran:
+        return self.step.of(self.compiled(*self.args, *own.args, **self.kwargs, **own.kwargs))
 
 
 def _check(drift: object, faster: object, rounds: object, measure: object) -> None:
@@ -275,17 +302,17 @@ def _check(drift: object, faster: object, rounds: object, measure: object) -> No
         raise OptionError("measure", measure, MEASURES)
 
 
-def _main(output: Any, call: Call) -> torch.Tensor:
-    """What of an output is compared, without what is padded; all of its numbers where there is no such tensor."""
+def _main(output: Any, call: Call) -> list[torch.Tensor]:
+    """What of an output is compared, without what is padded; all of its tensors where there is no such."""
     try:
         tensor = compared(output)
     except ValueError:
-        leaves = [leaf.detach().double().flatten() for leaf in tensors_in(output)]
+        leaves = [leaf.detach() for leaf in tensors_in(output)]
         if not leaves:
             raise
-        return torch.cat(leaves)
+        return leaves
     rows = counted(tensor, call.kwargs)
-    return tensor if bool(rows.all()) else tensor[rows]
+    return [tensor if bool(rows.all()) else tensor[rows]]
 
 
 def _warm(inner: Any) -> None:
