@@ -56,7 +56,7 @@ class Step:
             shown = list(loss.shape) if isinstance(loss, torch.Tensor) else type(loss).__name__
             raise OptionError("loss", shown, "a function that gives a tensor of one number, with gradients")
         gradients = torch.autograd.grad(loss.sum(), self.parameters, allow_unused=True, materialize_grads=True)
-        return Ran(output, float(loss), gradients)
+        return Ran(output, float(loss.detach()), gradients)
 
 
 def own_loss(output: Any) -> torch.Tensor:
