@@ -26,7 +26,8 @@ def prescored(
     settings = plan.text
     scores = score(q, k, valid, settings, causal, scale) if plan.keep else None
     summary = Summary(*summarize(k, v, valid, scores, settings))
-    if plan.routes and q.device.type == "cpu" and logits.uncapped == NOTHING:
+    plain = logits == NOTHING or logits.uncapped == NOTHING  # Dynamo of torch 2.11 traces the first alone
+    if plan.routes and q.device.type == "cpu" and plain:
         return route_attend(*site[:4], *summary, settings, causal, scale, sink_logit, logits.softcap)
     routes = routes_of(site, summary, settings, *more) if plan.routes else None
     return attend(*site[:4], summary.order, routes, *summary[4:], settings, causal, scale, *more, sink_logit)
