@@ -53,7 +53,8 @@ def attention(
     if forward_mode():
         raise ValueError("got forward-mode AD (a dual level is open); allowed: gradients in reverse mode")
     where = query.device.type
-    if torch.amp.is_autocast_available(where) and torch.is_autocast_enabled(where):  # as SDPA does
+    # As SDPA does. Not is_autocast_available, which Dynamo of torch 2.11 does not trace.
+    if where != "meta" and torch.is_autocast_enabled(where):
         dtype = torch.get_autocast_dtype(where)
         query, key, value = (tensor.to(dtype) for tensor in (query, key, value))
     scale = max(query.shape[3], 1) ** -0.5 if scale is None else float(scale)
