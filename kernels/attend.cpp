@@ -196,7 +196,7 @@ struct Attend {
         any |= lanes[i] = p.lanes;
       }
       if (!any) continue;
-      if (!masked && reach.whole(base + N * W - 1)) {
+      if (!masked && reach.all_attend(base + N * W - 1)) {
         for (int64_t i = 0; i < N; ++i) std::fill_n(&s.masks[i * rows], rows, (uint16_t)lanes[i]);
         Layout::attend(s.rows, s.all.data(), rows, blocks, N);
         continue;

@@ -47,7 +47,7 @@ def resolve(measure: object, output: Any) -> str | Measure:
         OptionError: it is none, or cannot be taken of this output.
     """
     if measure is None:
-        measure = "kl" if _member(output, "logits") is not None else "cosine"
+        measure = "kl" if member(output, "logits") is not None else "cosine"
     if callable(measure):
         return measure
     if measure not in ("kl", "cosine"):
@@ -65,9 +65,7 @@ class Reference:
     def __init__(self, output: Any, batch: Mapping[str, Any], measure: str | Measure) -> None:
         self.measure = measure
         if callable(measure):  # a copy: a model may write its next output where this one is
-            self.output = tree_map(
-                lambda leaf: leaf.detach().clone() if isinstance(leaf, torch.Tensor) else leaf, output
-            )
+            self.output = tree_map(_kept, output)
             return
         tensor = compared(output)
         self.rows = counted(tensor, batch)
@@ -173,7 +171,7 @@ def counted(tensor: torch.Tensor, batch: Mapping[str, Any]) -> torch.Tensor:
 def compared(output: Any) -> torch.Tensor:
     """What is compared: the logits, the last hidden state, or the first floating tensor of an output."""
     for name in ("logits", "last_hidden_state"):
-        found = _member(output, name)
+        found = member(output, name)
         if found is not None:
             return found.detach()
     leaves = [tensor for tensor in tensors_in(output) if tensor.is_floating_point() and tensor.dim()]
@@ -185,6 +183,7 @@ def compared(output: Any) -> torch.Tensor:
     return leaves[0].detach()
 
 
-def _member(output: Any, name: str) -> torch.Tensor | None:
+def member(output: Any, name: str) -> torch.Tensor | None:
+    """The tensor of that name in an output, a mapping's or an attribute; None: there is none."""
     found = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
     return found if isinstance(found, torch.Tensor) else None

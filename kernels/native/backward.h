@@ -152,8 +152,8 @@ struct Backward {
         at[j] = n < reach.stop && (!from.valid || from.valid[s.b * g.k_len + n]) ? (int32_t)n : -1;
         there |= (uint32_t)(at[j] >= 0) << j;
       }
-      const bool whole = reach.whole(base + W - 1);
-      auto lanes = [&](int64_t r) { return whole ? there : there & reach.lanes(r % s.length, base); };
+      const bool all = reach.all_attend(base + W - 1);
+      auto lanes = [&](int64_t r) { return all ? there : there & reach.lanes(r % s.length, base); };
       meet(s, at, nullptr, s.rows, [](int64_t r) { return (int32_t)r; }, lanes);
     }
   }

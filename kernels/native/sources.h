@@ -40,7 +40,7 @@ struct Reach {
   }
 
   // Whether every query attends the keys up to `to`.
-  bool whole(int64_t to) const { return !first && (!causal || to <= own); }
+  bool all_attend(int64_t to) const { return !first && (!causal || to <= own); }
 
   // The lanes of the block from `base` on that query `at` of the tile attends.
   uint32_t lanes(int64_t at, int64_t base) const {

@@ -124,8 +124,7 @@ def attend_eager(
     site = Operands(query, key, value, valid, causal, scale, sink_logit)
     summary = Summary.of_rows(order, row_index, row_owner, row_key, row_value, row_bias)
     settings, given = Plan.parse(plan), parse(logits)
-    # Without a limit every key is in the window: none is left to route to.
-    routes = or_no_routes(None if settings.window is None else routes, query)
+    routes = _left_to_route(settings, routes, query)
     if dispatch.compiled(query) and given.uncapped == NOTHING:
         return cpu.attend(site, summary, routes, settings, softcap=given.softcap)
     if dispatch.compiled(query) and _only_banded(settings, given):
@@ -276,7 +275,7 @@ def attend_backward_eager(
     site = Operands(query, key, value, valid, causal, scale, sink_logit)
     summary = Summary.of_rows(order, row_index, row_owner, row_key, row_value, row_bias)
     given, settings = parse(logits), Plan.parse(plan)
-    routed = or_no_routes(None if settings.window is None else routes, query)
+    routed = _left_to_route(settings, routes, query)
     limited = _only_banded(settings, given)
     if dispatch.compiled(query) and (limited or given.uncapped == NOTHING) and _finite(grad, site):
         ends = banded.ends(given.band(), query.shape[2], key.shape[2], causal) if limited else None
@@ -292,6 +291,11 @@ attend_backward.register_autograd(dispatch.no_second_derivative, setup_context=d
 
 def or_no_routes(routes: Tensor | None, query: Tensor) -> Tensor:
     return query.new_empty((*query.shape[:3], 0), dtype=torch.int32) if routes is None else routes
+
+
+def _left_to_route(plan: Plan, routes: Tensor | None, query: Tensor) -> Tensor:
+    """The routes; without a limit none: every key is in the window."""
+    return or_no_routes(None if plan.window is None else routes, query)
 
 
 def _finite(grad: Tensor, site: Operands) -> bool:

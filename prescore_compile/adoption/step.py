@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..batches import module_of
+from ..drift import member
 from ..kernels.plan import OptionError
 
 Loss = Callable[[Any], torch.Tensor]
@@ -65,8 +66,8 @@ def own_loss(output: Any) -> torch.Tensor:
     Raises:
         OptionError: there is none.
     """
-    found = output.get("loss") if isinstance(output, dict) else getattr(output, "loss", None)
-    if not isinstance(found, torch.Tensor):
+    found = member(output, "loss")
+    if found is None:
         raise OptionError("loss", type(output).__name__, "an output with a loss: inputs with labels")
     return found
 
