@@ -108,6 +108,9 @@ def lift(site: Site, known: Lifted | None = None) -> Mask:
     ):
         return mask
     told = not mask.needs or (mask.keys is not None and mask.logits.only_band and not attention.trained)
+    # What is added hides logits, not their gradients, which a softcap makes another product for each pair.
+    added = any(isinstance(term, Add) for term in attention.terms)
+    told = told and not (added and attention.trained and attention.softcap)
     if len(meaning.finite) == 1 and meaning.uniform and told and (not mask.causal or shift == 0):
         return replace(mask, mean=True)
     return Mask(mask.text, reason="additive_mask: finite numbers where padded queries have no key")

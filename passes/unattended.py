@@ -31,7 +31,7 @@ def or_mean(
     group = int(a.size(*a.heads)) // int(a.size(*a.kv_heads))
     mean = graph.call_method("mean", (value, 2, True))
     found = graph.call_method("repeat_interleave", (mean, group, 1))
-    if a.trained and any(isinstance(term, Add) for term in a.terms) and not a.softcap:
+    if a.trained and any(isinstance(term, Add) for term in a.terms):
         found = graph.call_function(operator.add, (found, _gradients(graph, query, key, value, mean, group, a)))
     return graph.call_function(torch.where, (some, out, found))
 
@@ -43,7 +43,7 @@ def _gradients(
     added hides the logits, and not their gradients.
 
     Of ``softmax(s) @ v`` where all weights are 1 / n: d_out @ cov(v, k) * scale in the query, and its transpose in the
-    key. (Of softcapped logits they would be another product for each pair: there are none.)
+    key. (Of softcapped logits they would be another product for each pair: ``masks.lift`` leaves such sites alone.)
     """
     apart = graph.call_function(operator.sub, (value, mean))
     apart = graph.call_method("transpose", (graph.call_method("detach", (apart,)), 2, 3))
