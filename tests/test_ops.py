@@ -167,6 +167,22 @@ def test_scores_and_clusters_are_the_same_under_autocast(settings: dict[str, Any
     assert all(torch.equal(one, other) for one, other in zip(got, expected, strict=True))
 
 
+@pytest.mark.parametrize("name", ["keep and routes", "streaming"])
+def test_the_reference_is_the_same_under_autocast(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "compiled", lambda query: False)
+    site = operands(150)
+    leaves = [tensor.requires_grad_() for tensor in site[:3]]
+
+    def found() -> list[torch.Tensor]:
+        out = ops.prescored(site, PLANS[name])
+        return [out, *torch.autograd.grad(out, leaves, out.detach())]
+
+    expected = found()
+    with torch.autocast("cpu", torch.bfloat16):
+        got = found()
+    assert all(torch.equal(one, other) for one, other in zip(got, expected, strict=True))
+
+
 def test_what_may_wait_for_the_device_stays_out_of_cuda_graphs() -> None:
     """A user's scorer may; so do clusters of k-means, until no key moves."""
     for operator in (torch.ops.prescore.score_eager, torch.ops.prescore.summarize_eager):

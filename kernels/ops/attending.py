@@ -132,8 +132,10 @@ def attend_eager(
         return cpu.attend(near, summary, routes, settings, band=ends, softcap=given.softcap)
     if dispatch.compiled(query) and settings.window is None and (read := reads_of(given.uncapped)):
         seen = masked.see(read, named(given, tensors), query.dtype)
-        return masked.attend(site, summary, routes, settings, seen, given.softcap)
-    out = reference.attend(site, summary, routes, settings, given, named(given, tensors))
+        with dispatch.as_they_are(query):
+            return masked.attend(site, summary, routes, settings, seen, given.softcap)
+    with dispatch.as_they_are(query):
+        out = reference.attend(site, summary, routes, settings, given, named(given, tensors))
     return by_query(out)
 
 
@@ -281,7 +283,8 @@ def attend_backward_eager(
         ends = banded.ends(given.band(), query.shape[2], key.shape[2], causal) if limited else None
         grads = cpu.attend_backward(grad, site, summary, routed, settings, given.softcap, ends)
     else:
-        grads = reference.attend_backward(grad, site, summary, routed, settings, given, named(given, tensors))
+        with dispatch.as_they_are(query):
+            grads = reference.attend_backward(grad, site, summary, routed, settings, given, named(given, tensors))
     return _gradients(grads, (query, key, value, row_key, row_value), sink_logit)
 
 

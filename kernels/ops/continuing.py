@@ -36,7 +36,8 @@ def attend_few(
     site = Operands(query, key, value, None, False, scale, sink_logit)
     if dispatch.compiled(query):
         return cpu.attend_few(site, allowed, added, softcap)
-    out = few.reference(site, allowed, added, softcap)  # a graph that was made for a CPU and moved, say
+    with dispatch.as_they_are(query):
+        out = few.reference(site, allowed, added, softcap)  # a graph that was made for a CPU and moved, say
     return by_query(out)
 
 

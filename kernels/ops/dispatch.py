@@ -18,7 +18,7 @@ MAY_WAIT = (torch.Tag.cudagraph_unsafe,)
 
 
 def as_they_are(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Scores and clusters are float32 under autocast too: it is a module's, not theirs."""
+    """Torch operations in an operator keep its tensors' dtypes under autocast, too: it is a module's, not theirs."""
     return torch.autocast(tensor.device.type, enabled=False)
 
 

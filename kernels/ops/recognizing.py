@@ -56,7 +56,8 @@ def attend_recognized(
         out = prescored(found, Plan.parse(plan), Logits(softcap=given.softcap))
         return masked.or_mean(out, site, seen)
     summary, no_routes = Summary(*empty(key, value, WHOLE.text)), or_no_routes(None, query)
-    return masked.attend(site, summary, no_routes, WHOLE, seen, given.softcap)
+    with dispatch.as_they_are(query):
+        return masked.attend(site, summary, no_routes, WHOLE, seen, given.softcap)
 
 
 attend_recognized.register_fake(like_output)

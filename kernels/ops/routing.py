@@ -72,7 +72,8 @@ def mass_eager(
     given = parse(logits)
     if dispatch.compiled(query) and given.uncapped == NOTHING:
         return cpu.mass(site, summary, Plan.parse(plan), given.softcap)
-    return reference.mass(site, summary, Plan.parse(plan), given, named(given, tensors))
+    with dispatch.as_they_are(query):
+        return reference.mass(site, summary, Plan.parse(plan), given, named(given, tensors))
 
 
 @mass.register_fake
@@ -136,7 +137,8 @@ def route_eager(
     clusters = Summary.of_clusters(order, mean, spread, bias)
     if dispatch.compiled(query) and given.uncapped == NOTHING:  # a softcap keeps the order
         return cpu.route(query, clusters, settings, causal, k_len, scale, mass)
-    return coarse.route(query, clusters, settings, causal, k_len, scale, given, named(given, tensors), mass)
+    with dispatch.as_they_are(query):
+        return coarse.route(query, clusters, settings, causal, k_len, scale, given, named(given, tensors), mass)
 
 
 @route.register_fake
