@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from prescore_compile import Config, OptionError, Verdict, trial
 from prescore_compile.adoption import command, verdict
@@ -141,6 +142,64 @@ def test_gradients_that_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     assert failed("quality", loss=next_token_loss).stages[2].evidence["drift"] < 9
 
 
+class Checkpointed(Model):
+    """Reentrant: what cannot be asked for by ``torch.autograd.grad``."""
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> Any:
+        x = self.embed(input_ids)
+        return {"logits": self.head(checkpoint(self.attended, x, use_reentrant=True))}
+
+    def attended(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (t.unflatten(-1, (2, 8)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        return x + F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+
+
+class Sparse(Model):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(WORDS, 16, sparse=True)
+        self.eval()
+
+
+@pytest.mark.parametrize("model", [Checkpointed, Sparse])
+def test_models_that_train_by_backward_alone(model: type[Model]) -> None:
+    own = model()
+    own.head.bias.grad = kept = torch.ones(WORDS)
+    same = tried(own, loss=next_token_loss).stages[1]
+    assert same.passed and 0 < same.evidence["gradients_error"] < 1e-5
+    assert own.head.bias.grad is kept and own.head.weight.grad is None
+
+
+def test_a_loss_that_takes_members_out() -> None:
+    assert tried(loss=lambda output: output.pop("logits").square().mean()).adopt
+
+
+def test_in_inference_mode() -> None:
+    model = Model()
+    with torch.inference_mode():
+        batch = ids()
+        assert tried(model, [batch], loss=next_token_loss).adopt
+        with pytest.raises(OptionError, match="made in inference mode"):
+            tried(Model(), loss=next_token_loss)
+
+
+def test_a_backward_that_trains() -> None:
+    model = Model()
+
+    def trained(weight: torch.Tensor) -> None:
+        assert weight.grad is not None
+        weight.sub_(0.1 * weight.grad)
+
+    model.head.weight.register_post_accumulate_grad_hook(trained)
+    with pytest.raises(ValueError, match="the backward changes parameters"):
+        tried(model, loss=next_token_loss)
+
+
+def test_a_loss_that_draws_noise() -> None:
+    with pytest.raises(ValueError, match="gradients differ from run to run"):
+        tried(loss=lambda output: (output["logits"] - torch.randn_like(output["logits"])).square().mean())
+
+
 def test_how_far_gradients_are_apart() -> None:
     a, b = [torch.tensor([3.0, 0.0]), torch.tensor([[4.0]])], [torch.tensor([0.0, 4.0]), torch.tensor([[3.0]])]
     assert apart(a, a) == 0.0 and apart(a, b) == pytest.approx(1 - 12 / 25)
@@ -264,6 +323,10 @@ def test_a_model_that_does_not_repeat_itself() -> None:
     ({"batches": 3}, "'batches': got 3"), ({"model": 3}, "'model': got 3"), ({"progress": 3}, "'progress': got 3"),
     ({"model": Model().train()}, "in training mode"), ({"loss": 3}, "'loss': got 3"),
     ({"loss": lambda output: output["logits"]}, "one number"), ({"loss": lambda output: 1.0}, "got 'float'"),
+    ({"loss": lambda output: output["logits"].detach().mean()}, "a tensor without gradients"),
+    ({"loss": lambda output: output["logits"].mean() * 1j}, r"torch.complex64 \[\]"),
+    ({"loss": lambda output: torch.zeros((), requires_grad=True) + 1}, "no gradient in any parameter"),
+    ({"loss": lambda output: output["logits"].mul_(2).mean()}, "writes into the output"),
     ({"model": lambda x: {"logits": x}, "loss": next_token_loss}, "parameters that ask for gradients"),
 ])  # fmt: skip
 def test_arguments(arguments: dict[str, Any], message: str) -> None:

@@ -83,13 +83,15 @@ def trial(
 
     Raises:
         OptionError: an argument that does not hold what is allowed.
-        ValueError: the exact model's output is not finite, or differs from run to run.
+        ValueError: the exact model's output is not finite, or it or its gradients differ from run to run; the backward
+            changes parameters.
     """
     check_model(model)
     _check(drift, faster, rounds, measure)
     step = Step(model, loss)
     run = _Trial(model, calls_of(batches), Config.from_options(options), measure, teller(progress), step)
-    with torch.set_grad_enabled(step.trains), many_recompiles():
+    inference = torch.is_inference_mode_enabled() and not step.trains
+    with torch.inference_mode(inference), torch.set_grad_enabled(step.trains), many_recompiles():
         try:
             found = run.staged(drift, faster, rounds, every_stage)
         finally:
@@ -165,13 +167,20 @@ class _Trial:
         reference = Reference(ran.output, call.kwargs, resolve(self.measure, ran.output))
         exact, gradients = [tensor.clone() for tensor in _main(ran.output, call)], ran.gradients
         del ran
-        check_repeats(reference, self.exact(call, backward=False).output, self.tell)
-        del reference
+        again = self.exact(call)
+        check_repeats(reference, again.output, self.tell)
+        noise = difference(gradients, again.gradients)[0]
+        del reference, again
         other = _Way(self.model, self.step, backend="prescore", options=config)(call)
         error, most, largest = difference(exact, _main(other.output, call))
         dtypes = {str(site.kernel.get("dtype")) for site in self.reports[at].rewritten}
         dtypes |= {str(tensor.dtype)[6:] for tensor in exact}
         allowed = max(ROUNDING.get(dtype, ROUNDING["float32"]) for dtype in dtypes)
+        if noise > allowed:
+            raise ValueError(
+                f"the exact model's gradients differ from run to run, by {noise:.3g} (relative L2): a loss that draws "
+                "noise or negatives, or dropout"
+            )
         evidence = {"error": error, "allowed": allowed, "largest_difference": most, "largest_value": largest}
         of = f"batch {at + 1}: " if len(self.calls) > 1 else ""
         text = f"{of}error {error:.2g} (relative L2; allowed: {allowed:g}); largest difference {most:.2g}, of values "
@@ -258,11 +267,10 @@ class _Trial:
         )
         return Stage("speed", passed, text, evidence, "" if passed else advice)
 
-    def exact(self, call: Call, backward: bool = True) -> Ran:
+    def exact(self, call: Call) -> Ran:
         own = call.copied()
         with torch.compiler.set_stance("force_eager"):
-            output = self.model(*own.args, **own.kwargs)
-            return self.step.of(output) if backward else Ran(output)
+            return self.step.of(self.model(*own.args, **own.kwargs))
 
 
 class _Way:
