@@ -176,6 +176,12 @@ def hint(size: Any) -> int:
     return int(size)
 
 
+def settled(number: torch.SymFloat) -> float | None:
+    """The value that a number has where it is compiled for, which becomes a guard; None: it is not known."""
+    found = number.node.hint
+    return float(found) if found is not None and guard_equal(number, found) else None
+
+
 def known_equal(a: Any, b: Any) -> bool:
     """Whether two sizes are equal for every input that the graph's guards admit."""
     return bool(statically_known_true(a == b))
@@ -210,6 +216,14 @@ def _range_is_fixed(size: torch.SymInt) -> bool:
 def forward_mode() -> bool:
     """Whether a level of forward-mode AD is open."""
     return bool(forward_ad._current_level >= 0)
+
+
+def function_gradient() -> bool:
+    """Whether ``torch.func`` differentiates what runs now (``grad``, ``vjp``, ``jacrev``), uncompiled."""
+    if torch.compiler.is_compiling():
+        return False
+    found = torch._C._functorch.peek_interpreter_stack()
+    return found is not None and found.key() == torch._C._functorch.TransformType.Grad
 
 
 def guard_forward_mode() -> None:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from .kernels import ops
 from .kernels.reference import Operands
 from .passes import Config
-from .passes.compat import forward_mode
+from .passes.compat import forward_mode, function_gradient
 
 
 def attention(
@@ -52,6 +52,8 @@ def attention(
     valid = _check(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa, config)
     if forward_mode():
         raise ValueError("got forward-mode AD (a dual level is open); allowed: gradients in reverse mode")
+    if function_gradient():  # the operators' gradients are those of torch.library, which torch.func does not take
+        raise ValueError("got torch.func.grad, vjp or jacrev; allowed: torch.autograd.grad and backward()")
     where = query.device.type
     # As SDPA does. Not is_autocast_available, which Dynamo of torch 2.11 does not trace.
     if where != "meta" and torch.is_autocast_enabled(where):

@@ -103,6 +103,13 @@ def test_forward_mode_is_a_clear_error() -> None:
         torch.func.jvp(lambda q: attention(q, k, v, config=SMALL), (q,), (torch.ones_like(q),))
 
 
+def test_gradients_of_functions_are_a_clear_error() -> None:
+    q, k, v = qkv()
+    for transform, of in ((torch.func.grad, ()), (torch.func.vjp, (q,)), (torch.func.jacrev, ())):
+        with pytest.raises(ValueError, match=r"torch.func.grad.*allowed: torch.autograd.grad"):
+            transform(lambda q: attention(q, k, v, config=SMALL).sum(), *of)(q)
+
+
 def test_autocast_is_as_for_sdpa() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         got, want = attention(*qkv(), config=SMALL), F.scaled_dot_product_attention(*qkv())

@@ -138,3 +138,26 @@ def test_sites(length: int, options: dict[str, Any], exact: str, decision: str) 
     assert ("prescore_route_attend" in names) == (decision == "rewrite" and not exact)
     if exact:
         torch.testing.assert_close(out, capped(*inputs), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("scaled", ["divided", "multiplied", "as it is"])
+def test_a_cap_that_is_a_number_of_the_run_time(scaled: str) -> None:
+    """With ``dynamic=True`` floats are numbers of the run time: a softcap is compiled, and compiled anew."""
+    inputs, found = [torch.randn(1, 2, 70, 16) for _ in range(3)], []
+
+    def fn(q: Tensor, k: Tensor, v: Tensor, cap: float, scale: float) -> Tensor:
+        logits = q @ k.mT
+        logits = logits / scale if scaled == "divided" else logits * scale if scaled == "multiplied" else logits
+        return (torch.tanh(logits / cap) * cap).softmax(-1) @ v
+
+    def backend(gm: torch.fx.GraphModule, _: Any) -> Any:
+        new, report = rewrite(gm, Config.exact())
+        found.extend(report.sites)
+        return new.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(fn, backend=backend, dynamic=True)
+    for cap in (2.0, 5.0):
+        torch.testing.assert_close(compiled(*inputs, cap, 3.0), fn(*inputs, cap, 3.0), atol=1e-5, rtol=1e-5)
+        assert found[-1].decision == "rewrite" and found[-1].mask == f"true; softcap {cap:g}", found[-1].reason
+    assert len(found) == 2

@@ -12,7 +12,7 @@ from torch import fx
 
 from ..axes import Miss, Prover, about
 from ..calls import Call, call_of, dropout_of, is_float
-from ..compat import known_equal, symbolic, value_of
+from ..compat import known_equal, settled, symbolic, value_of
 from ..contract import Product, product
 from ..elements import Elements, NotClosedForm
 from ..indices import ZERO, Index, NotAView, broadcast, pull
@@ -27,13 +27,16 @@ Placed = tuple[fx.Node, Index]
 
 @dataclass(frozen=True)
 class Origin:
-    """Logits as made from one product: ``node[index]`` is the dot product."""
+    """Logits as made from one product: ``node[index]`` is the dot product.
+
+    ``numbers`` of the run time scale them, too; with True: by their inverse.
+    """
 
     node: fx.Node
     product: Product
     index: Index
     scale: float = 1.0
-    numbers: tuple[fx.Node, ...] = ()
+    numbers: tuple[tuple[fx.Node, bool], ...] = ()
     factors: tuple[tuple[fx.Node, Index, bool], ...] = ()
     terms: tuple[Term, ...] = ()
     softcap: float | None = None
@@ -216,6 +219,9 @@ class Backward:
 
     def _times(self, logits: Origin, other: Any, index: Index, *, inverse: bool) -> Origin:
         number = number_of(other, index, self.prover)
+        of_run_time = isinstance(value_of(other), torch.SymFloat) if number is None else False
+        if of_run_time and logits.softcap is not None and not logits.terms:
+            number = settled(value_of(other))
         if number is not None:
             if (number == 0 and inverse) or not math.isfinite(number):
                 raise Miss(f"unsupported_logits: scaled by {number}")
@@ -226,10 +232,10 @@ class Backward:
             return replace(logits, scale=logits.scale * factor, terms=terms)
         if logits.terms or logits.softcap is not None:
             raise Miss("unsupported_logits: masked logits times a tensor")
-        if isinstance(value_of(other), torch.SymFloat) and not inverse:
-            return replace(logits, numbers=(*logits.numbers, other))
+        if of_run_time:
+            return replace(logits, numbers=(*logits.numbers, (other, inverse)))
         if not isinstance(value_of(other), torch.Tensor):
-            raise Miss("unsupported_logits: divided by a number of the run time")
+            raise Miss("unsupported_logits: divided by a size of the run time")
         return replace(logits, factors=(*logits.factors, (other, inner(other, index), inverse)))
 
     def _back_masked_fill(self, node: fx.Node, call: Call, index: Index) -> Origin | None:
@@ -266,7 +272,13 @@ class Backward:
             return None
         if logits.terms or logits.softcap is not None:
             raise Miss("unsupported_logits: tanh of masked logits")
-        return replace(logits, softcap=1.0)
+        scale = logits.scale
+        for number, inverse in logits.numbers:  # a softcap is part of what is compiled
+            value = settled(value_of(number))
+            if not value:
+                raise Miss("unsupported_logits: a softcap that is known at run time only")
+            scale *= 1 / value if inverse else value
+        return replace(logits, scale=scale, numbers=(), softcap=1.0)
 
     def _back_cat(self, node: fx.Node, call: Call, index: Index) -> Origin | None:
         tensors = call.get("tensors", ())

@@ -146,9 +146,12 @@ class _Proof:
         scale = scale if cap is None else scale * cap
         if not numbers:
             return scale
+        number, inverse = numbers[-1]
+        if inverse:
+            raise Miss("unsupported_logits: divided by a number of the run time", number)
         if len(numbers) > 1 or scale != 1:
-            raise Miss("unsupported_logits: scaled by several numbers of the run time", numbers[-1])
-        return numbers[0]
+            raise Miss("unsupported_logits: scaled by several numbers of the run time", number)
+        return number
 
     def _factors(self, k: Any) -> tuple[Factor, ...]:
         found: list[Factor] = []
