@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from .plan import Plan
 
@@ -16,6 +18,17 @@ TILE = 256
 def chunk_count(length: int, chunk: int) -> int:
     """Chunks that cover ``length`` keys, the last one perhaps partial."""
     return (length + chunk - 1) // chunk
+
+
+def smaller(one: Any, other: Any) -> Any:
+    """The minimum of two sizes: one of them where it is known which, for every length that the guards admit.
+
+    From torch 2.14 on a tensor with a size that is a minimum of one value only gets a guard that torch cannot prove: an
+    error where the user has fixed the range of a length (``mark_dynamic`` with ``min`` or ``max``).
+    """
+    if statically_known_true(one <= other):
+        return one
+    return other if statically_known_true(other <= one) else torch.sym_min(one, other)
 
 
 def segments(prefix: int) -> list[int]:

@@ -69,9 +69,14 @@ def raised(error: BaseException) -> tuple[BaseException, list[FrameSummary]]:
     if not isinstance(error, TorchRuntimeError):
         return error, frames
     frames = list(error.real_stack) or frames
-    while isinstance(error, TorchDynamoException) and (inner := error.__cause__ or error.__context__):
+    while _of_dynamo(error) and (inner := error.__cause__ or error.__context__):
         error = inner
     return error, frames
+
+
+def _of_dynamo(error: BaseException) -> bool:
+    """Whether an error tells of another one: from torch 2.14 on one of the other's own type does, too."""
+    return isinstance(error, TorchDynamoException) or str(error).startswith("Dynamo failed to run FX node")
 
 
 @contextmanager

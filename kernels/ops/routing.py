@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import coarse, cpu, reference
+from ..layout import smaller
 from ..logits import NOTHING, by_chunk, named, parse
 from ..plan import Plan
 from ..reference import Operands
@@ -144,7 +145,7 @@ def route_eager(
 @route.register_fake
 @route_eager.register_fake
 def _(query, order, mean, spread, bias, plan, *rest):  # type: ignore[no-untyped-def]
-    count = torch.sym_min(Plan.parse(plan).routes, mean.shape[2])
+    count = smaller(Plan.parse(plan).routes, mean.shape[2])
     return query.new_empty((*query.shape[:3], count), dtype=torch.int32)
 
 

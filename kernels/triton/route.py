@@ -36,6 +36,7 @@ from typing import Any
 import torch
 
 from ..coarse import coarse
+from ..layout import smaller
 from ..plan import Plan
 from ..summary import Summary
 from . import device as devices
@@ -370,7 +371,7 @@ def _walk(
 ) -> torch.Tensor:
     batch, heads, q_len, _ = query.shape
     kv_heads, clusters = summary.mean.shape[1:3]
-    count = torch.sym_min(plan.routes, clusters)
+    count = smaller(plan.routes, clusters)
     routes = query.new_empty((batch, kv_heads if compact else heads, q_len, count), dtype=torch.int32)
     if plan.window is None:  # the window holds every key
         return routes.fill_(-1)

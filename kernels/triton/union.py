@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from ..layout import smaller
 from .cache import launch, load
 from .loops import names, tile
 from .network import exchange, in_loop
@@ -251,7 +252,7 @@ def union(spec: Spec, routes: torch.Tensor, q_len: Any, k_len: Any, kv_heads: An
     count = routes.shape[3]
     total = routes.shape[0] * kv_heads * tiles
     size = spec.choosers * count
-    list_size = torch.sym_min(size, clusters)
+    list_size = smaller(size, clusters)
     numbers = routes.new_empty(total, size)
     values = dict(
         routes=routes.contiguous(), numbers=numbers, kv_heads=kv_heads, q_len=q_len, k_len=k_len, tiles=tiles,
