@@ -2,6 +2,7 @@
 
     python -m bench.alone                    # some minutes; a table and bench/results/alone-cpu.json
     python -m bench.alone --backward         # forward and backward
+    python -m bench.alone --dim 256 --heads 8 --group 2 --dtypes bfloat16 --out build/alone.json
 
 Learned sinks as in gpt-oss and softcaps as in Gemma 2, with a window as in their local layers and without one; causal,
 a finite number in the mask. Each result is checked before it is timed: its error against float64, on the last queries,
@@ -30,7 +31,6 @@ from prescore_compile.kernels.reference import Operands
 from prescore_compile.timing import interleaved
 
 RESULTS = Path(__file__).parent / "results" / "alone-cpu.json"
-DIM, HEADS, GROUP = 64, 16, 8
 # What there is of each: a window, a learned sink, a softcap.
 KINDS: dict[str, tuple[int, bool, float]] = {
     "sink": (0, True, 0.0),
@@ -65,10 +65,12 @@ def mask_of(length: int, window: int, dtype: torch.dtype) -> Tensor:
     return torch.zeros(length, length, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)
 
 
-def row(kind: str, length: int, dtype: torch.dtype, rounds: int, backward: bool) -> dict[str, Any]:
+def row(kind: str, length: int, dtype: torch.dtype, options: argparse.Namespace) -> dict[str, Any]:
     """One line of the table."""
     window, sunk, softcap = KINDS[kind]
-    site, sinks = smooth(length, HEADS, GROUP, DIM, True, dtype), torch.randn(HEADS, dtype=dtype) if sunk else None
+    heads, group, backward = options.heads, options.group, options.backward
+    site = smooth(length, heads, group, options.dim, True, dtype)
+    sinks = torch.randn(heads, dtype=dtype) if sunk else None
     leaves = [tensor.requires_grad_(backward) for tensor in (*site[:3], *([] if sinks is None else [sinks]))]
     mask, logits = mask_of(length, window, dtype), Logits(Q - window < K if window else sympy.true, softcap=softcap)
     torch._dynamo.reset()
@@ -91,10 +93,12 @@ def row(kind: str, length: int, dtype: torch.dtype, rounds: int, backward: bool)
     want = by_hand(*wide, None if sinks is None else sinks.detach().double(), softcap, site.scale)
     errors = errors_of(runs, want, backward)
     if backward:
-        same_gradients(runs["one kernel"], runs["by hand"], {torch.float32: 1e-4, torch.bfloat16: 5e-2})
-    seconds = interleaved(runs, rounds)
+        bounds = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+        same_gradients(runs["one kernel"], runs["by hand"], bounds)
+    seconds = interleaved(runs, options.rounds)
     return {
-        "attention": kind, "n": length, "heads": f"{HEADS} / {HEADS // GROUP}", "dtype": str(dtype)[6:],
+        "attention": kind, "n": length, "heads": f"{heads} / {heads // group}", "D": options.dim,
+        "dtype": str(dtype)[6:],
         **{f"{way}, ms": 1e3 * taken for way, taken in seconds.items()},
         "faster": seconds["by hand"] / seconds["one kernel"], "errors": errors,
     }  # fmt: skip
@@ -104,14 +108,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--lengths", type=int, nargs="+", default=[512, 1024, 2048, 4096])
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
-    parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
+    parser.add_argument(
+        "--dtypes", nargs="+", choices=["float32", "bfloat16", "float16"], default=["float32", "bfloat16"]
+    )
+    parser.add_argument("--dim", type=int, default=64)
+    parser.add_argument("--heads", type=int, default=16)
+    parser.add_argument("--group", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--backward", action="store_true")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     rows = []
     for dtype, kind, length in product(options.dtypes, options.kinds, options.lengths):
-        rows.append(row(kind, length, getattr(torch, dtype), options.rounds, options.backward))
+        rows.append(row(kind, length, getattr(torch, dtype), options))
         print(rows[-1], flush=True)
     finish(rows, options)
 

@@ -23,6 +23,9 @@ SOURCE = Path(__file__).with_name("attend.cpp")
 HEADERS = sorted(SOURCE.with_name("native").glob("*.h"))
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", "-pthread")
 
+UNITS = {"bfloat16": {"avx512f", "bf16", "svebf16"}, "float16": {"avx512f", "fphp"}}
+"""Linux' names of what PyTorch multiplies numbers of 16 bits with: AVX-512 alone widens them in registers."""
+
 
 def cache_dir() -> Path:
     """``$TORCHINDUCTOR_CACHE_DIR/prescore``, or Inductor's default folder for this user."""
@@ -57,6 +60,13 @@ def tiles() -> bool:
     """Whether this processor multiplies tiles of bfloat16 (AMX), which then stand for its products in float32."""
     found = load()
     return found is not None and bool(found.prescore_tiles())
+
+
+@functools.cache
+def multiplies(dtype: str) -> bool:
+    """Whether PyTorch's products of "bfloat16" or "float16" are fast on this processor; also where nobody knows."""
+    kind, *flags = _machine().split()
+    return kind not in ("flags", "Features") or not UNITS[dtype].isdisjoint(flags)
 
 
 def needed() -> ctypes.CDLL:

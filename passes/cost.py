@@ -37,14 +37,17 @@ BAND_EDGE = 256
 # same of a kernel that attends every key. Measured by `python -m bench.alone`, docs/cpu.md.
 BY_HAND_PAIR, BY_HAND_LARGE = 50, 120
 BY_HAND_PRODUCT, BY_HAND_NARROW = 0.8, 0.3
+# In 16 bits without a unit for their products: 20 and more were measured on AVX2.
+BY_HAND_SLOW = 12
 ALONE_PRICE, ALONE_ON_TILES = 1.05, 0.45
 LARGE_LOGITS = 2**25
 """Bytes."""
 ALONE_GAIN, ALONE_TRAINED = 1.4, 1.6
 """The least that is expected of it: what is measured differs from machine to machine, and from mask to mask; and of its
 forward where gradients are asked for, of which it makes less: 0.7 times as much was measured."""
-ALONE_FROM = 1024
-"""Keys; below, what a call of an operator costs weighs as much as what it computes."""
+ALONE_FROM, ALONE_FROM_SLOW = 1024, 128
+"""Keys; below, what a call of an operator costs weighs as much as what it computes. Where products are slow, one
+kernel is 7 times as fast with 128, and more with more."""
 # Numbers in keys and values (of all KV heads) from which few queries that share them read them faster than SDPA does,
 # with one query and for each more, and for each more where they are repeated in memory; and of one query in 16 bits,
 # which SDPA widens. A call costs 0.1 ms. Keys from which a mask is worth it, where SDPA, too, reads each once. Measured
@@ -150,11 +153,18 @@ class Shape:
     """Where they are fewer than keys, the last ones, as behind a cache; 0: as many."""
     narrow: bool = False
     """Numbers of 16 bits."""
+    unit: bool = True
+    """The device has instructions for their products: a CPU without takes many times as long as in float32."""
 
 
 def kind(device: str, dtype: torch.dtype) -> str:
     """The key of ``PRICES`` for tensors of ``dtype`` on a device of that type."""
     return "amx" if device == "cpu" and dtype == torch.bfloat16 and library.tiles() else device
+
+
+def has_unit(device: str, dtype: torch.dtype) -> bool:
+    """``Shape.unit`` of tensors of ``dtype`` on a device of that type."""
+    return device != "cpu" or dtype.itemsize != 2 or library.multiplies(str(dtype).removeprefix("torch."))
 
 
 def exact_pairs(causal: bool, band: float = 0.0) -> sympy.Expr:
@@ -313,7 +323,8 @@ def alone_from(shape: Shape, trained: bool) -> int | None:
     if shape.device == "cuda":
         return ALONE_FROM
     features = shape.head_dim + shape.value_dim
-    products = features * (BY_HAND_NARROW if shape.narrow else BY_HAND_PRODUCT)
+    slow = shape.narrow and not shape.unit
+    products = features * (BY_HAND_SLOW if slow else BY_HAND_NARROW if shape.narrow else BY_HAND_PRODUCT)
     on_tiles = shape.device == "amx"
     kernel = (ALONE_TRAINED if trained else ALONE_GAIN) * (ALONE_ON_TILES if on_tiles else ALONE_PRICE) * features
     unknown = trained and on_tiles
@@ -328,7 +339,7 @@ def alone_from(shape: Shape, trained: bool) -> int | None:
         found.append(pairs // shape.queries if shape.queries else math.isqrt(pairs))
     if shape.band:
         found.append(math.ceil(shape.band / min(in_cache, attended) * (2 if unknown else 1)))
-    return max(ALONE_FROM, min(found)) if found else None
+    return max(ALONE_FROM_SLOW if slow else ALONE_FROM, min(found)) if found else None
 
 
 def few_from(shape: Shape, queries: int, masked: bool, by_hand: bool, repeated: bool) -> int | None:
@@ -340,7 +351,7 @@ def few_from(shape: Shape, queries: int, masked: bool, by_hand: bool, repeated: 
     more = queries - 1
     if shape.narrow and not more and not by_hand:
         numbers = FEW_NARROW
-    elif shape.narrow and more and by_hand and shape.device == "cpu":  # products of 16 bits that no unit makes
+    elif shape.narrow and more and by_hand and not shape.unit:
         numbers = FEW_NUMBERS
     elif shape.heads > shape.kv_heads:
         wide = FEW_REPEATED_MORE * (4 if shape.narrow and not by_hand else 1)  # 16 bits are copied in less time

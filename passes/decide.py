@@ -312,4 +312,5 @@ def shape_of(attention: Attention, causal: bool, band: float = 0.0) -> cost.Shap
         band=band,
         queries=q_len if q_len < k_len else 0,
         narrow=dtype.itemsize == 2,
+        unit=cost.has_unit(attention.device.type, dtype),
     )

@@ -313,9 +313,9 @@ def test_where_it_is_faster() -> None:
 
     def least(
         heads: int, kv_heads: int, queries: int, narrow: bool = False, masked: bool = False, by_hand: bool = False,
-        repeated: bool = False, device: str = "cpu",
+        repeated: bool = False, unit: bool = False,
     ) -> int | None:  # fmt: skip
-        shape = cost.Shape(1, heads, kv_heads, 64, 64, False, queries=queries, narrow=narrow, device=device)
+        shape = cost.Shape(1, heads, kv_heads, 64, 64, False, queries=queries, narrow=narrow, unit=unit)
         return cost.few_from(shape, queries, masked, by_hand, repeated)
 
     assert least(9, 3, 1) == 2048 and least(32, 8, 1) == 768 and least(71, 1, 1) == 6144
@@ -326,7 +326,7 @@ def test_where_it_is_faster() -> None:
     assert least(9, 3, 1, by_hand=True) == 2048
     assert least(9, 3, 4, repeated=True) == 2176 and least(9, 3, 4, narrow=True, repeated=True) == 2560
     assert least(8, 8, 4, narrow=True, by_hand=True) == 768
-    assert least(8, 8, 4, narrow=True, by_hand=True, device="amx") is None
+    assert least(8, 8, 4, narrow=True, by_hand=True, unit=True) is None
     assert least(8, 8, 5, masked=True) is None and least(8, 8, 2, narrow=True, masked=True) is None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from argparse import Namespace
 from dataclasses import replace
 from typing import Any
 
@@ -287,6 +288,10 @@ def test_where_one_kernel_is_faster_than_by_hand() -> None:
     gemma = cost.Shape(1, 8, 4, 256, 256, True, band=4096.0, narrow=True)
     assert cost.alone_from(gemma, False) > 3 * 4096, "a window as long as the sequence is no band yet"
     assert cost.alone_from(replace(gemma, narrow=False), False) == ALONE_FROM
+    wide = replace(narrow, head_dim=256, value_dim=256)
+    for shape in (few, gemma, wide, replace(wide, causal=False)):
+        for trained in (False, True):
+            assert cost.alone_from(replace(shape, unit=False), trained) == 128, "by hand is slow"
     for of_tiles in (few, gemma, replace(narrow, causal=False), replace(narrow, head_dim=256, value_dim=256)):
         assert cost.alone_from(replace(of_tiles, device="amx"), False) == ALONE_FROM, "one kernel has AMX, too"
 
@@ -341,9 +346,10 @@ def test_calibrate_gives_such_sites_plans_and_what_stays_exact_is_one_kernel() -
 
 
 def test_the_benchmark_checks_what_it_times(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = alone.row("sink, window 128", 300, torch.float32, rounds=1, backward=True)
+    options = Namespace(rounds=1, dim=64, heads=16, group=8, backward=True)
+    found = alone.row("sink, window 128", 300, torch.float32, options)
     assert found["faster"] > 0 and max(found["errors"].values()) < 1e-4
     right = ops.prescored
     monkeypatch.setattr(alone.ops, "prescored", lambda *given: 1.01 * right(*given))
     with pytest.raises(AssertionError, match="wrong result"):
-        alone.row("softcap", 300, torch.float32, rounds=1, backward=False)
+        alone.row("softcap", 300, torch.float32, Namespace(**vars(options) | {"backward": False}))

@@ -10,7 +10,7 @@ from conftest import PLANS, ROUTED, check_budget, in_double, operands, routes_of
 from torch import Tensor
 
 from prescore_compile import Config
-from prescore_compile.kernels import banded, cpu, ops, reference
+from prescore_compile.kernels import banded, cpu, library, ops, reference
 from prescore_compile.kernels.band import K, Q
 from prescore_compile.kernels.logits import Logits
 from prescore_compile.kernels.plan import WHOLE
@@ -161,3 +161,25 @@ def test_a_cap_that_is_a_number_of_the_run_time(scaled: str) -> None:
         torch.testing.assert_close(compiled(*inputs, cap, 3.0), fn(*inputs, cap, 3.0), atol=1e-5, rtol=1e-5)
         assert found[-1].decision == "rewrite" and found[-1].mask == f"true; softcap {cap:g}", found[-1].reason
     assert len(found) == 2
+
+
+@pytest.mark.parametrize("unit", [True, False])
+def test_sixteen_bits_without_products_of_them(unit: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's products are then so slow that one kernel is faster on short sequences, too."""
+    monkeypatch.setattr(library, "multiplies", lambda dtype: unit)
+    monkeypatch.setattr(library, "tiles", lambda: False)
+    inputs = [torch.randn(1, 2, 200, 16, dtype=torch.bfloat16) for _ in range(3)]
+    module = torch.nn.Module()
+    module.forward = lambda q, k, v: (5.0 * torch.tanh(q @ k.mT * 0.25 / 5.0)).softmax(-1) @ v
+    _, report = rewrite(torch.export.export(module, tuple(inputs)).module(), Config())
+    assert report.sites[0].exact == ("" if unit else "alone"), report.sites[0].reason
+
+
+def test_what_a_processor_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = {
+        "flags\t\t: fpu avx2 f16c": (False, False), "flags\t\t: fpu avx2 avx512f": (True, True), "x86_64": (True, True),
+        "Features\t: fp asimd bf16": (True, False), "Features\t: fp asimd fphp asimdhp": (False, True),
+    }  # fmt: skip
+    for machine, expected in known.items():
+        monkeypatch.setattr(library, "_machine", lambda machine=machine: machine)
+        assert tuple(library.multiplies.__wrapped__(name) for name in ("bfloat16", "float16")) == expected, machine
