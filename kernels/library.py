@@ -65,8 +65,8 @@ def tiles() -> bool:
 @functools.cache
 def multiplies(dtype: str) -> bool:
     """Whether PyTorch's products of "bfloat16" or "float16" are fast on this processor; also where nobody knows."""
-    kind, *flags = _machine().split()
-    return kind not in ("flags", "Features") or not UNITS[dtype].isdisjoint(flags)
+    words = set(_machine().split())
+    return words.isdisjoint(("flags", "Features")) or not UNITS[dtype].isdisjoint(words)
 
 
 def needed() -> ctypes.CDLL:

@@ -107,10 +107,7 @@ def lift(site: Site, known: Lifted | None = None) -> Mask:
         or (always_a_key and _every_query(mask.logits.allowed, shift))
     ):
         return mask
-    told = not mask.needs or (mask.keys is not None and mask.logits.only_band and not attention.trained)
-    # What is added hides logits, not their gradients, which a softcap makes another product for each pair.
-    added = any(isinstance(term, Add) for term in attention.terms)
-    told = told and not (added and attention.trained and attention.softcap)
+    told = not mask.needs or (mask.keys is not None and mask.logits.only_band)
     if len(meaning.finite) == 1 and meaning.uniform and told and (not mask.causal or shift == 0):
         return replace(mask, mean=True)
     return Mask(mask.text, reason="additive_mask: finite numbers where padded queries have no key")

@@ -23,36 +23,18 @@ def or_mean(
     """``out`` ``[B, H, Nq, Dv]``, with the mean of all values for queries without a key.
 
     ``operands``: query ``[B, H, Nq, D]``, key ``[B, Hkv, Nk, D]``, value ``[B, Hkv, Nk, Dv]``. ``valid``: ``[B, Nk]``.
+    Where the number is added, query and key have gradients there, too.
     """
-    query, key, value = operands
+    query, _, value = operands
     some = _some(graph, query, valid, a, mask)
     for axis in (1, 3):
         some = graph.call_method("unsqueeze", (some, axis))
-    group = int(a.size(*a.heads)) // int(a.size(*a.kv_heads))
-    mean = graph.call_method("mean", (value, 2, True))
-    found = graph.call_method("repeat_interleave", (mean, group, 1))
     if a.trained and any(isinstance(term, Add) for term in a.terms):
-        found = graph.call_function(operator.add, (found, _gradients(graph, query, key, value, mean, group, a)))
+        found = graph.call_function(torch.ops.prescore.attend_uniform.default, (*operands, a.scale, a.softcap or 0.0))
+    else:
+        group = int(a.size(*a.heads)) // int(a.size(*a.kv_heads))
+        found = graph.call_method("repeat_interleave", (graph.call_method("mean", (value, 2, True)), group, 1))
     return graph.call_function(torch.where, (some, out, found))
-
-
-def _gradients(
-    graph: fx.Graph, query: fx.Node, key: fx.Node, value: fx.Node, mean: fx.Node, group: int, a: Attention
-) -> fx.Node:
-    """Zeros that have, in query and key, the gradients of a softmax whose logits are all the same number: what was
-    added hides the logits, and not their gradients.
-
-    Of ``softmax(s) @ v`` where all weights are 1 / n: d_out @ cov(v, k) * scale in the query, and its transpose in the
-    key. (Of softcapped logits they would be another product for each pair: ``masks.lift`` leaves such sites alone.)
-    """
-    apart = graph.call_function(operator.sub, (value, mean))
-    apart = graph.call_method("transpose", (graph.call_method("detach", (apart,)), 2, 3))
-    share = graph.call_function(operator.truediv, (key, graph.call_method("size", (key, 2))))
-    covariance = graph.call_function(torch.matmul, (apart, share))
-    covariance = graph.call_method("repeat_interleave", (covariance, group, 1))
-    turned = graph.call_method("transpose", (covariance, 2, 3))
-    slope = graph.call_function(operator.mul, (graph.call_function(torch.matmul, (query, turned)), a.scale))
-    return graph.call_function(operator.sub, (slope, graph.call_method("detach", (slope,))))
 
 
 def _some(graph: fx.Graph, query: fx.Node, valid: fx.Node, a: Attention, mask: Mask) -> fx.Node:

@@ -10,7 +10,7 @@ from conftest import PLANS, ROUTED, operands
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from prescore_compile.kernels import library, ops
-from prescore_compile.kernels.ops import dispatch
+from prescore_compile.kernels.ops import dispatch, uniform
 from prescore_compile.kernels.plan import Plan
 from prescore_compile.kernels.reference import Operands
 from prescore_compile.kernels.triton.spec import MOST_FEATURES
@@ -196,3 +196,38 @@ def test_a_second_derivative_is_a_clear_error(plan: Plan) -> None:
     (grad,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
     with pytest.raises(NotImplementedError, match="create_graph=True"):
         grad.sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("softcap", [0.0, 1.5])
+def test_uniform_attention_has_the_gradients_of_hidden_logits(
+    softcap: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(uniform, "AT_ONCE", 2 * 4 * 50 * 7)  # in parts
+    shapes = (2, 4, 40, 8), (2, 2, 50, 8), (2, 2, 50, 6)
+    leaves = [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes]
+    grad = torch.randn(2, 4, 40, 6, dtype=dtype)
+    grad[:, :, 20:] = 0
+    grad[0, :, 11] = 0
+
+    def hidden(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        k, v = (x.repeat_interleave(2, 1) for x in (k, v))
+        logits = q @ k.mT * 0.5
+        logits = softcap * torch.tanh(logits / softcap) if softcap else logits
+        return (logits + torch.finfo(logits.dtype).min).softmax(-1) @ v
+
+    def of(fn: Any, inputs: list[torch.Tensor], grad: torch.Tensor) -> list[torch.Tensor]:
+        out = fn(*inputs)
+        return [out.detach(), *torch.autograd.grad(out, inputs, grad)]
+
+    got = of(lambda *given: ops.attend_uniform(*given, 0.5, softcap), leaves, grad)
+    want = of(hidden, [leaf.detach().double().requires_grad_() for leaf in leaves], grad.double())
+    bound = 2e-2 if dtype == torch.bfloat16 else 1e-5
+    for one, other in zip(got, want, strict=True):
+        torch.testing.assert_close(one.double(), other, atol=bound, rtol=bound)
+    assert not got[1][:, :, 20:].any() and got[1][:, :, :20].any()
+    if dtype == torch.float32:
+        torch.library.opcheck(ops.attend_uniform, (*leaves, 0.5, softcap))
+        with torch.autocast("cpu", torch.bfloat16):
+            same = of(lambda *given: ops.attend_uniform(*given, 0.5, softcap), leaves, grad)
+        assert all(map(torch.equal, got, same))

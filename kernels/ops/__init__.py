@@ -1,4 +1,5 @@
-"""The operators that the graph pass inserts: score, summarize, mass, route, attend; attend_recognized; attend_few.
+"""The operators that the graph pass inserts: score, summarize, mass, route, attend; attend_recognized; attend_few;
+attend_uniform.
 
 Registered with ``torch.library`` under ``prescore::``, with fake implementations (shapes only) and
 gradients, so that Inductor, AOTAutograd and ``torch.export`` see them. A plan travels as
@@ -18,6 +19,7 @@ from .recognizing import attend_recognized
 from .routing import mass, mass_eager, route, route_eager, routes_of
 from .scoring import score, score_eager
 from .summarizing import rows, rows_backward, rows_backward_eager, summarize, summarize_eager
+from .uniform import attend_uniform, attend_uniform_backward
 
 __all__ = [
     "attend",
@@ -27,6 +29,8 @@ __all__ = [
     "attend_few",
     "attend_forward",
     "attend_recognized",
+    "attend_uniform",
+    "attend_uniform_backward",
     "mass",
     "mass_eager",
     "prescored",
