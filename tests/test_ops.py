@@ -228,6 +228,9 @@ def test_uniform_attention_has_the_gradients_of_hidden_logits(
     assert not got[1][:, :, 20:].any() and got[1][:, :, :20].any()
     if dtype == torch.float32:
         torch.library.opcheck(ops.attend_uniform, (*leaves, 0.5, softcap))
+        by_token = [leaf.detach().transpose(1, 2).contiguous().transpose(1, 2) for leaf in leaves]
+        torch.library.opcheck(ops.attend_uniform_backward, (grad, *by_token, 0.5, softcap))
+        assert not any(found.any() for found in ops.attend_uniform_backward(0 * grad, *leaves, 0.5, softcap))
         with torch.autocast("cpu", torch.bfloat16):
             same = of(lambda *given: ops.attend_uniform(*given, 0.5, softcap), leaves, grad)
         assert all(map(torch.equal, got, same))

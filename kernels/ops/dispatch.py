@@ -14,7 +14,7 @@ from ..triton import device
 from ..triton.spec import MOST_FEATURES
 
 MAY_WAIT = (torch.Tag.cudagraph_unsafe,)
-"""Of operators that wait for the device with some plans, as a user's scorer may: Inductor leaves them out of graphs."""
+"""Of operators that may wait for the device, as with a user's scorer: Inductor leaves them out of graphs."""
 
 
 def as_they_are(tensor: Tensor) -> AbstractContextManager[Any]:

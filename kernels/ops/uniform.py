@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..heads import in_heads, per_query_head
+from ..logits import Logits
 from . import dispatch
 from .attending import like_output
 
@@ -27,7 +29,7 @@ def attend_uniform(query: Tensor, key: Tensor, value: Tensor, scale: float, soft
     Returns:
         ``[B, H, Nq, Dv]``, laid out ``[B, Nq, H, Dv]`` in memory.
     """
-    mean = value.mean(2).repeat_interleave(query.shape[1] // key.shape[1], 1)
+    mean = per_query_head(value.mean(2), query)
     return mean[:, None].expand(-1, query.shape[2], -1, -1).contiguous().transpose(1, 2)
 
 
@@ -69,24 +71,20 @@ attend_uniform_backward.register_autograd(dispatch.no_second_derivative, setup_c
 def _gradients(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    wide = torch.promote_types(query.dtype, torch.float32)
-    (batch, heads, _, dim), (_, kv_heads, k_len, _) = query.shape, key.shape
-    of_query = query.new_zeros(query.shape)
-    of_key, k, v = key.new_zeros(key.shape, dtype=wide), key.to(wide), value.to(wide)
-
-    def grouped(tensor: Tensor) -> Tensor:
-        """The query heads of a KV head one after the other: ``[B, Hkv, H / Hkv * rows, features]``."""
-        return tensor.to(wide).reshape(batch, kv_heads, -1, tensor.shape[3])
-
-    total = grouped(grad.sum(2, keepdim=True, dtype=wide)).sum(2, keepdim=True)
-    of_value = (total / k_len).to(value.dtype).expand_as(value).contiguous()
-    apart = (v - v.mean(2, keepdim=True)).mT / k_len
+    of_query, of_key, of_value = (tensor.new_zeros(tensor.shape) for tensor in (query, key, value))
     some = (grad != 0).any(3).flatten(0, 1).any(0).nonzero().flatten()
-    for part in some.split(max(1, AT_ONCE // max(1, batch * heads * k_len))):
-        rows = grouped(query[:, :, part])
-        slope = grouped(grad[:, :, part]) @ apart * scale
+    if not some.numel():
+        return of_query, of_key, of_value
+    wide = torch.promote_types(query.dtype, torch.float32)
+    (batch, heads, *_), (_, kv_heads, k_len, _) = query.shape, key.shape
+    k, v = key.to(wide), value.to(wide)
+    apart, d_key = v - v.mean(2, keepdim=True), k.new_zeros(k.shape)
+    of_value += in_heads(grad.sum(2, keepdim=True, dtype=wide), kv_heads).sum(2, keepdim=True) / k_len
+    for part in some.split(max(1, AT_ONCE // (batch * heads * k_len))):
+        q, d_out = (in_heads(tensor[:, :, part].to(wide), kv_heads) for tensor in (query, grad))
+        d_logits = d_out @ apart.mT * (scale / k_len)
         if softcap:
-            slope *= 1 - (rows @ k.mT * (scale / softcap)).tanh().square()
-        of_query[:, :, part] = (slope @ k).reshape(batch, heads, -1, dim).to(query.dtype)
-        of_key += slope.mT @ rows
-    return of_query, of_key.to(key.dtype), of_value
+            d_logits *= Logits(softcap=softcap).slope(q @ k.mT * scale)
+        of_query[:, :, part] = (d_logits @ k).view(batch, heads, len(part), -1).to(query.dtype)
+        d_key += d_logits.mT @ q
+    return of_query, d_key.to(key.dtype), of_value
